@@ -1,0 +1,1 @@
+"""Model loaders that this package adds to vLLM."""

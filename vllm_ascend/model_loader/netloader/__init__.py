@@ -1,0 +1,63 @@
+"""NetLoader: weights out of the memory of a running vLLM instance, instead of from storage."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+LOAD_FORMAT = "netloader"
+
+_VLLM_LOADERS = "vllm.model_executor.model_loader"
+
+
+def register_netloader() -> None:
+    """Register the load format, at once or as soon as vLLM imports its model loaders.
+
+    vLLM runs plugins in every process, and its loaders take most of a second to import. A
+    process that never loads a model (the API server, any other load format) must not pay that.
+    """
+    if _VLLM_LOADERS in sys.modules:
+        _register(sys.modules[_VLLM_LOADERS])
+    elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterOnImport())
+
+
+def _register(vllm_loaders: ModuleType) -> None:
+    from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
+
+    if vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not ModelNetLoaderElastic:
+        vllm_loaders.register_model_loader(LOAD_FORMAT)(ModelNetLoaderElastic)
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """Finds vLLM's loader package as anybody would, and registers when it has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _VLLM_LOADERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(Loader):
+    """A module's own loader, followed by the registration."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _register(module)

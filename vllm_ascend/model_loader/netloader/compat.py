@@ -1,0 +1,132 @@
+"""What differs between vLLM versions, and the vLLM internals that have no public name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload import meta as layerwise_meta
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from .executor.manifest import RAW
+from .identity import ModelIdentity, digest_of_settings
+from .interaction.protocol import DRAFT_GROUP, TARGET_GROUP
+
+
+def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
+    """Remember what making a model adds to process-wide state.
+
+    Layers enter themselves by name into containers of the compilation config, and refuse a name
+    that is taken; which containers there are depends on the version, so all of them are remembered.
+
+    Args:
+        vllm_config: the instance's configuration, before the model is made.
+
+    Returns:
+        A function that brings the state back as it is now.
+    """
+    config = vllm_config.compilation_config
+    assert is_dataclass(config)
+    before = {
+        field.name: value.copy()
+        for field in fields(config)
+        if isinstance(value := getattr(config, field.name, None), dict | list | set)
+    }
+
+    def restore() -> None:
+        for name, contents in before.items():
+            container: Any = getattr(config, name)
+            container.clear()
+            if isinstance(container, list):
+                container.extend(contents)
+            else:
+                container.update(contents)
+
+    return restore
+
+
+def identity_of(
+    vllm_config: VllmConfig, model_config: ModelConfig, model: str, rank: int, layout: str
+) -> ModelIdentity:
+    """Work out who a model is.
+
+    Args:
+        vllm_config: the instance's configuration.
+        model_config: the model's; the instance's own, or that of its speculative draft.
+        model: the name to go by.
+        rank: global rank.
+        layout: layout in which its tensors are exchanged.
+    """
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    draft = speculative is not None and model_config is speculative.draft_model_config
+    settings = {
+        key: value
+        for key, value in model_config.hf_config.to_dict().items()
+        if not key.startswith("_") and key != "transformers_version"
+    }
+    quantization = settings.get("quantization_config") or settings.get("compression_config") or {}
+    return ModelIdentity(
+        group=DRAFT_GROUP if draft else TARGET_GROUP,
+        model=model,
+        revision=model_config.revision,
+        rank=rank,
+        tp=parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        # Replicas of a dense model hold the same tensors; experts are spread over all of them.
+        dp=parallel.data_parallel_size if getattr(model_config, "is_moe", True) else 1,
+        ep=bool(parallel.enable_expert_parallel),
+        dtype=str(model_config.dtype),
+        quantization=None if model_config.quantization is None else str(model_config.quantization),
+        quantization_config=digest_of_settings(quantization),
+        config=digest_of_settings(settings),
+        layout=layout,
+        vllm_version=None if layout == RAW else vllm.__version__,
+    )
+
+
+def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put raw tensors into a model that `initialize_layerwise_reload` has prepared.
+
+    vLLM's layerwise reload has taken the processed tensors away by then, and has put those of the
+    unprocessed model in their place, on the meta device. Here each layer gets its raw tensors and
+    is processed, and the outcome is copied into the memory that inference uses.
+
+    Args:
+        model: the model, in use until now.
+        tensors: name -> raw tensor of every parameter and persistent buffer.
+    """
+    for path, layer in model.named_modules():
+        info = layerwise.get_layerwise_info(layer)
+        present = {
+            name: (tensor, tensors[full])
+            for name, tensor in layerwise.get_layer_tensors(layer).items()
+            if (full := f"{path}.{name}" if path else name) in tensors
+        }
+        if _is_attention(layer):
+            # Attention comes last and takes its scales by their loaders.
+            for tensor, raw in present.values():
+                getattr(tensor, "weight_loader", default_weight_loader)(tensor, raw)
+            continue
+        if info.can_load() and not present:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+            continue
+        for name, (tensor, raw) in present.items():
+            if tensor.is_meta:
+                with info.restore_device:
+                    fresh = layerwise_meta.materialize_meta_tensor(tensor)
+                setattr(layer, name, fresh)
+                tensor = fresh
+            tensor.data.copy_(raw)
+        if info.can_load():
+            layerwise._layerwise_process(layer, info)
+
+
+def _is_attention(layer: nn.Module) -> bool:
+    if hasattr(layerwise, "is_deferred_attention_layer"):  # vLLM 0.28 and later
+        return bool(layerwise.is_deferred_attention_layer(layer))
+    return isinstance(layer, layerwise.Attention | layerwise.MLAAttention)

@@ -1,0 +1,1 @@
+"""The data plane: bytes between tensors. It never opens a control socket."""

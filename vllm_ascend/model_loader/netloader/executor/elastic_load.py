@@ -1,0 +1,287 @@
+"""The two ends of a transfer: `P2PLoad` receives, `P2PSend` sends."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..errors import ProtocolError, TransferCorrupt
+from .devices import Device
+from .digest import chunk_digest, piece_hashes
+from .ledger import Ledger
+from .pieces import in_place, pack, unpack
+from .plan import Chunk, Plan
+from .process_group import TransferGroup
+
+# Chunks of one session between request and verification. Each end has at most as many staging
+# buffers of a chunk each, and only for chunks that are packed.
+WINDOW = 6
+
+
+class Answer(Protocol):
+    """What a source says about the chunks it is about to send."""
+
+    @property
+    def chunks(self) -> list[int]:
+        """The chunks, in the order in which they travel."""
+
+    @property
+    def digests(self) -> list[str]:
+        """Their digests."""
+
+
+class Control(Protocol):
+    """The way to ask a source for chunks."""
+
+    def request(self, chunks: list[int]) -> None:
+        """Ask for chunks, in order."""
+
+    def sending(self) -> Answer:
+        """Return the answer to the oldest request not answered yet."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model that is being filled, by one session or several.
+
+    Attributes:
+        names: name of each tensor.
+        tensors: the plan's tensors, in order; their memory is written.
+        plan: the chunks.
+        ledger: which of them are done.
+        verify: whether digests are checked.
+    """
+
+    names: Sequence[str]
+    tensors: Sequence[torch.Tensor]
+    plan: Plan
+    ledger: Ledger
+    verify: bool
+
+
+class _Staging:
+    """At most `WINDOW` buffers for packed chunks, made when first needed and used again."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self._device = device
+        self._nbytes = nbytes
+        self._free: list[torch.Tensor] = []
+
+    def take(self) -> torch.Tensor:
+        return self._free.pop() if self._free else self._device.empty(self._nbytes)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        self._free.append(buffer)
+
+
+class P2PSend:
+    """Sends chunks of a model in the order asked for.
+
+    Args:
+        group: the session's group.
+        tensors: the plan's tensors.
+        plan: the chunks.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        group: TransferGroup,
+        tensors: Sequence[torch.Tensor],
+        plan: Plan,
+        device: Device,
+    ) -> None:
+        self._group = group
+        self._tensors = tensors
+        self._plan = plan
+        self._staging = _Staging(device, plan.chunk_bytes)
+        self._staged: deque[torch.Tensor | None] = deque()
+        self.bytes_sent = 0
+
+    def post(self, chunk: int) -> None:
+        """Start sending a chunk, after waiting for room in the window.
+
+        Raises:
+            RuntimeError: an earlier chunk could not be sent.
+        """
+        while self._group.in_flight >= WINDOW:
+            self._finish_oldest()
+        planned = self._plan.chunks[chunk]
+        message, buffer = _own_memory(planned, self._tensors), None
+        if message is None:
+            buffer = self._staging.take()
+            message = pack(planned, self._tensors, buffer)
+        self._staged.append(buffer)
+        self._group.send(message)
+        self.bytes_sent += planned.nbytes
+
+    def progress(self) -> bool:
+        """Wait for the oldest chunk posted to have been sent; return whether there was one.
+
+        Raises:
+            RuntimeError: it could not be sent.
+        """
+        if not self._group.in_flight:
+            return False
+        self._finish_oldest()
+        return True
+
+    def finish(self) -> None:
+        """Wait until every chunk posted has been sent.
+
+        Raises:
+            RuntimeError: one could not be sent.
+        """
+        while self.progress():
+            pass
+
+    def _finish_oldest(self) -> None:
+        self._group.wait()
+        buffer = self._staged.popleft()
+        if buffer is not None:
+            self._staging.give_back(buffer)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    chunk: int
+    digest: str
+    buffer: torch.Tensor | None
+
+
+class P2PLoad:
+    """Pulls what a model still lacks from one source, verified chunk by chunk.
+
+    Args:
+        control: the way to ask the source.
+        group: the session's group.
+        target: the model.
+        device: where its tensors are.
+        keep_alive: seconds after which a session with nothing to fetch says that it is there.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        group: TransferGroup,
+        target: Target,
+        device: Device,
+        *,
+        keep_alive: float,
+    ) -> None:
+        self._control = control
+        self._group = group
+        self._target = target
+        self._device = device
+        self._keep_alive = keep_alive
+        self._staging = _Staging(device, target.plan.chunk_bytes)
+        self._requested: deque[int] = deque()
+        self._arriving: deque[_Arrival] = deque()
+        self._landing: deque[tuple[_Arrival, Future[tuple[bytes, ...] | None]]] = deque()
+        self._wrong_before: set[int] = set()
+        self.bytes_received = 0
+
+    @property
+    def outstanding(self) -> list[int]:
+        """Chunks taken from the ledger that are neither done nor given back."""
+        landing = (arrival for arrival, _ in self._landing)
+        return [*self._requested, *(arrival.chunk for arrival in (*self._arriving, *landing))]
+
+    def run(self) -> None:
+        """Fetch until every chunk of the model is done, here or by another session.
+
+        After an exception the `outstanding` chunks can be given back to the ledger, once the group
+        is closed.
+
+        Raises:
+            SourceLost: the control connection failed.
+            RuntimeError: the process group failed.
+            ProtocolError: the source sends other chunks than those asked for.
+            TransferCorrupt: a chunk came with wrong bytes for the second time.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="netloader-verify") as verifier:
+            while not self._target.ledger.finished:
+                self._request()
+                self._receive()
+                if self._arriving:
+                    self._group.wait()
+                    arrival = self._arriving.popleft()
+                    landing = verifier.submit(self._land, arrival)
+                    self._landing.append((arrival, landing))
+                elif self._landing:
+                    self._landing[0][1].result()
+                else:
+                    self._idle()
+                while self._landing and self._landing[0][1].done():
+                    self._settle()
+
+    def _request(self) -> None:
+        while len(self.outstanding) < WINDOW:
+            chunk = self._target.ledger.take()
+            if chunk is None:
+                return
+            self._requested.append(chunk)
+            self._control.request([chunk])
+
+    def _receive(self) -> None:
+        while self._requested:
+            answer = self._control.sending()
+            wanted = self._requested[0]
+            if answer.chunks != [wanted]:
+                raise ProtocolError(f"chunk {wanted} was asked for, {answer.chunks} announced")
+            planned = self._target.plan.chunks[wanted]
+            message, buffer = _own_memory(planned, self._target.tensors), None
+            if message is None:
+                buffer = self._staging.take()
+                message = buffer[: planned.nbytes]
+            self._group.receive(message)
+            self._arriving.append(_Arrival(self._requested.popleft(), answer.digests[0], buffer))
+
+    def _land(self, arrival: _Arrival) -> tuple[bytes, ...] | None:
+        planned = self._target.plan.chunks[arrival.chunk]
+        if arrival.buffer is not None:
+            unpack(planned, self._target.tensors, arrival.buffer[: planned.nbytes])
+        if not self._target.verify:
+            return ()
+        # Read back from the tensors, so that a chunk put in the wrong place is noticed as well.
+        hashes = piece_hashes(planned, self._target.tensors, self._device)
+        return hashes if chunk_digest(hashes) == arrival.digest else None
+
+    def _settle(self) -> None:
+        arrival, landing = self._landing[0]
+        hashes = landing.result()
+        if hashes is None and arrival.chunk in self._wrong_before:
+            names = _names(self._target, self._target.plan.chunks[arrival.chunk])
+            raise TransferCorrupt(f"wrong bytes twice in chunk {arrival.chunk} ({names})")
+        self._landing.popleft()
+        if arrival.buffer is not None:
+            self._staging.give_back(arrival.buffer)
+        if hashes is None:
+            self._wrong_before.add(arrival.chunk)
+            self._target.ledger.give_back([arrival.chunk])
+        else:
+            self.bytes_received += self._target.plan.chunks[arrival.chunk].nbytes
+            self._target.ledger.done(arrival.chunk, hashes)
+
+    def _idle(self) -> None:
+        self._target.ledger.wait(self._keep_alive)
+        if not self._target.ledger.finished:
+            self._control.request([])
+            self._control.sending()
+
+
+def _own_memory(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    return in_place(chunk.pieces[0], tensors) if len(chunk.pieces) == 1 else None
+
+
+def _names(target: Target, chunk: Chunk) -> str:
+    return ", ".join(_first_few(target.names[piece.tensor] for piece in chunk.pieces))
+
+
+def _first_few(names: Iterable[str], limit: int = 3) -> list[str]:
+    every = list(names)
+    more = len(every) - limit
+    return every if more <= 0 else [*every[:limit], f"and {more} more"]

@@ -1,0 +1,62 @@
+"""Which chunks of a load are wanted, in flight and done: what its sessions share."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+
+class Ledger:
+    """Hands every chunk out once, and again when it comes back.
+
+    Args:
+        chunks: number of chunks; they are numbered from 0.
+    """
+
+    def __init__(self, chunks: int) -> None:
+        self._changed = threading.Condition()
+        self._wanted = deque(range(chunks))
+        self._hashes: list[tuple[bytes, ...] | None] = [None] * chunks
+        self._left = chunks
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chunk is done."""
+        with self._changed:
+            return self._left == 0
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no chunk is done yet."""
+        with self._changed:
+            return self._left == len(self._hashes)
+
+    def take(self) -> int | None:
+        """Return a chunk to fetch, or None if none is wanted at the moment."""
+        with self._changed:
+            return self._wanted.popleft() if self._wanted else None
+
+    def done(self, chunk: int, hashes: tuple[bytes, ...]) -> None:
+        """Record that a chunk is in place, with the hashes of its pieces."""
+        with self._changed:
+            if self._hashes[chunk] is None:
+                self._left -= 1
+            self._hashes[chunk] = hashes
+            if self._left == 0:
+                self._changed.notify_all()
+
+    def give_back(self, chunks: Iterable[int]) -> None:
+        """Want chunks again that were taken and did not arrive."""
+        with self._changed:
+            self._wanted.extendleft(chunks)
+            self._changed.notify_all()
+
+    def wait(self, timeout: float) -> None:
+        """Return when a chunk is wanted or all are done, or after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._wanted or self._left == 0, timeout)
+
+    def hashes(self) -> tuple[tuple[bytes, ...], ...]:
+        """Return the hashes of the pieces of all chunks, once every chunk is done."""
+        with self._changed:
+            assert self._left == 0
+            return tuple(hashes for hashes in self._hashes if hashes is not None)

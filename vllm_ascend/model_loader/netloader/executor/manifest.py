@@ -1,0 +1,151 @@
+"""Which tensors travel, in which layout and order, and whether two sides mean the same ones."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeAlias
+
+import msgspec
+import torch
+
+from ..errors import LayoutUnsupported
+
+RAW = "raw"
+MAX_NAMED = 5  # how many differences a refusal spells out
+
+Scalar: TypeAlias = bool | int | float | str | None
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor.
+
+    Attributes:
+        name: dotted name in the model.
+        dtype: as in `torch.bfloat16`.
+        shape: its dimensions.
+        alias_of: name of the earlier entry whose memory this one shares entirely (tied weights);
+            such an entry has no bytes of its own.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    alias_of: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a source offers.
+
+    Attributes:
+        layout: `raw`: tensors as the checkpoint fills them, before post-processing.
+        tensors: the tensors in the order of the plan. On the wire each one is its elements in
+            row-major order, whatever its strides in memory.
+        attributes: dotted name -> value of the plain attributes that loading has set on modules.
+    """
+
+    layout: str
+    tensors: list[TensorEntry]
+    attributes: dict[str, Scalar]
+
+
+def describe(
+    tensors: Mapping[str, torch.Tensor], layout: str, attributes: Mapping[str, Scalar]
+) -> tuple[Manifest, list[torch.Tensor]]:
+    """Make the manifest of named tensors.
+
+    Args:
+        tensors: name -> tensor, any dtype, shape and strides.
+        layout: the manifest's layout.
+        attributes: the manifest's attributes.
+
+    Returns:
+        The manifest, and the tensors of its entries that are no aliases, in order.
+
+    Raises:
+        LayoutUnsupported: a tensor has no memory yet.
+    """
+    entries: list[TensorEntry] = []
+    distinct: list[torch.Tensor] = []
+    first_with: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        region = _region(name, tensor)
+        alias_of = first_with.setdefault(region, name)
+        shape = tuple(tensor.shape)
+        if alias_of == name:
+            entries.append(TensorEntry(name, str(tensor.dtype), shape))
+            distinct.append(tensor)
+        else:
+            entries.append(TensorEntry(name, str(tensor.dtype), shape, alias_of))
+    return Manifest(layout, entries, dict(attributes)), distinct
+
+
+def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Make uninitialized tensors, on the default device, for all of a manifest's names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in manifest.tensors:
+        if entry.alias_of is not None:
+            tensors[entry.name] = tensors[entry.alias_of]
+        else:
+            dtype = getattr(torch, entry.dtype.removeprefix("torch."))
+            tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
+    return tensors
+
+
+def match(
+    manifest: Manifest, tensors: Mapping[str, torch.Tensor], required: Collection[str]
+) -> list[torch.Tensor]:
+    """Find a manifest's tensors among a model's own.
+
+    Args:
+        manifest: what the source offers.
+        tensors: name -> tensor of this side.
+        required: names among them that the manifest must have.
+
+    Returns:
+        This side's tensors of the entries that are no aliases, in order.
+
+    Raises:
+        LayoutUnsupported: the two differ; names the first differing tensors.
+    """
+    differences: list[str] = []
+    matched: list[torch.Tensor] = []
+    first_with: dict[object, str] = {}
+    for entry in manifest.tensors:
+        tensor = tensors.get(entry.name)
+        if tensor is None:
+            differences.append(f"{entry.name} is only there")
+            continue
+        here, there = (str(tensor.dtype), tuple(tensor.shape)), (entry.dtype, entry.shape)
+        if here != there:
+            differences.append(f"{entry.name} is {_kind(*here)} here and {_kind(*there)} there")
+            continue
+        first = first_with.setdefault(_region(entry.name, tensor), entry.name)
+        alias_of = None if first == entry.name else first
+        if alias_of != entry.alias_of:
+            differences.append(
+                f"{entry.name} shares the memory of {alias_of or 'no other'} here and of "
+                f"{entry.alias_of or 'no other'} there"
+            )
+        elif alias_of is None:
+            matched.append(tensor)
+    known = {entry.name for entry in manifest.tensors}
+    differences += [f"{name} is only here" for name in sorted(set(required) - known)]
+    if differences:
+        raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
+    return matched
+
+
+def _region(name: str, tensor: torch.Tensor) -> object:
+    if tensor.is_meta or isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
+    if tensor.numel() == 0:
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _kind(dtype: str, shape: Iterable[int]) -> str:
+    return f"{dtype.removeprefix('torch.')}{list(shape)}"
+
+
+def _first(differences: list[str]) -> str:
+    named = "; ".join(differences[:MAX_NAMED])
+    more = len(differences) - MAX_NAMED
+    return f"{named}; and {more} more" if more > 0 else named

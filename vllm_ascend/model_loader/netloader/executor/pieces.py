@@ -1,0 +1,80 @@
+"""Runs of a tensor's bytes, in row-major order, read and written in place where memory allows."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .plan import Chunk, Piece
+
+
+def size_of(tensor: torch.Tensor) -> int:
+    """Return the number of bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def in_place(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return a piece as its tensor's own memory.
+
+    Args:
+        piece: which bytes.
+        tensors: the plan's tensors, any dtype, shape and strides.
+
+    Returns:
+        A uint8 view of shape [piece.nbytes], or None where the tensor is not contiguous.
+    """
+    tensor = tensors[piece.tensor].detach()
+    if not tensor.is_contiguous():
+        return None
+    flat = tensor.view(-1).view(torch.uint8)
+    return flat[piece.offset : piece.offset + piece.nbytes]
+
+
+def read(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a piece's bytes, uint8 of shape [piece.nbytes]: a view if possible, else a copy."""
+    view = in_place(piece, tensors)
+    if view is not None:
+        return view
+    tensor = tensors[piece.tensor].detach()
+    return tensor[_elements(piece, tensor)].view(torch.uint8)
+
+
+def write(piece: Piece, tensors: Sequence[torch.Tensor], data: torch.Tensor) -> None:
+    """Set a piece's bytes from `data`, uint8 of shape [piece.nbytes]."""
+    view = in_place(piece, tensors)
+    if view is not None:
+        view.copy_(data)
+        return
+    tensor = tensors[piece.tensor].detach()
+    # a clone starts at a multiple of any element's size, which a slice of a message may not
+    tensor[_elements(piece, tensor)] = data.clone().view(tensor.dtype)
+
+
+def pack(chunk: Chunk, tensors: Sequence[torch.Tensor], staging: torch.Tensor) -> torch.Tensor:
+    """Gather a chunk's pieces into a message.
+
+    Args:
+        chunk: which bytes.
+        tensors: the plan's tensors.
+        staging: uint8 memory of at least `chunk.nbytes`.
+
+    Returns:
+        The message: the first `chunk.nbytes` of `staging`.
+    """
+    message = staging[: chunk.nbytes]
+    torch.cat([read(piece, tensors) for piece in chunk.pieces], out=message)
+    return message
+
+
+def unpack(chunk: Chunk, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+    """Scatter a message of `chunk.nbytes` into the chunk's pieces."""
+    parts = message.split([piece.nbytes for piece in chunk.pieces])
+    for piece, part in zip(chunk.pieces, parts, strict=True):
+        write(piece, tensors, part)
+
+
+def _elements(piece: Piece, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    size = tensor.element_size()
+    positions = torch.arange(
+        piece.offset // size, (piece.offset + piece.nbytes) // size, device=tensor.device
+    )
+    return torch.unravel_index(positions, tensor.shape)

@@ -1,0 +1,144 @@
+"""A two-rank process group of one session, outside torch's global state."""
+
+from collections import deque
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore, Work
+
+from .devices import Device
+
+CLIENT, SOURCE = 0, 1
+
+
+class TransferGroup:
+    """Sends and receives messages that complete in the order in which they were started.
+
+    Gloo may match messages out of order, so each one travels under the next tag, and a message
+    that is missing or too many is noticed; backends without tags keep the order by themselves.
+
+    Args:
+        group: the two-rank group, which this object owns.
+        rank: `CLIENT` or `SOURCE`.
+        device: whose backend moves the bytes.
+        timeout: seconds without a completed message after which the peer counts as lost.
+    """
+
+    def __init__(self, group: ProcessGroup, rank: int, device: Device, timeout: float) -> None:
+        self._group: ProcessGroup | None = group
+        self._peer = CLIENT if rank == SOURCE else SOURCE
+        self._device = device
+        self._timeout = timeout
+        self._tag = 0
+        self._started: deque[Work] = deque()
+
+    def __enter__(self) -> "TransferGroup":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of messages started and not waited for."""
+        return len(self._started)
+
+    def send(self, message: torch.Tensor) -> None:
+        """Start sending contiguous uint8 memory, which must stay as it is until `wait`."""
+        assert self._group is not None
+        self._started.append(self._group.send([message], self._peer, self._next_tag()))
+
+    def receive(self, message: torch.Tensor) -> None:
+        """Start receiving into contiguous uint8 memory."""
+        assert self._group is not None
+        self._started.append(self._group.recv([message], self._peer, self._next_tag()))
+
+    def wait(self) -> None:
+        """Return once the oldest message has happened.
+
+        Raises:
+            RuntimeError: the peer is gone, or the progress deadline passed.
+        """
+        self._device.wait(self._started[0], self._timeout)
+        self._started.popleft()
+
+    def close(self) -> None:
+        """Leave the group; no byte is written to any tensor after this.
+
+        Gloo keeps a connection open for as long as an operation on it is referred to, so this
+        object is the only one that does.
+        """
+        group, self._group = self._group, None
+        self._started.clear()
+        if group is not None:
+            group.abort()
+
+    def _next_tag(self) -> int:
+        self._tag = (self._tag + 1) % (1 << 30)
+        return self._tag
+
+
+def host_store(local_host: str, timeout: float) -> TCPStore:
+    """Open a store on a port that the system chooses, for one session.
+
+    Raises:
+        RuntimeError: it cannot be opened.
+    """
+    return TCPStore(
+        local_host,
+        0,
+        world_size=2,
+        is_master=True,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
+
+
+def visit_store(host: str, port: int, timeout: float) -> TCPStore:
+    """Connect to the store that a source has opened.
+
+    Raises:
+        RuntimeError: it cannot be reached within `timeout` seconds.
+    """
+    return TCPStore(
+        host,
+        port,
+        world_size=2,
+        is_master=False,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
+
+
+def form_group(
+    device: Device,
+    store: Store,
+    session: str,
+    rank: int,
+    local_host: str,
+    *,
+    handshake: float,
+    progress: float,
+) -> TransferGroup:
+    """Form the two-rank group of a session.
+
+    Args:
+        device: whose backend moves the bytes.
+        store: where the two meet.
+        session: the session's name, the prefix of its keys.
+        rank: `CLIENT` or `SOURCE`.
+        local_host: the address of this machine that the peer reaches.
+        handshake: seconds for forming it.
+        progress: seconds without a completed message after which the peer counts as lost.
+
+    Raises:
+        RuntimeError: the peer did not come in time, or went away.
+    """
+    group = device.create_group(PrefixStore(session, store), rank, local_host, handshake)
+    return TransferGroup(group, rank, device, progress)

@@ -1,0 +1,257 @@
+"""Raw weights kept beside the processed ones, so that an instance can serve them.
+
+Post-processing replaces or changes what the checkpoint filled in. A tensor that it replaces is kept
+by reference; one that it changes in place is lost unless a copy was made before (INT8_CACHE), and
+then nothing else may be sent in its place. What has changed is told by hashing before and after.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..config import Int8Cache
+from ..errors import LayoutUnsupported
+from .devices import Device
+from .digest import Digests, digest_model, piece_hashes
+from .manifest import RAW, Manifest, Scalar, describe
+from .pieces import size_of
+from .plan import Plan, make_plan
+
+# Scales and the like: copying all of them costs little, and quantization rewrites them in place.
+_SMALL = 64 << 10
+
+
+@dataclass(frozen=True)
+class BeforeLoading:
+    """What a model is like before its weights are loaded.
+
+    Attributes:
+        scalars: dotted name -> value of the plain attributes of all modules.
+        tensors: dotted name -> (id, version) of the tensors among the plain attributes.
+        buffers: name -> hash of the buffers that no checkpoint has.
+    """
+
+    scalars: Mapping[str, Scalar]
+    tensors: Mapping[str, tuple[int, int]]
+    buffers: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class RawWeights:
+    """The tensors as the checkpoint filled them, which is what a source sends.
+
+    Attributes:
+        manifest: their names, dtypes and shapes.
+        tensors: the tensors without aliases, in the manifest's order.
+        plan: the chunks they are hashed and sent in.
+        digests: checksums of all of them.
+    """
+
+    manifest: Manifest
+    tensors: Sequence[torch.Tensor]
+    plan: Plan
+    digests: Digests
+
+    def names(self) -> list[str]:
+        """Return the name of each tensor."""
+        return [entry.name for entry in self.manifest.tensors if entry.alias_of is None]
+
+
+def before_loading(model: nn.Module, device: Device) -> BeforeLoading:
+    """Take note of what loading may change besides parameters and persistent buffers."""
+    return BeforeLoading(
+        scalars=_scalars(model),
+        tensors=_plain_tensors(model),
+        buffers=_hashes(_derived_buffers(model), device),
+    )
+
+
+def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return what loading can fill, and the names that every checkpoint's load has to fill.
+
+    Returns:
+        Name -> tensor of all parameters and buffers under all their names, detached, so that a
+        later change of a parameter's shape or memory leaves them alone; and the names of the
+        parameters and persistent buffers among them.
+    """
+    derived = _derived_buffers(model)
+    tensors = {
+        name: tensor.detach()
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+        if not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    }
+    return tensors, tensors.keys() - derived.keys()
+
+
+def capture_loaded(
+    model: nn.Module, before: BeforeLoading, chunk_bytes: int, device: Device
+) -> RawWeights:
+    """Keep references to what a checkpoint has just filled.
+
+    Args:
+        model: the model, not post-processed yet.
+        before: what it was like before loading.
+        chunk_bytes: chunk size in bytes.
+        device: where the tensors are.
+
+    Raises:
+        LayoutUnsupported: loading left something that the raw layout cannot carry; names it.
+    """
+    plain = _plain_tensors(model)
+    if changed := sorted(name for name in plain if plain[name] != before.tensors.get(name)):
+        raise LayoutUnsupported(
+            f"{changed[0]} was made by loading and is neither a parameter nor a buffer"
+        )
+    scalars = _scalars(model)
+    attributes = {
+        name: value
+        for name, value in scalars.items()
+        if name not in before.scalars or before.scalars[name] != value
+    }
+    everything, required = raw_tensors(model)
+    derived = _hashes(_derived_buffers(model), device)
+    filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
+    tensors = {name: tensor for name, tensor in everything.items() if name in filled}
+    manifest, distinct = describe(tensors, RAW, attributes)
+    plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
+    return RawWeights(manifest, distinct, plan, digest_model(plan, distinct, device))
+
+
+def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
+    """Set the plain attributes that loading has set at the source.
+
+    Raises:
+        LayoutUnsupported: an attribute's module does not exist here, or the name is taken by
+            something that is no plain value.
+    """
+    for name, value in attributes.items():
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise LayoutUnsupported(f"attribute {name}: no such module here") from None
+        existing = getattr(module, attribute, None)
+        if attribute.startswith("__") or not _is_scalar(existing):
+            raise LayoutUnsupported(f"attribute {name} is not a plain value here")
+        setattr(module, attribute, value)
+
+
+def copy_int8(
+    raw: RawWeights, cache: Int8Cache, parts: Sequence[str] | None
+) -> dict[int, torch.Tensor]:
+    """Copy the tensors that post-processing may change in place, before it runs.
+
+    Args:
+        raw: the weights.
+        cache: where to keep copies of int8 tensors; NO: none are made.
+        parts: parts of names that `cache` applies to; None: all.
+
+    Returns:
+        Index -> copy: the int8 tensors chosen, and all small ones, whatever `cache` is.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for index, (name, tensor) in enumerate(zip(raw.names(), raw.tensors, strict=True)):
+        chosen = parts is None or any(part in name for part in parts)
+        if tensor.dtype == torch.int8 and cache is not Int8Cache.NO and chosen:
+            place = torch.device("cpu") if cache is Int8Cache.DRAM else tensor.device
+            copies[index] = tensor.to(place, copy=True)
+        elif tensor.dtype != torch.int8 and size_of(tensor) < _SMALL:
+            copies[index] = tensor.clone()
+    return copies
+
+
+def after_processing(
+    raw: RawWeights, copies: Mapping[int, torch.Tensor], device: Device
+) -> RawWeights:
+    """Put copies in the place of what post-processing has changed; the other copies are dropped.
+
+    Raises:
+        LayoutUnsupported: a tensor has changed and there is no copy; names it.
+    """
+    device.synchronize()
+    changed = _changed(raw, device)
+    names = raw.names()
+    if lost := [names[index] for index in sorted(changed) if index not in copies]:
+        raise LayoutUnsupported(
+            f"post-processing has changed {lost[0]}"
+            + (f" and {len(lost) - 1} more tensors" if len(lost) > 1 else "")
+            + ", and no copy was kept (INT8_CACHE hbm or dram keeps int8 tensors)"
+        )
+    tensors = [
+        copies[index] if index in changed else tensor for index, tensor in enumerate(raw.tensors)
+    ]
+    return replace(raw, tensors=tensors)
+
+
+def _changed(raw: RawWeights, device: Device) -> set[int]:
+    gone = {
+        index
+        for index, tensor in enumerate(raw.tensors)
+        if tensor.untyped_storage().nbytes() < size_of(tensor)
+    }
+    changed = set(gone)
+    for chunk, hashes in zip(raw.plan.chunks, raw.digests.pieces, strict=True):
+        if any(piece.tensor in gone for piece in chunk.pieces):
+            pieces = [piece for piece in chunk.pieces if piece.tensor not in gone]
+            hashes = tuple(
+                known
+                for piece, known in zip(chunk.pieces, hashes, strict=True)
+                if piece.tensor not in gone
+            )
+            chunk = replace(chunk, pieces=tuple(pieces))
+        now = piece_hashes(chunk, raw.tensors, device)
+        changed |= {
+            piece.tensor
+            for piece, old, new in zip(chunk.pieces, hashes, now, strict=True)
+            if old != new
+        }
+    return changed
+
+
+def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that are not persistent: a model makes them itself, in most cases."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in persistent
+    }
+
+
+def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, bytes]:
+    return {
+        name: device.hash(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and tensor.numel()
+    }
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)  # JSON has no other
+    return value is None or isinstance(value, bool | int | str)
+
+
+def _scalars(model: nn.Module) -> dict[str, Scalar]:
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if _is_scalar(value)
+    }
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        f"{path}.{name}" if path else name: (
+            id(value),
+            0 if value.is_inference() else value._version,
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }

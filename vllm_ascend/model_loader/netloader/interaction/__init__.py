@@ -1,0 +1,1 @@
+"""The control plane: who talks to whom. It never touches a tensor."""

@@ -1,0 +1,332 @@
+"""Both ends of a control connection: `ElasticClient` and `ElasticServer`."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from ..errors import ProtocolError, SourceLost, SourceRefused
+from ..identity import ModelIdentity
+from ..utils import Address, logger, unmapped
+from .protocol import (
+    MAX_JOIN_BYTES,
+    Abort,
+    Connection,
+    Done,
+    Fetch,
+    Join,
+    JoinAck,
+    JoinNack,
+    Missing,
+    Reply,
+    Request,
+    Sending,
+    Status,
+    StatusRequest,
+    shortened,
+)
+
+MAX_HANDSHAKES = 64  # connections that have not joined yet; over that the oldest is dropped
+
+
+class ElasticClient:
+    """A client's side of one control connection.
+
+    Every failure is a `SourceError` that begins with the source's address.
+    """
+
+    def __init__(
+        self, address: Address, connection: Connection, handshake: float, progress: float
+    ) -> None:
+        self.address = address
+        self._connection = connection
+        self._handshake = handshake
+        self._progress = progress
+
+    @classmethod
+    def connect(
+        cls, address: Address, *, connect: float, handshake: float, progress: float
+    ) -> "ElasticClient":
+        """Connect to a source.
+
+        Args:
+            address: where it listens.
+            connect: seconds to reach it.
+            handshake: seconds for its answer to a JOIN.
+            progress: seconds for any later answer.
+
+        Raises:
+            SourceLost: it cannot be reached.
+        """
+        try:
+            sock = socket.create_connection((address.host, address.port), timeout=connect)
+        except (OSError, UnicodeError) as error:
+            raise SourceLost(f"{address}: cannot connect: {_reason(error)}") from None
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            return cls(address, Connection(sock), handshake, progress)
+        except OSError as error:
+            sock.close()
+            raise SourceLost(f"{address}: cannot connect: {_reason(error)}") from None
+
+    @property
+    def local_host(self) -> str:
+        """The address of this machine that the source sees."""
+        return unmapped(self._connection.local_host)
+
+    @property
+    def peer_host(self) -> str:
+        """The address that the source was reached at."""
+        return unmapped(self._connection.peer_host)
+
+    def __enter__(self) -> "ElasticClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def join(self, join: Join, identity: ModelIdentity) -> JoinAck:
+        """Ask for a session.
+
+        Args:
+            join: the question.
+            identity: this client's identity, to say what differs when the source declines.
+
+        Raises:
+            SourceRefused: the source declined.
+            SourceLost: it did not answer, or not with a valid message.
+        """
+        reply = self._ask(join, self._handshake)
+        if isinstance(reply, JoinAck):
+            return reply
+        if isinstance(reply, JoinNack):
+            reason = shortened(reply.reason)
+            if reply.identity is not None:
+                reason += ": " + "; ".join(map(shortened, identity.differences(reply.identity)))
+            raise SourceRefused(f"{self.address}: refused: {reason}")
+        raise self._unexpected(reply)
+
+    def request(self, chunks: list[int]) -> None:
+        """Ask for chunks; `sending` has the answer, one for each request, in order."""
+        with self._failures():
+            self._connection.send(Fetch(chunks), self._progress)
+
+    def sending(self) -> Sending:
+        """Return the answer to the oldest request that has not been answered yet.
+
+        Raises:
+            SourceLost: the source gave up, went away, or does not have the chunks.
+        """
+        with self._failures():
+            reply = self._connection.receive_reply(self._progress)
+        if isinstance(reply, Sending) and len(reply.chunks) == len(reply.digests):
+            return reply
+        if isinstance(reply, Abort | Missing):
+            raise SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")
+        raise self._unexpected(reply)
+
+    def finish(self, last: Done | Abort) -> None:
+        """Say goodbye; whether the source hears it makes no difference."""
+        with contextlib.suppress(OSError, ProtocolError):
+            self._connection.send(last, self._progress)
+
+    def status(self) -> Status:
+        """Ask how the source is, in the place of a JOIN."""
+        reply = self._ask(StatusRequest(), self._handshake)
+        if isinstance(reply, Status):
+            return reply
+        raise self._unexpected(reply)
+
+    def _ask(self, request: Request, timeout: float) -> Reply:
+        with self._failures():
+            self._connection.send(request, timeout)
+            return self._connection.receive_reply(timeout)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ProtocolError) as error:
+            raise SourceLost(f"{self.address}: {_reason(error)}") from None
+
+    def _unexpected(self, reply: Reply) -> SourceLost:
+        return SourceLost(f"{self.address}: a {type(reply).__name__} does not belong here")
+
+
+class ElasticServer:
+    """One listening socket, an accept thread, and a thread for each connection.
+
+    Args:
+        handle_session: called in the connection's thread with a valid JOIN, once one of the
+            `max_sessions` places is free; the session is over when it returns or raises.
+        status: makes the answer to STATUS from the number of sessions.
+        max_sessions: sessions at once; more are answered "busy".
+        handshake_timeout: seconds in which a new connection has to send its first message.
+    """
+
+    def __init__(
+        self,
+        handle_session: Callable[[Join, Connection], None],
+        status: Callable[[int], Status],
+        *,
+        max_sessions: int,
+        handshake_timeout: float,
+    ) -> None:
+        self._handle_session = handle_session
+        self._status = status
+        self._max_sessions = max_sessions
+        self._handshake_timeout = handshake_timeout
+        self._listener: socket.socket | None = None
+        self._accepting: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._handshakes: dict[Connection, threading.Thread] = {}
+        self._sessions: dict[Connection, threading.Thread] = {}
+
+    def start(self, host: str | None, port: int) -> int:
+        """Listen, and accept connections in a thread of its own.
+
+        Args:
+            host: address to listen on; None: all of them, IPv4 and IPv6.
+            port: port to listen on; 0: the system chooses.
+
+        Returns:
+            The port.
+
+        Raises:
+            OSError: the port is taken, or the address is not one of this machine.
+        """
+        self._listener = _listen(host, port)
+        self._accepting = threading.Thread(
+            target=self._accept, args=(self._listener,), name="netloader-accept", daemon=True
+        )
+        self._accepting.start()
+        return int(self._listener.getsockname()[1])
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Close the port and every connection, and wait for the threads.
+
+        Args:
+            timeout: seconds that the threads are waited for, all together.
+        """
+        self._stopping.set()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):  # wakes the accept thread; close alone does not
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        with self._lock:
+            open_now = {**self._handshakes, **self._sessions}
+        for connection in open_now:
+            connection.close()
+        for thread in (self._accepting, *open_now.values()):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(timeout / (1 + len(open_now)))
+
+    @property
+    def sessions(self) -> int:
+        """Number of open sessions."""
+        with self._lock:
+            return len(self._sessions)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._stopping.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if self._stopping.is_set():
+                    return
+                # Out of descriptors, say: what is open now will free some.
+                logger.warning("NetLoader: cannot accept a connection: %s", _reason(error))
+                self._stopping.wait(0.2)
+                continue
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection = Connection(sock)
+            except OSError:  # gone already
+                sock.close()
+                continue
+            thread = threading.Thread(
+                target=self._serve, args=(connection,), name="netloader-session", daemon=True
+            )
+            with self._lock:
+                oldest = next(iter(self._handshakes)) if self._full() else None
+                self._handshakes[connection] = thread
+            if oldest is not None:
+                oldest.close()
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                logger.warning("NetLoader: cannot serve a connection: %s", _reason(error))
+                self._forget(connection)
+
+    def _full(self) -> bool:
+        return len(self._handshakes) >= MAX_HANDSHAKES
+
+    def _serve(self, connection: Connection) -> None:
+        peer = Address(unmapped(connection.peer_host), connection.peer_port)
+        try:
+            request = connection.receive_request(
+                self._handshake_timeout, MAX_JOIN_BYTES, first=True
+            )
+            if isinstance(request, StatusRequest):
+                connection.send(self._status(self.sessions), self._handshake_timeout)
+            elif not isinstance(request, Join):
+                raise ProtocolError(f"a {type(request).__name__} came before a JOIN")
+            elif self._admit(connection):
+                self._handle_session(request, connection)
+            else:
+                busy = f"busy: {self._max_sessions} of {self._max_sessions} sessions are open"
+                connection.send(JoinNack(busy), self._handshake_timeout)
+        except ProtocolError as error:
+            logger.warning("NetLoader: %s: %s", peer, error)
+            with contextlib.suppress(OSError):
+                connection.send(JoinNack(str(error)), self._handshake_timeout)
+        except OSError as error:
+            logger.debug("NetLoader: %s: %s", peer, _reason(error))
+        except Exception:
+            # Whatever a peer provokes ends its own session, never the source.
+            logger.exception("NetLoader: %s: the session failed", peer)
+        finally:
+            self._forget(connection)
+
+    def _admit(self, connection: Connection) -> bool:
+        with self._lock:
+            if len(self._sessions) >= self._max_sessions:
+                return False
+            self._sessions[connection] = self._handshakes.pop(connection)
+            return True
+
+    def _forget(self, connection: Connection) -> None:
+        with self._lock:
+            self._handshakes.pop(connection, None)
+            self._sessions.pop(connection, None)
+        connection.close()
+
+
+def _listen(host: str | None, port: int) -> socket.socket:
+    if host is None and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            # On a machine without IPv6 this fails, and IPv4 alone serves everybody there.
+            return _create_server(socket.AF_INET6, "", port, dualstack=True)
+    if host is None:
+        return _create_server(socket.AF_INET, "", port)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return _create_server(family, host, port)
+
+
+def _create_server(family: int, host: str, port: int, *, dualstack: bool = False) -> socket.socket:
+    return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=dualstack)
+
+
+def _reason(error: BaseException) -> str:
+    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -1,0 +1,337 @@
+"""The messages of the control plane, their framing and their limits.
+
+A message is a JSON object `{"label": ..., "content": {...}}` in UTF-8 on one line. The labels JOIN,
+JOIN_ACK and JOIN_NACK and the first seven fields of a JOIN are those of the NetLoader in vLLM
+Ascend, which sends its JOIN without a newline and reads with a single 1,024-byte read; this side
+therefore keeps a JOIN below that size and accepts one that is complete without a newline.
+
+A session::
+
+    client                                source
+      JOIN             ->
+                       <-  JOIN_ACK | JOIN_NACK      (both build the process group)
+      FETCH chunks     ->
+                       <-  SENDING chunks, digests   (and the bytes, in the process group)
+      ...
+      DONE | ABORT     ->
+
+`STATUS` may stand in the place of a JOIN.
+"""
+
+import contextlib
+import socket
+import time
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+
+from ..errors import ProtocolError
+from ..identity import ModelIdentity
+
+PROTOCOL = 2
+MAX_JOIN_BYTES = 1024
+MAX_REQUEST_BYTES = 64 << 10
+MAX_MESSAGE_BYTES = 64 << 20
+TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
+
+# What a log line shows of a text that a peer chose
+_MAX_REASON = 2000
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Port: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
+Digest: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{0,128}$")]
+Chunks: TypeAlias = Annotated[list[Count], msgspec.Meta(max_length=4096)]
+
+
+class Join(msgspec.Struct, frozen=True):
+    """A client asks for a session; see `identity.ModelIdentity` for what must be equal.
+
+    Attributes:
+        device_id: the client's global rank.
+        model_path: name of the model.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        port: port of the client's store; unused in protocol 2, where the source hosts it.
+        group_name: which model of the instance, the target or the draft.
+        int8_cache: the client's INT8_CACHE.
+        protocol: 2; absent from a client that speaks the NetLoader protocol of vLLM Ascend.
+        identity: digest of the client's identity.
+        layouts: layouts the client can take.
+        chunk_bytes: the chunk size this client needs because it has chunks of that size already; 0:
+            the source's choice.
+        listen: where the client will listen itself, if that is known.
+    """
+
+    device_id: Count
+    model_path: ShortText
+    tp: Count
+    pp: Count
+    port: Port = 0
+    group_name: ShortText = TARGET_GROUP
+    int8_cache: ShortText = "no"
+    protocol: int = 1
+    identity: Digest = ""
+    layouts: list[str] = []
+    chunk_bytes: Count = 0
+    listen: ShortText | None = None
+
+
+class JoinAck(msgspec.Struct, frozen=True):
+    """The source accepts.
+
+    Attributes:
+        session: name of the session, the prefix of its keys in the store.
+        rendezvous_port: port of the store, at the address that the client reached.
+        chunk_bytes: chunk size of this session in bytes.
+        digest_algorithm: algorithm of all digests of this session.
+        model_digest: digest of the whole model; sources with equal ones are interchangeable.
+        manifest: a `manifest.Manifest`, which the control plane passes on unread.
+    """
+
+    session: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    rendezvous_port: Port
+    chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 << 20)]
+    digest_algorithm: ShortText
+    model_digest: Digest
+    manifest: msgspec.Raw
+
+
+class JoinNack(msgspec.Struct, frozen=True):
+    """The source declines.
+
+    Attributes:
+        reason: for people.
+        identity: the source's identity where that is what differs.
+    """
+
+    reason: str
+    identity: ModelIdentity | None = None
+
+
+class Fetch(msgspec.Struct, frozen=True):
+    """The client wants chunks, in this order; an empty list says that it is still there."""
+
+    chunks: Chunks
+
+
+class Sending(msgspec.Struct, frozen=True):
+    """The source sends chunks in this order; `digests` are those of their bytes."""
+
+    chunks: Chunks
+    digests: Annotated[list[Digest], msgspec.Meta(max_length=4096)]
+
+
+class Missing(msgspec.Struct, frozen=True):
+    """The source does not have these chunks (any more) and will not send them."""
+
+    chunks: Chunks
+    reason: str
+
+
+class Done(msgspec.Struct, frozen=True):
+    """The client has all it wanted from this session.
+
+    Attributes:
+        complete: whether the client's model is complete.
+        model_digest: digest of the whole model as the client has it; empty if not complete.
+    """
+
+    complete: bool
+    model_digest: Digest = ""
+
+
+class Abort(msgspec.Struct, frozen=True):
+    """The sender gives the session up."""
+
+    reason: str
+
+
+class StatusRequest(msgspec.Struct, frozen=True):
+    """Anybody may ask a source how it is."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How a source is.
+
+    Attributes:
+        identities: identity of each model it serves.
+        sessions: number of open sessions.
+        max_sessions: bound on them.
+        bytes_sent: bytes of tensors sent since the start.
+    """
+
+    identities: list[ModelIdentity]
+    sessions: Count
+    max_sessions: Count
+    bytes_sent: Count
+
+
+Request: TypeAlias = Join | Fetch | Done | Abort | StatusRequest
+Reply: TypeAlias = JoinAck | JoinNack | Sending | Missing | Abort | Status
+Message: TypeAlias = Request | Reply
+M = TypeVar("M", bound=Message)
+
+_REQUESTS: dict[str, type[Request]] = {
+    "JOIN": Join,
+    "FETCH": Fetch,
+    "DONE": Done,
+    "ABORT": Abort,
+    "STATUS": StatusRequest,
+}
+_REPLIES: dict[str, type[Reply]] = {
+    "JOIN_ACK": JoinAck,
+    "JOIN_NACK": JoinNack,
+    "SENDING": Sending,
+    "MISSING": Missing,
+    "ABORT": Abort,
+    "STATUS": Status,
+}
+_LABELS = {kind: label for labels in (_REQUESTS, _REPLIES) for label, kind in labels.items()}
+
+
+class _Envelope(msgspec.Struct):
+    label: str
+    content: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+_envelope = msgspec.json.Decoder(_Envelope)
+
+
+def encode(message: Message) -> bytes:
+    """Return a message as its line, newline included.
+
+    Raises:
+        ProtocolError: the message is larger than any receiver takes.
+    """
+    content = msgspec.Raw(msgspec.json.encode(message))
+    line = msgspec.json.encode(_Envelope(_LABELS[type(message)], content)) + b"\n"
+    limit = MAX_JOIN_BYTES if isinstance(message, Join) else MAX_MESSAGE_BYTES
+    if len(line) > limit:
+        label = _LABELS[type(message)]
+        raise ProtocolError(f"a {label} of {len(line)} bytes is over the limit of {limit}")
+    return line
+
+
+def decode_request(line: bytes | bytearray) -> Request:
+    """Parse what a client sent.
+
+    Raises:
+        ProtocolError: it is not a valid request; says why.
+    """
+    return _decode(line, _REQUESTS)
+
+
+def decode_reply(line: bytes | bytearray) -> Reply:
+    """Parse what a source sent.
+
+    Raises:
+        ProtocolError: it is not a valid reply; says why.
+    """
+    return _decode(line, _REPLIES)
+
+
+def _decode(line: bytes | bytearray, labels: dict[str, type[M]]) -> M:
+    try:
+        envelope = _envelope.decode(line)
+        kind = labels.get(envelope.label)
+        if kind is None:
+            raise ProtocolError(
+                f"label {shortened(envelope.label, 40)!r} is not one of {', '.join(labels)}"
+            )
+        content = bytes(envelope.content)
+        if kind is JoinNack and content.startswith(b'"'):  # as vLLM Ascend's NetLoader sends it
+            return kind(msgspec.json.decode(content, type=str))
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a valid message: {shortened(str(error))}") from None
+
+
+def shortened(text: str, limit: int = _MAX_REASON) -> str:
+    """Return a peer's text made fit for a log: one line, printable, bounded."""
+    printable = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
+    return printable if len(printable) <= limit else f"{printable[:limit]}..."
+
+
+class Connection:
+    """Messages over a connected TCP socket, every read and write under a deadline.
+
+    One thread sends and receives; `close` may be called by any other.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray()
+        self.local_host = sock.getsockname()[0]
+        self.peer_host, self.peer_port = sock.getpeername()[:2]
+
+    def send(self, message: Message, timeout: float) -> None:
+        """Send one message.
+
+        Raises:
+            OSError: the connection failed, or `timeout` seconds did not suffice.
+        """
+        line = encode(message)
+        self._sock.settimeout(timeout)
+        self._sock.sendall(line)
+
+    def receive_request(
+        self, timeout: float, limit: int = MAX_REQUEST_BYTES, *, first: bool = False
+    ) -> Request:
+        """Receive one message of a client.
+
+        Args:
+            timeout: seconds for the whole message to arrive.
+            limit: size in bytes over which a message is refused.
+            first: accept a complete JSON object without a newline.
+
+        Raises:
+            OSError: the connection failed or ended, or the time was up.
+            ProtocolError: what came is not a valid message.
+        """
+        return decode_request(self._line(timeout, limit, bare=first))
+
+    def receive_reply(self, timeout: float, limit: int = MAX_MESSAGE_BYTES) -> Reply:
+        """Receive one message of a source; see `receive_request`."""
+        return decode_reply(self._line(timeout, limit, bare=False))
+
+    def _line(self, timeout: float, limit: int, *, bare: bool) -> bytearray:
+        deadline = time.monotonic() + timeout
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > limit:
+                raise ProtocolError(f"a message of over {limit} bytes")
+            if bare and self._buffer.rstrip().endswith(b"}") and _is_json(self._buffer):
+                end = searched
+                break
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(f"no complete message within {timeout:g} s")
+            self._sock.settimeout(remaining)
+            try:
+                data = self._sock.recv(min(1 << 20, limit + 1))
+            except TimeoutError:
+                raise TimeoutError(f"no complete message within {timeout:g} s") from None
+            if not data:
+                raise ConnectionResetError("the peer closed the connection")
+            self._buffer += data
+        if end > limit:
+            raise ProtocolError(f"a message of over {limit} bytes")
+        line = self._buffer[:end]
+        del self._buffer[: end + 1]
+        return line
+
+    def close(self) -> None:
+        """Close the connection; a thread that waits in it gets an OSError."""
+        with contextlib.suppress(OSError):  # not connected any more
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def _is_json(data: bytearray) -> bool:
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,346 @@
+"""The client's story: from a list of sources to a model filled with verified weights."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from .config import NetLoaderConfig
+from .errors import (
+    LayoutUnsupported,
+    LoadFailed,
+    ProtocolError,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+    TransferCorrupt,
+)
+from .executor.devices import Device
+from .executor.digest import Digests, combine
+from .executor.elastic_load import P2PLoad, Target
+from .executor.ledger import Ledger
+from .executor.manifest import Manifest, match
+from .executor.pieces import size_of
+from .executor.plan import Plan, make_plan
+from .executor.process_group import CLIENT, form_group, visit_store
+from .identity import ModelIdentity
+from .interaction.elastic import ElasticClient
+from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck
+from .utils import Address, gigabytes_per_second, logger
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that has been filled.
+
+    Attributes:
+        manifest: what the sources offered.
+        tensors: this side's tensors of the manifest's entries, without aliases, in order.
+        plan: the chunks they travelled in.
+        digests: checksums of every chunk as verified on arrival; None if they were not checked.
+    """
+
+    manifest: Manifest
+    tensors: Sequence[torch.Tensor]
+    plan: Plan
+    digests: Digests | None
+
+
+def elastic_load(
+    tensors: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    sources: Sequence[Address],
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    device: Device,
+    *,
+    show_progress: bool = False,
+) -> Loaded:
+    """Fill a model from the first sources that have it.
+
+    Up to `config.max_sources` sources are pulled from at once. When one is lost, the next in order
+    takes its place, and only the chunks that were on their way are fetched again.
+
+    Args:
+        tensors: name -> tensor of the model; their memory is written.
+        required: names among them that a source must have.
+        sources: where to look, in order of preference.
+        identity: what the sources must be.
+        config: chunk size, deadlines, verification.
+        device: where the tensors are.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        LoadFailed: no source gave the whole model; the tensors' contents are undefined.
+    """
+    started = time.monotonic()
+    load = _Load(tensors, required, sources, identity, config, device)
+    count = min(config.max_sources, len(sources))
+    threads = [
+        threading.Thread(target=load.work, name=f"netloader-load-{index}", daemon=True)
+        for index in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    with tqdm(
+        desc="Loading weights from peers",
+        unit="B",
+        unit_scale=True,
+        disable=not show_progress,
+        mininterval=0.5,
+    ) as bar:
+        while not load.over.wait(0.1):
+            load.show(bar)
+        load.show(bar)
+    # A thread that still waits for a slow source ends by that source's deadline. It writes to no
+    # tensor any more: it takes chunks from the ledger first, and there are none.
+    loaded = load.result()
+    seconds = time.monotonic() - started
+    logger.info(
+        "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
+        identity.rank,
+        len(loaded.tensors),
+        loaded.plan.nbytes / 1e6,
+        seconds,
+        gigabytes_per_second(loaded.plan.nbytes, seconds),
+        load.shares(),
+        loaded.digests.model if loaded.digests else "not checked",
+    )
+    return loaded
+
+
+class _Load:
+    """What the threads of one load share: the sources left, the offer agreed on, the reasons."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        required: Collection[str],
+        sources: Sequence[Address],
+        identity: ModelIdentity,
+        config: NetLoaderConfig,
+        device: Device,
+    ) -> None:
+        self.over = threading.Event()
+        self._tensors = tensors
+        self._required = required
+        self._identity = identity
+        self._config = config
+        self._device = device
+        self._sources = iter(sources)
+        self._lock = threading.Lock()
+        self._working = min(config.max_sources, len(sources))
+        self._reasons: list[str] = []
+        self._offer: JoinAck | None = None
+        self._manifest: Manifest | None = None
+        self._target: Target | None = None
+        self._loaded: Loaded | None = None
+        self._pulls: dict[Address, P2PLoad] = {}
+        self._open: set[Address] = set()
+
+    def work(self) -> None:
+        """Pull from one source after the other until the model is complete or none is left."""
+        try:
+            while not self.over.is_set():
+                with self._lock:
+                    address = next(self._sources, None)
+                if address is None:
+                    return
+                self._try(address)
+        finally:
+            with self._lock:
+                self._working -= 1
+                if self._working == 0:
+                    self.over.set()
+
+    def show(self, bar: "tqdm[None]") -> None:
+        """Bring the progress bar up to date."""
+        target = self._target
+        if target is not None:
+            bar.total = target.plan.nbytes
+            bar.update(sum(pull.bytes_received for pull in self._pulls_now().values()) - bar.n)
+
+    def result(self) -> Loaded:
+        """Return the filled model.
+
+        Raises:
+            LoadFailed: it is not complete.
+        """
+        if self._loaded is None:
+            raise LoadFailed("; ".join(self._reasons) or "there are no sources")
+        return self._loaded
+
+    def shares(self) -> str:
+        """Return the sources with what each gave, for the log."""
+        gave = {a: p.bytes_received for a, p in self._pulls_now().items() if p.bytes_received}
+        if len(gave) == 1:
+            return str(*gave)
+        return ", ".join(f"{address} ({nbytes / 1e6:.1f} MB)" for address, nbytes in gave.items())
+
+    def _pulls_now(self) -> dict[Address, P2PLoad]:
+        with self._lock:
+            return dict(self._pulls)
+
+    def _try(self, address: Address) -> None:
+        try:
+            self._pull(address)
+        except SourceError as error:
+            self._note(str(error))
+        except Exception as error:
+            # Whatever goes wrong with a source must not cost the start: there is the next one.
+            logger.debug("NetLoader: %s", address, exc_info=True)
+            self._note(f"{address}: {type(error).__name__}: {error}")
+
+    def _note(self, reason: str) -> None:
+        if self.over.is_set():
+            return  # nobody waits for this source any more
+        line = " ".join(reason.split())
+        logger.warning("NetLoader rank %d: source %s", self._identity.rank, line)
+        with self._lock:
+            self._reasons.append(line)
+
+    def _pull(self, address: Address) -> None:
+        config = self._config
+        with ElasticClient.connect(
+            address,
+            connect=config.connect_timeout,
+            handshake=config.handshake_timeout,
+            progress=config.progress_timeout,
+        ) as client:
+            offer = client.join(self._join(), self._identity)
+            try:
+                target = self._agree(address, offer)
+                try:
+                    self._transfer(address, client, offer, target)
+                    self._conclude(address, offer, target)
+                finally:
+                    with self._lock:
+                        self._open.discard(address)
+            except BaseException as error:
+                client.finish(Abort(str(error)))
+                raise
+            client.finish(Done(complete=True, model_digest=offer.model_digest))
+
+    def _join(self) -> Join:
+        identity = self._identity
+        with self._lock:
+            chunk_bytes = 0 if self._offer is None else self._offer.chunk_bytes
+        return Join(
+            device_id=identity.rank,
+            model_path=identity.model,
+            tp=identity.tp,
+            pp=identity.pp,
+            group_name=identity.group,
+            int8_cache=self._config.int8_cache.value,
+            protocol=PROTOCOL,
+            identity=identity.digest(),
+            layouts=[identity.layout],
+            chunk_bytes=chunk_bytes,
+        )
+
+    def _agree(self, address: Address, offer: JoinAck) -> Target:
+        """Take the first offer as this load's, and any later one only if it is the same."""
+        algorithm = self._device.digest_algorithm
+        if self._config.verify and offer.digest_algorithm != algorithm:
+            raise SourceRefused(
+                f"{address}: digests are {algorithm} here and {offer.digest_algorithm} there"
+            )
+        with self._lock:
+            agreed, target = self._offer, self._target
+            if agreed is None or target is None or not _same(agreed, offer):
+                if self._open:
+                    raise SourceRefused(
+                        f"{address}: its weights (digest {offer.model_digest}) are not those that "
+                        f"are being loaded from other sources"
+                    )
+                # Nobody is left who has the weights begun with, if any: start over with these.
+                target = self._new_target(address, offer)
+            self._open.add(address)
+            return target
+
+    def _new_target(self, address: Address, offer: JoinAck) -> Target:
+        try:
+            manifest = msgspec.json.decode(offer.manifest, type=Manifest)
+        except msgspec.MsgspecError as error:
+            raise SourceRefused(f"{address}: not a valid manifest: {error}") from None
+        here, there = self._identity.layout, manifest.layout
+        if here != there:
+            raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
+        try:
+            tensors = match(manifest, self._tensors, self._required)
+        except LayoutUnsupported as error:
+            raise SourceRefused(f"{address}: {error}") from None
+        plan = make_plan([size_of(tensor) for tensor in tensors], offer.chunk_bytes)
+        names = [entry.name for entry in manifest.tensors if entry.alias_of is None]
+        ledger = Ledger(len(plan.chunks))
+        self._offer, self._manifest = offer, manifest
+        self._target = Target(names, tensors, plan, ledger, self._config.verify)
+        self._pulls.clear()
+        return self._target
+
+    def _transfer(
+        self, address: Address, client: ElasticClient, offer: JoinAck, target: Target
+    ) -> None:
+        config = self._config
+        pull: P2PLoad | None = None
+        try:
+            with (
+                _blaming(address),
+                form_group(
+                    self._device,
+                    visit_store(client.peer_host, offer.rendezvous_port, config.handshake_timeout),
+                    offer.session,
+                    CLIENT,
+                    client.local_host,
+                    handshake=config.handshake_timeout,
+                    progress=config.progress_timeout,
+                ) as group,
+            ):
+                pull = P2PLoad(
+                    client, group, target, self._device, keep_alive=config.progress_timeout / 3
+                )
+                with self._lock:
+                    self._pulls[address] = pull
+                pull.run()
+        finally:
+            # Only now, with the group closed, can nothing of this session reach the tensors.
+            if pull is not None:
+                target.ledger.give_back(pull.outstanding)
+
+    def _conclude(self, address: Address, offer: JoinAck, target: Target) -> None:
+        digests = combine(target.ledger.hashes()) if self._config.verify else None
+        with self._lock:
+            if digests is not None and digests.model != offer.model_digest:
+                # Each chunk is what its source said, and the whole is not: believe none of it.
+                self._target = None
+                raise TransferCorrupt(
+                    f"{address}: the model's digest is {digests.model} and was announced as "
+                    f"{offer.model_digest}"
+                )
+            assert self._manifest is not None
+            self._loaded = Loaded(self._manifest, target.tensors, target.plan, digests)
+        self.over.set()
+
+
+def _same(one: JoinAck, other: JoinAck) -> bool:
+    return (
+        one.chunk_bytes == other.chunk_bytes
+        and one.model_digest == other.model_digest
+        and bytes(one.manifest) == bytes(other.manifest)
+    )
+
+
+@contextlib.contextmanager
+def _blaming(address: Address) -> Iterator[None]:
+    """Put a source's address on what goes wrong in its session."""
+    try:
+        yield
+    except TransferCorrupt as error:
+        raise TransferCorrupt(f"{address}: {error}") from None
+    except (ProtocolError, RuntimeError) as error:  # torch and gloo raise RuntimeErrors
+        raise SourceLost(f"{address}: transfer failed: {error or type(error).__name__}") from None

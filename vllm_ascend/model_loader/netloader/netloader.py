@@ -1,0 +1,312 @@
+"""`ModelNetLoaderElastic`: the face towards vLLM."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.util import Finalize
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.utils.network_utils import get_ip
+
+from .compat import feed_reload, identity_of, remember_registrations
+from .config import NetLoaderConfig, parse_config
+from .errors import LayoutUnsupported, LoadFailed, NetLoaderError
+from .executor.devices import Device, device_of
+from .executor.digest import digest_model
+from .executor.manifest import Manifest, allocate
+from .executor.weight_cache import (
+    RawWeights,
+    after_processing,
+    apply_attributes,
+    before_loading,
+    capture_loaded,
+    copy_int8,
+    raw_tensors,
+)
+from .identity import ModelIdentity
+from .load import Loaded, elastic_load
+from .serve import Offer, WeightServer
+from .utils import Address, logger
+
+
+@dataclass(frozen=True)
+class _InUse:
+    """A model that inference runs on.
+
+    Attributes:
+        server: where others pull it from; None: nowhere.
+        identity: who it is.
+        path: the `model_config.model` it was loaded for.
+        manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
+    """
+
+    server: WeightServer | None
+    identity: ModelIdentity
+    path: str
+    manifest: Manifest | None
+
+
+# Reloads come with a loader of their own, so what belongs to a model outlives the loader.
+_in_use: "weakref.WeakKeyDictionary[nn.Module, _InUse]" = weakref.WeakKeyDictionary()
+# A target and its draft are served on one port.
+_servers: dict[tuple[int | None, str | None, int], WeightServer] = {}
+
+
+class ModelNetLoaderElastic(BaseModelLoader):
+    """Loads weights from running instances, or from disk, and lets others load from this one.
+
+    Args:
+        load_config: vLLM's; its `model_loader_extra_config` is NetLoader's configuration.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self._config = parse_config(load_config.model_loader_extra_config)
+        self._disk = DefaultModelLoader(_disk_config(load_config))
+        self._vllm_config: VllmConfig | None = None
+        self._from_disk = False
+        self._manifest: Manifest | None = None
+        self._weights: RawWeights | None = None
+        self._copies: dict[int, torch.Tensor] = {}
+        self._unserved = ""
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Download the checkpoint, unless the weights are to come from other instances."""
+        if any(self._config.source.values()):
+            logger.info("NetLoader: nothing downloaded, the weights come from other instances")
+        else:
+            self._disk.download_model(model_config)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> nn.Module:
+        """Load a model from the first sources that have it, else from disk, and offer it.
+
+        Raises:
+            LoadFailed: neither a source nor the disk has the weights; the message says both.
+        """
+        self._vllm_config = vllm_config
+        restore_registrations = remember_registrations(vllm_config)
+        failure = ""
+        try:
+            model = super().load_model(vllm_config, model_config, prefix)
+        except NetLoaderError as error:
+            failure = str(error)
+        # Outside the handler: there the exception would keep the half-filled model alive.
+        if failure:
+            logger.warning(
+                "NetLoader: loading from disk, as no source gave the weights: %s", failure
+            )
+            restore_registrations()
+            gc.collect()
+            model = self._load_from_disk(vllm_config, model_config, prefix, failure)
+        self._offer(model, model_config)
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Load weights into a model, new or in use, from the sources, or from disk without any."""
+        if model in _in_use:
+            initialize_layerwise_reload(model)
+            leftover = self.get_all_weights(model_config, model)
+            model.load_weights(leftover)
+            finalize_layerwise_reload(model, model_config)
+            return
+        device, identity = self._device(), self._identity(model_config)
+        sources = () if self._from_disk else self._config.source.get(identity.rank, ())
+        serving = self._config.port_for(identity.rank) is not None
+        if sources:
+            tensors, required = raw_tensors(model)
+            loaded = self._pull(tensors, required, sources, identity, device)
+            apply_attributes(model, loaded.manifest.attributes)
+            self._manifest = loaded.manifest
+            self._weights = _raw_weights(loaded, device) if serving else None
+        else:
+            before = before_loading(model, device)
+            self._disk.load_weights(model, model_config)
+            self._weights = None
+            if serving:
+                try:
+                    self._weights = capture_loaded(model, before, self._config.chunk_bytes, device)
+                except LayoutUnsupported as error:
+                    self._unserved = str(error)
+        if self._weights is not None:
+            self._copies = copy_int8(
+                self._weights, self._config.int8_cache, self._config.int8_cache_name
+            )
+
+    def get_all_weights(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Reload a model in use: yield the checkpoint, or nothing after pulling from the sources.
+
+        This is what vLLM's `reload_weights` asks a loader for. Sources have no checkpoint to yield;
+        they fill the model's layers directly.
+        """
+        in_use = _in_use.get(model)
+        if in_use is not None and in_use.server is not None:
+            in_use.server.withdraw(in_use.identity.group)
+        if in_use is not None and in_use.path == model_config.model:
+            sources = self._config.source.get(in_use.identity.rank, ())
+            if sources and in_use.manifest is not None:
+                try:
+                    self._reload(model, in_use, in_use.manifest, sources)
+                    return
+                except LoadFailed as error:
+                    logger.warning(
+                        "NetLoader: reloading from disk, as no source gave the weights: %s", error
+                    )
+        logger.info("NetLoader: reloading from disk; this instance is no source from now on")
+        yield from self._disk.get_all_weights(model_config, model)
+
+    def _load_from_disk(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, failure: str
+    ) -> nn.Module:
+        self._from_disk = True
+        try:
+            return super().load_model(vllm_config, model_config, prefix)
+        except Exception as error:
+            raise LoadFailed(
+                f"no source gave the weights ({failure}), and they cannot be loaded from disk "
+                f"either ({type(error).__name__}: {error})"
+            ) from error
+        finally:
+            self._from_disk = False
+
+    def _reload(
+        self, model: nn.Module, in_use: _InUse, manifest: Manifest, sources: Sequence[Address]
+    ) -> None:
+        device = self._device()
+        # Into memory of its own first: inference must never see half of the new weights.
+        with torch.device(self._device_name()):
+            tensors = allocate(manifest)
+        loaded = self._pull(tensors, tensors.keys(), sources, in_use.identity, device)
+        feed_reload(model, tensors)
+        apply_attributes(model, loaded.manifest.attributes)
+        if in_use.server is not None:
+            in_use.server.offer(Offer(in_use.identity, _raw_weights(loaded, device), device))
+
+    def _pull(
+        self,
+        tensors: dict[str, torch.Tensor],
+        required: Iterable[str],
+        sources: Sequence[Address],
+        identity: ModelIdentity,
+        device: Device,
+    ) -> Loaded:
+        return elastic_load(
+            tensors,
+            set(required),
+            sources,
+            identity,
+            self._config,
+            device,
+            show_progress=identity.rank == 0 and bool(self.load_config.use_tqdm_on_load),
+        )
+
+    def _offer(self, model: nn.Module, model_config: ModelConfig) -> None:
+        device, identity = self._device(), self._identity(model_config)
+        weights, copies = self._weights, self._copies
+        self._weights, self._copies = None, {}
+        if weights is not None:
+            try:
+                weights = after_processing(weights, copies, device)
+            except LayoutUnsupported as error:
+                weights, self._unserved = None, str(error)
+        server = _server_of(self._config, identity.rank)
+        manifest = self._manifest if weights is None else weights.manifest
+        _in_use[model] = _InUse(server, identity, model_config.model, manifest)
+        if server is None:
+            return
+        if weights is None:
+            logger.warning(
+                "NetLoader rank %d: this model cannot be a source: %s",
+                identity.rank,
+                self._unserved,
+            )
+        server.offer(Offer(identity, weights, device, self._unserved))
+        weakref.finalize(model, _retire, server, identity.group)
+
+    def _identity(self, model_config: ModelConfig) -> ModelIdentity:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        config = self._config.with_model(model_config.model)
+        assert config.model is not None
+        return identity_of(vllm_config, model_config, config.model, _rank(), self._device().layout)
+
+    def _device(self) -> Device:
+        return device_of(torch.device(self._device_name()).type)
+
+    def _device_name(self) -> str | torch.device:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        return self.load_config.device or vllm_config.device_config.device
+
+
+def _disk_config(load_config: LoadConfig) -> LoadConfig:
+    disk = copy.copy(load_config)
+    disk.load_format = "auto"
+    disk.model_loader_extra_config = {}
+    return disk
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _raw_weights(loaded: Loaded, device: Device) -> RawWeights:
+    digests = loaded.digests or digest_model(loaded.plan, loaded.tensors, device)
+    return RawWeights(loaded.manifest, loaded.tensors, loaded.plan, digests)
+
+
+def _retire(server: WeightServer, group: str) -> None:
+    """Let a model that is gone be served no more, and close a server that has none left."""
+    if not any(
+        known.server is server and known.identity.group == group for known in _in_use.values()
+    ):
+        server.withdraw(group)
+    if not any(known.server is server for known in _in_use.values()):
+        server.stop()
+        for key in [key for key, known in _servers.items() if known is server]:
+            del _servers[key]
+
+
+def _server_of(config: NetLoaderConfig, rank: int) -> WeightServer | None:
+    """Return this process's server for a configuration, started if need be."""
+    port = config.port_for(rank)
+    if port is None:
+        logger.info(
+            "NetLoader rank %d: no server, as LISTEN_PORT %s is outside 1024-65535",
+            rank,
+            config.listen_port,
+        )
+        return None
+    key = (config.listen_port, config.output_prefix, rank)
+    server = _servers.get(key)
+    if server is None:
+        server = WeightServer(config, rank, get_ip())
+        try:
+            server.start(port)
+        except OSError as error:
+            logger.error(
+                "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
+                rank,
+                port,
+                error,
+            )
+            return None
+        _servers[key] = server
+        # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
+        Finalize(None, server.stop, exitpriority=100)
+    return server

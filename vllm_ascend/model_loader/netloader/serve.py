@@ -1,0 +1,331 @@
+"""The source's story: a model offered, and sessions in which clients pull it."""
+
+import functools
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import msgspec
+
+from .config import NetLoaderConfig
+from .errors import ProtocolError
+from .executor.devices import Device
+from .executor.digest import Digests, digest_model
+from .executor.elastic_load import P2PSend
+from .executor.pieces import size_of
+from .executor.plan import Plan, make_plan
+from .executor.process_group import SOURCE, form_group, host_store
+from .executor.weight_cache import RawWeights
+from .identity import ModelIdentity
+from .interaction.elastic import ElasticServer
+from .interaction.protocol import (
+    PROTOCOL,
+    Abort,
+    Connection,
+    Done,
+    Fetch,
+    Join,
+    JoinAck,
+    JoinNack,
+    Missing,
+    Sending,
+    Status,
+)
+from .utils import Address, gigabytes_per_second, logger, port_file, unmapped, write_atomically
+
+# Chunk sizes that a client may ask for, to go on with chunks it got elsewhere.
+_CHUNK_STEP, _MAX_CHUNK = 1 << 20, 64 << 20
+# Plans and digests kept for such clients, besides the model's own.
+_OTHER_CHUNKINGS = 2
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """A model cut into chunks of one size.
+
+    Attributes:
+        plan: the chunks.
+        digests: their checksums.
+    """
+
+    plan: Plan
+    digests: Digests
+
+
+class Offer:
+    """One model of this instance, or the reason why it is not to be had.
+
+    Args:
+        identity: what it is.
+        weights: its tensors; None: not to be had.
+        reason: why not.
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        weights: RawWeights | None,
+        device: Device,
+        reason: str = "",
+    ) -> None:
+        self.identity = identity
+        self.weights = weights
+        self.device = device
+        self._reason = reason
+        self._withdrawn = threading.Event()
+        self._lock = threading.Lock()
+        self._chunkings: OrderedDict[int, Chunking] = OrderedDict()
+
+    @property
+    def declined(self) -> str:
+        """Why the model is not to be had; empty if it is."""
+        return "the weights are being replaced" if self._withdrawn.is_set() else self._reason
+
+    def withdraw(self) -> None:
+        """Send nothing of it any more: its tensors are about to change."""
+        self._withdrawn.set()
+
+    @functools.cached_property
+    def manifest(self) -> msgspec.Raw:
+        """The manifest as it travels."""
+        assert self.weights is not None
+        return msgspec.Raw(msgspec.json.encode(self.weights.manifest))
+
+    def chunking(self, chunk_bytes: int) -> Chunking:
+        """Return the model's chunks of one size; 0: the size it was hashed in, at no cost."""
+        assert self.weights is not None
+        own = self.weights.plan.chunk_bytes
+        if chunk_bytes in (0, own):
+            return Chunking(self.weights.plan, self.weights.digests)
+        with self._lock:
+            if chunk_bytes not in self._chunkings:
+                tensors = self.weights.tensors
+                plan = make_plan([size_of(tensor) for tensor in tensors], chunk_bytes)
+                digests = digest_model(plan, tensors, self.device)
+                self._chunkings[chunk_bytes] = Chunking(plan, digests)
+            self._chunkings.move_to_end(chunk_bytes)
+            while len(self._chunkings) > _OTHER_CHUNKINGS:
+                self._chunkings.popitem(last=False)
+            return self._chunkings[chunk_bytes]
+
+
+class WeightServer:
+    """Serves the models of one worker process on one port.
+
+    Args:
+        config: port, bounds and deadlines.
+        rank: this worker's global rank.
+        host: the address of this machine that others reach.
+    """
+
+    def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
+        self._config = config
+        self._rank = rank
+        self._host = host
+        self._offers: dict[str, Offer] = {}
+        self._bytes_sent = 0
+        self._lock = threading.Lock()
+        self._published: str | None = None
+        self._server = ElasticServer(
+            self._serve,
+            self._status,
+            max_sessions=config.max_sessions,
+            handshake_timeout=config.handshake_timeout,
+        )
+
+    def start(self, port: int) -> Address:
+        """Listen on `port` (0: the system chooses) and publish the address (OUTPUT_PREFIX).
+
+        Raises:
+            OSError: the port is taken, or the port file cannot be written; nothing is left open.
+        """
+        address = Address(self._host, self._server.start(self._config.listen_host, port))
+        if self._config.output_prefix is not None:
+            try:
+                write_atomically(port_file(self._config.output_prefix, self._rank), str(address))
+            except OSError:
+                self._server.stop()
+                raise
+            self._published = str(address)
+        logger.info("NetLoader rank %d: listening on %s", self._rank, address)
+        return address
+
+    def offer(self, offer: Offer) -> None:
+        """Offer a model, in the place of any earlier one of its group."""
+        self.withdraw(offer.identity.group)
+        with self._lock:
+            self._offers[offer.identity.group] = offer
+
+    def withdraw(self, group: str) -> None:
+        """Offer a group's model no more; sessions that pull it end."""
+        with self._lock:
+            offer = self._offers.pop(group, None)
+        if offer is not None:
+            offer.withdraw()
+
+    def stop(self) -> None:
+        """Close the port and all sessions, and remove the port file if it is still this one's."""
+        self._server.stop()
+        with self._lock:
+            self._offers.clear()
+        if self._published is not None and self._config.output_prefix is not None:
+            path = port_file(self._config.output_prefix, self._rank)
+            try:
+                if path.read_text() == self._published:
+                    path.unlink()
+            except OSError as error:
+                logger.warning("NetLoader rank %d: %s not removed: %s", self._rank, path, error)
+            self._published = None
+
+    def _status(self, sessions: int) -> Status:
+        with self._lock:
+            identities = [offer.identity for offer in self._offers.values()]
+            sent = self._bytes_sent
+        return Status(identities, sessions, self._config.max_sessions, sent)
+
+    def _serve(self, join: Join, connection: Connection) -> None:
+        with self._lock:
+            offer = self._offers.get(join.group_name)
+        nack = self._objection(join, offer)
+        if nack is not None:
+            logger.info(
+                "NetLoader rank %d: declined %s: %s",
+                self._rank,
+                _peer(connection),
+                nack.reason,
+            )
+            connection.send(nack, self._config.handshake_timeout)
+            return
+        assert offer is not None
+        session = _Session(self._config, self._rank, offer, join, connection)
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._bytes_sent += session.bytes_sent
+
+    def _objection(self, join: Join, offer: Offer | None) -> JoinNack | None:
+        if join.protocol != PROTOCOL:
+            return JoinNack(f"protocol {join.protocol} is not spoken here, only {PROTOCOL}")
+        if offer is None:
+            return JoinNack(f"there is no model of group {join.group_name!r} here")
+        if join.identity != offer.identity.digest():
+            return JoinNack("the models differ", offer.identity)
+        if offer.declined:
+            return JoinNack(offer.declined)
+        if join.chunk_bytes % _CHUNK_STEP or join.chunk_bytes > _MAX_CHUNK:
+            return JoinNack(f"chunks of {join.chunk_bytes} bytes are not made here")
+        return None
+
+
+class _Session:
+    """One client pulling one model."""
+
+    def __init__(
+        self,
+        config: NetLoaderConfig,
+        rank: int,
+        offer: Offer,
+        join: Join,
+        connection: Connection,
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._offer = offer
+        self._connection = connection
+        self._chunking = offer.chunking(join.chunk_bytes)
+        self._end = "cut off"
+        self.bytes_sent = 0
+
+    def run(self) -> None:
+        """Serve until the client is done, gives up or goes away; one log line says which."""
+        started = time.monotonic()
+        try:
+            self._transfer()
+        except (OSError, RuntimeError, ProtocolError) as error:  # torch raises RuntimeErrors
+            self._end = " ".join(str(error).split()) or type(error).__name__
+            # Cutting the connection tells a client that waits in a transfer, too.
+        finally:
+            seconds = time.monotonic() - started
+            logger.info(
+                "NetLoader rank %d: sent %.1f MB in %.2f s (%.2f GB/s) to %s, digest %s: %s",
+                self._rank,
+                self.bytes_sent / 1e6,
+                seconds,
+                gigabytes_per_second(self.bytes_sent, seconds),
+                _peer(self._connection),
+                self._chunking.digests.model,
+                self._end,
+            )
+
+    def _transfer(self) -> None:
+        offer, config, connection = self._offer, self._config, self._connection
+        assert offer.weights is not None
+        local_host = unmapped(connection.local_host)
+        store = host_store(local_host, config.handshake_timeout)
+        session = secrets.token_hex(16)
+        ack = JoinAck(
+            session,
+            store.port,
+            self._chunking.plan.chunk_bytes,
+            offer.device.digest_algorithm,
+            self._chunking.digests.model,
+            offer.manifest,
+        )
+        connection.send(ack, config.handshake_timeout)
+        with form_group(
+            offer.device,
+            store,
+            session,
+            SOURCE,
+            local_host,
+            handshake=config.handshake_timeout,
+            progress=config.progress_timeout,
+        ) as group:
+            sender = P2PSend(group, offer.weights.tensors, self._chunking.plan, offer.device)
+            try:
+                while self._answer(sender):
+                    pass
+            finally:
+                self.bytes_sent = sender.bytes_sent
+
+    def _answer(self, sender: P2PSend) -> bool:
+        """Serve one request; return whether another one may come."""
+        timeout = self._config.progress_timeout
+        try:
+            request = self._connection.receive_request(timeout)
+        except TimeoutError:
+            # A client whose chunks still move is slow, not gone.
+            if sender.progress():
+                return True
+            raise
+        if isinstance(request, Done):
+            sender.finish()
+            self._end = "complete"
+            if request.model_digest and request.model_digest != self._chunking.digests.model:
+                self._end = f"the client has digest {request.model_digest}"
+            return False
+        if isinstance(request, Abort):
+            self._end = f"the client gave up: {' '.join(request.reason.split())[:300]}"
+            return False
+        if not isinstance(request, Fetch):
+            raise ProtocolError(f"a {type(request).__name__} does not belong in a session")
+        count = len(self._chunking.plan.chunks)
+        if any(chunk >= count for chunk in request.chunks):
+            raise ProtocolError(f"chunks {request.chunks} asked for; there are {count}")
+        if self._offer.declined:
+            self._connection.send(Missing(request.chunks, self._offer.declined), timeout)
+            self._end = self._offer.declined
+            return False
+        digests = [self._chunking.digests.chunks[chunk] for chunk in request.chunks]
+        self._connection.send(Sending(request.chunks, digests), timeout)
+        for chunk in request.chunks:
+            sender.post(chunk)
+        return True
+
+
+def _peer(connection: Connection) -> Address:
+    return Address(unmapped(connection.peer_host), connection.peer_port)

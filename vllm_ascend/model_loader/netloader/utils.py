@@ -1,0 +1,105 @@
+"""Addresses, ports, port files and the logger."""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# A child of vLLM's own logger: its handlers, format and level apply without importing vLLM.
+logger = logging.getLogger("vllm.netloader")
+
+MIN_PORT, MAX_PORT = 1024, 65535
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
+
+
+@dataclass(frozen=True, order=True)
+class Address:
+    """Where a server listens.
+
+    Attributes:
+        host: an IPv4 address, an IPv6 address without brackets, or a host name.
+        port: 1 to 65535.
+    """
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Parse `IP:port`, `[IPv6]:port` or `host:port`.
+
+    Args:
+        text: the address as an operator writes it; surrounding blanks are ignored.
+
+    Raises:
+        ValueError: says what is wrong with `text`.
+    """
+    host, colon, port_text = text.strip().rpartition(":")
+    if not colon:
+        raise ValueError(f"{text!r} has no port; write it as IP:port, [IPv6]:port or host:port")
+    # isdecimal alone accepts other scripts' digits, and int() takes blanks, signs and underscores
+    if not (port_text.isascii() and port_text.isdecimal() and 1 <= int(port_text[:6]) <= MAX_PORT):
+        raise ValueError(f"{text!r}: port {port_text!r} is not a number from 1 to {MAX_PORT}")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        bare, _, zone = host.partition("%")
+        try:
+            ipaddress.IPv6Address(bare)
+        except ValueError:
+            raise ValueError(f"{text!r}: {host!r} is not an IPv6 address") from None
+        if "%" in host and not re.fullmatch(r"[A-Za-z0-9_.-]+", zone):
+            raise ValueError(f"{text!r}: {zone!r} is not the name of a network interface")
+    elif ":" in host:
+        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:8000")
+    elif re.fullmatch(r"[0-9.]+", host):
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError:
+            raise ValueError(f"{text!r}: {host!r} is not an IPv4 address") from None
+    elif len(host) > 253 or not _HOST_NAME.fullmatch(host):
+        raise ValueError(f"{text!r}: {host!r} is neither an IP address nor a host name")
+    return Address(host, int(port_text))
+
+
+def unmapped(host: str) -> str:
+    """Return `host` with an IPv4 address that a dual-stack socket shows as IPv6 made IPv4 again."""
+    try:
+        mapped = ipaddress.IPv6Address(host.partition("%")[0]).ipv4_mapped
+    except ValueError:
+        return host
+    return str(mapped) if mapped else host
+
+
+def port_file(prefix: str, rank: int) -> Path:
+    """Return the file in which a rank publishes its address (OUTPUT_PREFIX)."""
+    return Path(f"{prefix}{rank}.txt")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that a reader sees all of it or none.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def gigabytes_per_second(nbytes: int, seconds: float) -> float:
+    """Return a rate in GB/s (1e9 bytes per second)."""
+    return nbytes / max(seconds, 1e-9) / 1e9
