@@ -62,5 +62,6 @@ def digest_of_settings(settings: Mapping[str, Any]) -> str:
     Args:
         settings: JSON-like values; anything else counts by its `str`.
     """
-    canonical = msgspec.json.encode(settings, enc_hook=str, order="sorted")
+    plain = msgspec.to_builtins(settings, str_keys=True, enc_hook=str)
+    canonical = msgspec.json.encode(plain, order="sorted")
     return hashlib.sha256(canonical).hexdigest()[:16]

@@ -224,7 +224,9 @@ class _Load:
             except BaseException as error:
                 client.finish(Abort(str(error)))
                 raise
+            # Before anybody goes on to post-process, which would hold this thread up.
             client.finish(Done(complete=True, model_digest=offer.model_digest))
+            self.over.set()
 
     def _join(self) -> Join:
         identity = self._identity
@@ -324,7 +326,6 @@ class _Load:
                 )
             assert self._manifest is not None
             self._loaded = Loaded(self._manifest, target.tensors, target.plan, digests)
-        self.over.set()
 
 
 def _same(one: JoinAck, other: JoinAck) -> bool:

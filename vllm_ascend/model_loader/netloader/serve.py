@@ -33,7 +33,8 @@ from .interaction.protocol import (
     Sending,
     Status,
 )
-from .utils import Address, gigabytes_per_second, logger, port_file, unmapped, write_atomically
+from .port_file import PortFile
+from .utils import Address, gigabytes_per_second, logger, unmapped
 
 # Chunk sizes that a client may ask for, to go on with chunks it got elsewhere.
 _CHUNK_STEP, _MAX_CHUNK = 1 << 20, 64 << 20
@@ -128,7 +129,7 @@ class WeightServer:
         self._offers: dict[str, Offer] = {}
         self._bytes_sent = 0
         self._lock = threading.Lock()
-        self._published: str | None = None
+        self._port_file: PortFile | None = None
         self._server = ElasticServer(
             self._serve,
             self._status,
@@ -144,12 +145,12 @@ class WeightServer:
         """
         address = Address(self._host, self._server.start(self._config.listen_host, port))
         if self._config.output_prefix is not None:
+            self._port_file = PortFile(self._config.output_prefix, self._rank, address)
             try:
-                write_atomically(port_file(self._config.output_prefix, self._rank), str(address))
+                self._port_file.publish()
             except OSError:
-                self._server.stop()
+                self.stop()
                 raise
-            self._published = str(address)
         logger.info("NetLoader rank %d: listening on %s", self._rank, address)
         return address
 
@@ -171,14 +172,8 @@ class WeightServer:
         self._server.stop()
         with self._lock:
             self._offers.clear()
-        if self._published is not None and self._config.output_prefix is not None:
-            path = port_file(self._config.output_prefix, self._rank)
-            try:
-                if path.read_text() == self._published:
-                    path.unlink()
-            except OSError as error:
-                logger.warning("NetLoader rank %d: %s not removed: %s", self._rank, path, error)
-            self._published = None
+        if self._port_file is not None:
+            self._port_file.remove()
 
     def _status(self, sessions: int) -> Status:
         with self._lock:

@@ -1,13 +1,9 @@
-"""Addresses, ports, port files and the logger."""
+"""Addresses, ports, rates and the logger."""
 
-import contextlib
 import ipaddress
 import logging
-import os
 import re
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 # A child of vLLM's own logger: its handlers, format and level apply without importing vLLM.
 logger = logging.getLogger("vllm.netloader")
@@ -75,29 +71,6 @@ def unmapped(host: str) -> str:
     except ValueError:
         return host
     return str(mapped) if mapped else host
-
-
-def port_file(prefix: str, rank: int) -> Path:
-    """Return the file in which a rank publishes its address (OUTPUT_PREFIX)."""
-    return Path(f"{prefix}{rank}.txt")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file such that a reader sees all of it or none.
-
-    Raises:
-        OSError: the file cannot be written; nothing is left behind.
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def gigabytes_per_second(nbytes: int, seconds: float) -> float:

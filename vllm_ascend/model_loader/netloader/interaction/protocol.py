@@ -241,7 +241,7 @@ def _decode(line: bytes | bytearray, labels: dict[str, type[M]]) -> M:
             )
         content = bytes(envelope.content)
         if kind is JoinNack and content.startswith(b'"'):  # as vLLM Ascend's NetLoader sends it
-            return kind(msgspec.json.decode(content, type=str))
+            content = b'{"reason":%b}' % content
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid message: {shortened(str(error))}") from None

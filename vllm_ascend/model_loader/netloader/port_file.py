@@ -1,0 +1,78 @@
+"""The file in which a rank publishes its address (OUTPUT_PREFIX), gone when its process is."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .utils import Address
+
+# Waits until the write end of its standard input is closed, which also the death of the process
+# that holds it does, and removes the file if nobody else has written it since.
+_WATCH = """
+exec 3<&0
+( read -r _ <&3; [ "$(cat -- "$1")" = "$2" ] && rm -f -- "$1" ) >/dev/null 2>&1 &
+"""
+
+
+class PortFile:
+    """A published address.
+
+    Unless `--shutdown-timeout` is set, vLLM ends its workers with SIGKILL, so no worker can be
+    relied on to remove its file itself. A shell does it for them, detached because vLLM kills the
+    children of its workers too.
+
+    Args:
+        prefix: OUTPUT_PREFIX.
+        rank: global rank of the process.
+        address: where it listens.
+    """
+
+    def __init__(self, prefix: str, rank: int, address: Address) -> None:
+        self.path = Path(f"{prefix}{rank}.txt")
+        self._text = str(address)
+        self._watch: subprocess.Popen[bytes] | None = None
+
+    def publish(self) -> None:
+        """Write the file such that a reader sees all of it or none.
+
+        Raises:
+            OSError: it cannot be written; nothing is left behind.
+        """
+        write_atomically(self.path, self._text)
+        self._watch = subprocess.Popen(
+            ["sh", "-c", _WATCH, "sh", str(self.path.absolute()), self._text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._watch.wait()  # for the outer shell, which ends once it has started the inner one
+
+    def remove(self) -> None:
+        """Remove the file unless somebody else has written it since."""
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self._text:
+                self.path.unlink()
+        if self._watch is not None and self._watch.stdin is not None:
+            self._watch.stdin.close()
+            self._watch = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file such that a reader sees all of it or none.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
