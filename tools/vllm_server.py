@@ -1,0 +1,289 @@
+"""Runs `vllm serve` as a child process for the demo and the end-to-end tests.
+
+It starts fast rather than representative: no compilation, a small context, one small KV cache. No
+process outlives the ``with`` block, whatever ends it.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+HOST = "127.0.0.1"
+START_SECONDS = 180.0
+STOP_SECONDS = 20.0
+POLL_SECONDS = 0.05
+REQUEST_SECONDS = 60.0
+LOG_TAIL_LINES = 40
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "NO_COLOR": "1",
+    "PYTHONUNBUFFERED": "1",
+    # Compiling the sampler alone costs 10 s and needs a C++ compiler.
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM's own choice would bind every instance to the same core. One thread each keeps two
+    # instances on a small machine apart, and their sums in the same order.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_HOST_IP": HOST,
+    "VLLM_LOGGING_COLOR": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+ARGUMENTS = [
+    "--enforce-eager",
+    "--dtype=bfloat16",
+    "--max-model-len=256",
+    "--max-num-seqs=4",
+    "--max-num-batched-tokens=256",
+    "--no-enable-prefix-caching",
+    "--disable-uvicorn-access-log",
+    "--disable-fastapi-docs",
+    # Clearing a cache of 1 GiB costs 4 s.
+    f"--kv-cache-memory-bytes={64 << 20}",
+    # Without it vLLM kills its workers at once, before they can clean up.
+    "--shutdown-timeout=10",
+]
+
+
+class ServerError(RuntimeError):
+    """An instance died or was not ready in time; carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an instance said: the text of each token, and how sure it was of it."""
+
+    tokens: tuple[str, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+
+class VllmServer:
+    """One `vllm serve` with all its processes.
+
+    ``with VllmServer(...) as server`` waits until it is ready, and kills it at the end, which saves
+    the 8 s of an orderly ``stop``. ``start`` and ``wait_until_ready`` exist apart so that several
+    instances can start side by side.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        load_format: str = "netloader",
+        extra_config: Mapping[str, Any] | None = None,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self.log = log
+        self.port = _free_port()
+        self._command = [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
+            *(f"--host={HOST}", f"--port={self.port}", f"--load-format={load_format}"),
+            *ARGUMENTS,
+            *arguments,
+        ]
+        if extra_config is not None:
+            self._command.append(f"--model-loader-extra-config={json.dumps(extra_config)}")
+        self._environment = os.environ | ENVIRONMENT | (environment or {})
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the processes and returns at once."""
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Its own process group: a Ctrl-C in the terminal reaches only us, and we can end
+                # the group as a whole.
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, timeout: float = START_SECONDS) -> None:
+        """Waits until the instance answers requests.
+
+        Raises:
+            ServerError: It ended instead, or was not ready in time.
+        """
+        self._wait(self._is_healthy, "answer requests", timeout)
+
+    def wait_for_log(self, pattern: str, timeout: float = START_SECONDS) -> re.Match[str]:
+        """Waits for a line of the log that matches and returns the first.
+
+        Raises:
+            ServerError: The instance ended without such a line, or it did not come in time.
+        """
+        self._wait(lambda: self.search_log(pattern) is not None, f"log {pattern!r}", timeout)
+        match = self.search_log(pattern)
+        assert match is not None
+        return match
+
+    def search_log(self, pattern: str) -> re.Match[str] | None:
+        """Returns the first match in the log so far."""
+        return re.search(pattern, self.read_log(), re.MULTILINE)
+
+    def read_log(self) -> str:
+        """Returns all that the instance has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def complete(self, prompt: str, max_tokens: int = 32) -> Completion:
+        """Generates at temperature 0 and to full length, whatever the tokens are."""
+        answer = self._post(
+            "/v1/completions",
+            {
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "logprobs": 1,
+                "ignore_eos": True,
+            },
+        )
+        logprobs = answer["choices"][0]["logprobs"]
+        return Completion(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the instance's first process is alive."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, timeout: float = STOP_SECONDS) -> None:
+        """Lets the instance end as a service manager would, and kills what is left of it."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout)
+            finally:
+                self.kill()
+
+    def kill(self) -> None:
+        """Ends the instance at once, as if it had crashed."""
+        if self._process is None:
+            return
+        # Python's resource tracker ends by itself, after it has freed the shared memory of the
+        # processes killed here.
+        tracked = self._group()
+        for process in tracked:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if not any("resource_tracker" in word for word in process.cmdline()):
+                    process.kill()
+        self._process.wait()
+        _, alive = psutil.wait_procs(tracked, timeout=STOP_SECONDS)
+        for process in alive:
+            process.kill()
+
+    def pause(self) -> None:
+        """Stops the instance's processes where they are: it neither answers nor hangs up."""
+        for process in self._group():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Lets a paused instance go on."""
+        for process in self._group():
+            process.resume()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+            self.wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def _group(self) -> list[psutil.Process]:
+        """Returns the instance's living processes, also those whose parent has died."""
+        assert self._process is not None
+        group = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == self._process.pid:
+                    group.append(process)
+        return group
+
+    def _wait(self, done: Callable[[], bool], what: str, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not done():
+            if not self.is_running:
+                raise ServerError(f"{self.model.name} ended before it would {what}\n{self._tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self.model.name} did not {what} within {timeout:.0f} s\n{self._tail()}"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _tail(self) -> str:
+        lines = self.read_log().splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"--- the end of {self.log}:", *lines])
+
+    def _is_healthy(self) -> bool:
+        try:
+            with _open(f"http://{HOST}:{self.port}/health", timeout=REQUEST_SECONDS):
+                return True
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://{HOST}:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with _open(request, timeout=REQUEST_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise ServerError(f"{path}: {error}: {error.read().decode(errors='replace')}") from None
+
+
+# A proxy from the environment must not see requests to this machine.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+def _free_port() -> int:
+    """Returns a port that nobody listens on, outside the range that systems hand out themselves.
+
+    vLLM takes its port seconds later, and its gloo groups open dozens of system-chosen ones
+    meanwhile.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
