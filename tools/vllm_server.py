@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import psutil
 
@@ -266,6 +267,22 @@ class VllmServer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {error}: {error.read().decode(errors='replace')}") from None
+
+
+def clean_up_when_interrupted() -> None:
+    """Lets the first Ctrl-C or SIGTERM raise KeyboardInterrupt and ignores further ones.
+
+    A second one, as make sends to its children or an impatient user does, would otherwise cut short
+    the ending of the instances.
+    """
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 # A proxy from the environment must not see requests to this machine.
