@@ -40,8 +40,8 @@ def parse_address(text: str) -> Address:
     host, colon, port_text = text.strip().rpartition(":")
     if not colon:
         raise ValueError(f"{text!r} has no port; write it as IP:port, [IPv6]:port or host:port")
-    # isdecimal alone accepts other scripts' digits, and int() takes blanks, signs and underscores
-    if not (port_text.isascii() and port_text.isdecimal() and 1 <= int(port_text[:6]) <= MAX_PORT):
+    # int() alone takes other scripts' digits, blanks, signs and underscores
+    if not re.fullmatch("[0-9]{1,5}", port_text) or not 1 <= int(port_text) <= MAX_PORT:
         raise ValueError(f"{text!r}: port {port_text!r} is not a number from 1 to {MAX_PORT}")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

@@ -1,0 +1,269 @@
+import os
+import signal
+import stat
+import string
+import threading
+
+import psutil
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_ascend.model_loader.netloader.port_file import PortFile, write_atomically
+from vllm_ascend.model_loader.netloader.utils import (
+    Address,
+    gigabytes_per_second,
+    parse_address,
+    unmapped,
+)
+
+from .support import end, python, until
+
+_label = st.text(string.ascii_letters + string.digits, min_size=1, max_size=20)
+_host_names = st.lists(_label, min_size=1, max_size=4).map(".".join)
+_hosts = st.one_of(
+    st.ip_addresses(v=4).map(str),
+    st.ip_addresses(v=6).map(str),
+    st.ip_addresses(v=6).map(lambda address: f"{address}%eth0.1"),
+    # a name of digits and dots alone would have to be an IPv4 address
+    _host_names.filter(lambda name: not set(name) <= set("0123456789.")),
+)
+
+
+# Addresses
+
+
+@given(_hosts, st.integers(1, 65535))
+def test_an_address_reads_back_from_its_text(host, port):
+    address = Address(host, port)
+    assert parse_address(str(address)) == address
+    assert parse_address(f"  {address}\n") == address
+
+
+@given(st.text(max_size=40) | st.text("0123456789.:[]%a-", max_size=30))
+@example("host:00001999999")
+@example("[fe80::1%]:80")
+@example("host:²")
+@example("\ud800:80")
+def test_any_text_is_an_address_or_is_refused_with_the_text_in_the_message(text):
+    try:
+        address = parse_address(text)
+    except ValueError as error:
+        assert repr(text) in str(error)
+    else:
+        assert 1 <= address.port <= 65535
+        assert address.host
+        assert parse_address(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no port"),
+        ("host", "no port"),
+        ("host:", "port ''"),
+        (":80", "neither an IP address nor a host name"),
+        ("host:0", "port '0'"),
+        ("host:65536", "port '65536'"),
+        ("host:-1", "port '-1'"),
+        ("host:+1", "port '+1'"),
+        ("host: 80", "port ' 80'"),
+        ("host:8_0", "port '8_0'"),
+        ("host:٣", "port"),  # a digit, and int() takes it
+        ("host:1e3", "port"),
+        ("::1:80", "brackets"),
+        ("[::1]", "port"),
+        ("[::1:80", "brackets"),
+        ("[1.2.3.4]:80", "not an IPv6 address"),
+        ("[::1%]:80", "network interface"),
+        ("[::1%a b]:80", "network interface"),
+        ("1.2.3:80", "not an IPv4 address"),
+        ("1.2.3.4.5:80", "not an IPv4 address"),
+        ("256.1.1.1:80", "not an IPv4 address"),
+        ("-host:80", "host name"),
+        ("host-:80", "host name"),
+        ("ho st:80", "host name"),
+        ("a..b:80", "host name"),
+        ("a" * 64 + ":80", "host name"),
+        ("a." * 127 + "a:80", "host name"),  # 255 characters
+        ("tcp://host:80", "brackets"),
+    ],
+)
+def test_a_malformed_address_is_refused_and_the_message_says_why(text, why):
+    with pytest.raises(ValueError) as error:
+        parse_address(text)
+    assert repr(text) in str(error.value)
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7%eth0", "192.0.2.7"),
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("some.host", "some.host"),
+        ("", ""),
+    ],
+)
+def test_a_mapped_ipv4_address_is_shown_as_ipv4_and_anything_else_as_it_is(host, shown):
+    assert unmapped(host) == shown
+
+
+# Rates
+
+
+def test_gigabytes_are_counted_in_powers_of_ten():
+    assert gigabytes_per_second(3_000_000_000, 2.0) == 1.5
+
+
+def test_a_rate_over_no_time_is_not_an_error():
+    assert gigabytes_per_second(0, 0.0) == 0.0
+    assert gigabytes_per_second(1, 0.0) > 0
+
+
+# Port files
+
+ADDRESS = Address("192.0.2.7", 4711)
+
+
+def _watchers(path):
+    """Processes that watch over a port file."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(path) in (process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return str(tmp_path / "rank_")
+
+
+def test_a_port_file_has_the_address_and_is_alone_in_its_folder(prefix, tmp_path):
+    port_file = PortFile(prefix, 3, ADDRESS)
+    port_file.publish()
+    assert os.listdir(tmp_path) == ["rank_3.txt"]
+    assert parse_address((tmp_path / "rank_3.txt").read_text()) == ADDRESS
+    assert stat.S_IMODE((tmp_path / "rank_3.txt").stat().st_mode) == 0o644
+    port_file.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_port_file_replaces_what_an_earlier_instance_left(prefix, tmp_path):
+    (tmp_path / "rank_0.txt").write_text("192.0.2.7:1111")
+    port_file = PortFile(prefix, 0, ADDRESS)
+    port_file.publish()
+    assert (tmp_path / "rank_0.txt").read_text() == str(ADDRESS)
+    port_file.remove()
+
+
+def test_a_removed_port_file_has_no_watcher_left(prefix):
+    port_file = PortFile(prefix, 0, ADDRESS)
+    port_file.publish()
+    assert _watchers(port_file.path)
+    port_file.remove()
+    assert until(lambda: not _watchers(port_file.path))
+
+
+def test_a_port_file_that_another_instance_has_overwritten_stays(prefix):
+    port_file = PortFile(prefix, 0, ADDRESS)
+    port_file.publish()
+    port_file.path.write_text("192.0.2.8:1111")
+    port_file.remove()
+    assert until(lambda: not _watchers(port_file.path))
+    assert port_file.path.read_text() == "192.0.2.8:1111"
+
+
+def test_removing_twice_or_what_was_never_published_is_harmless(prefix, tmp_path):
+    PortFile(prefix, 0, ADDRESS).remove()
+    port_file = PortFile(prefix, 0, ADDRESS)
+    port_file.publish()
+    port_file.remove()
+    port_file.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_does_not_exist_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        PortFile(str(tmp_path / "no" / "rank_"), 0, ADDRESS).publish()
+
+
+def test_an_atomic_write_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "taken", "text")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_reader_sees_all_of_a_file_or_the_one_before(tmp_path):
+    path = tmp_path / "file"
+    texts = ["a" * 100_000, "b" * 100_000]
+    write_atomically(path, texts[0])
+    seen, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(200):
+        write_atomically(path, texts[turn % 2])
+    done.set()
+    reader.join()
+    assert seen <= set(texts)
+
+
+_PUBLISH = """
+import sys, time
+from vllm_ascend.model_loader.netloader.port_file import PortFile
+from vllm_ascend.model_loader.netloader.utils import Address
+port_file = PortFile(sys.argv[1], 0, Address("192.0.2.7", 4711))
+port_file.publish()
+print("published", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def publisher(prefix):
+    process = python("-c", _PUBLISH, prefix, start_new_session=True)
+    assert process.stdout.readline() == "published\n"
+    yield process
+    end(process)
+
+
+def test_the_port_file_of_a_killed_process_goes_away(publisher, tmp_path):
+    assert (tmp_path / "rank_0.txt").exists()
+    os.kill(publisher.pid, signal.SIGKILL)
+    assert until(lambda: not (tmp_path / "rank_0.txt").exists())
+    assert until(lambda: not _watchers(tmp_path / "rank_0.txt"))
+
+
+def test_the_port_file_stays_if_its_process_is_killed_after_another_has_overwritten_it(
+    publisher, tmp_path
+):
+    (tmp_path / "rank_0.txt").write_text("192.0.2.8:1111")
+    os.kill(publisher.pid, signal.SIGKILL)
+    assert until(lambda: not _watchers(tmp_path / "rank_0.txt"))
+    assert (tmp_path / "rank_0.txt").read_text() == "192.0.2.8:1111"
+
+
+def test_the_watcher_outlives_a_signal_to_the_whole_process_group(publisher, tmp_path):
+    # A terminal's Ctrl-C, or a supervisor that ends a service, reaches every process of a group.
+    os.killpg(publisher.pid, signal.SIGKILL)
+    assert until(lambda: not (tmp_path / "rank_0.txt").exists())
+
+
+@pytest.mark.parametrize("name", ["with space_", "quote'_", "$(touch x)_", "-rf_", "ünïcode_"])
+def test_any_prefix_is_only_ever_a_file_name(name, tmp_path):
+    port_file = PortFile(str(tmp_path / name), 0, ADDRESS)
+    port_file.publish()
+    assert os.listdir(tmp_path) == [f"{name}0.txt"]
+    assert port_file._watch is not None
+    port_file._watch.stdin.close()  # as the death of this process would
+    assert until(lambda: os.listdir(tmp_path) == [])
