@@ -8,11 +8,12 @@ from pathlib import Path
 
 from .utils import Address
 
-# Waits until the write end of its standard input is closed, which also the death of the process
-# that holds it does, and removes the file if nobody else has written it since.
+# Waits until the write end of its standard input is closed by the death of the process that holds
+# it, and removes the file if nobody else has written it since. A line says that this is not needed:
+# by then the same address may have been published anew.
 _WATCH = """
 exec 3<&0
-( read -r _ <&3; [ "$(cat -- "$1")" = "$2" ] && rm -f -- "$1" ) >/dev/null 2>&1 &
+( read -r _ <&3 || { [ "$(cat -- "$1")" = "$2" ] && rm -f -- "$1"; } ) >/dev/null 2>&1 &
 """
 
 
@@ -52,11 +53,13 @@ class PortFile:
 
     def remove(self) -> None:
         """Remove the file unless somebody else has written it since."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
             if self.path.read_text() == self._text:
                 self.path.unlink()
         if self._watch is not None and self._watch.stdin is not None:
-            self._watch.stdin.close()
+            with contextlib.suppress(OSError):  # somebody has killed it
+                self._watch.stdin.write(b"\n")
+                self._watch.stdin.close()
             self._watch = None
 
 

@@ -178,6 +178,15 @@ def test_a_port_file_that_another_instance_has_overwritten_stays(prefix):
     assert port_file.path.read_text() == "192.0.2.8:1111"
 
 
+def test_a_file_that_is_no_text_is_not_taken_for_its_own(prefix):
+    port_file = PortFile(prefix, 0, ADDRESS)
+    port_file.publish()
+    port_file.path.write_bytes(b"\xff")
+    port_file.remove()
+    assert until(lambda: not _watchers(port_file.path))
+    assert port_file.path.exists()
+
+
 def test_removing_twice_or_what_was_never_published_is_harmless(prefix, tmp_path):
     PortFile(prefix, 0, ADDRESS).remove()
     port_file = PortFile(prefix, 0, ADDRESS)
@@ -185,6 +194,22 @@ def test_removing_twice_or_what_was_never_published_is_harmless(prefix, tmp_path
     port_file.remove()
     port_file.remove()
     assert os.listdir(tmp_path) == []
+
+
+def test_the_same_address_can_be_published_again_at_once(prefix):
+    # The watcher of the first file must not take the second one away.
+    first, second = PortFile(prefix, 0, ADDRESS), PortFile(prefix, 0, ADDRESS)
+    first.publish()
+    stopped = _watchers(first.path)
+    for watcher in stopped:
+        watcher.suspend()  # a busy machine may run it as late as this
+    first.remove()
+    second.publish()
+    for watcher in stopped:
+        watcher.resume()
+    psutil.wait_procs(stopped, 20)
+    assert second.path.read_text() == str(ADDRESS)
+    second.remove()
 
 
 def test_a_folder_that_does_not_exist_is_an_os_error(tmp_path):
