@@ -1,0 +1,367 @@
+import json
+import math
+import os
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_ascend.model_loader.netloader.config import (
+    MAX_MODEL_NAME_BYTES,
+    Int8Cache,
+    NetLoaderConfig,
+    parse_config,
+)
+from vllm_ascend.model_loader.netloader.errors import ConfigError, NetLoaderError
+from vllm_ascend.model_loader.netloader.utils import Address
+
+KEYS = [
+    "SOURCE",
+    "MODEL",
+    "LISTEN_HOST",
+    "LISTEN_PORT",
+    "INT8_CACHE",
+    "INT8_CACHE_NAME",
+    "OUTPUT_PREFIX",
+    "MAX_SESSIONS",
+    "MAX_SOURCES",
+    "CHUNK_MIB",
+    "VERIFY",
+    "CONNECT_TIMEOUT",
+    "HANDSHAKE_TIMEOUT",
+    "PROGRESS_TIMEOUT",
+]
+
+
+def refusal(extra_config):
+    with pytest.raises(ConfigError) as error:
+        parse_config(extra_config)
+    return str(error.value)
+
+
+def test_nothing_given_is_a_valid_configuration():
+    config = parse_config({})
+    assert config == NetLoaderConfig(source={})
+    assert config.model is None
+    assert config.port_for(3) == 0
+    assert config.verify
+    assert config.int8_cache is Int8Cache.NO
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parsed"),
+    [
+        ("SOURCE", [], {}),
+        ("MODEL", "org/name", "org/name"),
+        ("MODEL", "x" * MAX_MODEL_NAME_BYTES, "x" * MAX_MODEL_NAME_BYTES),
+        ("LISTEN_HOST", "0.0.0.0", "0.0.0.0"),
+        ("LISTEN_HOST", "::", "::"),
+        ("LISTEN_HOST", "some.host", "some.host"),
+        ("LISTEN_PORT", 1024, 1024),
+        ("LISTEN_PORT", -5, -5),
+        ("INT8_CACHE", "hbm", Int8Cache.HBM),
+        ("INT8_CACHE", "DRAM", Int8Cache.DRAM),
+        ("INT8_CACHE", "No", Int8Cache.NO),
+        ("INT8_CACHE_NAME", [], ()),
+        ("INT8_CACHE_NAME", ["mlp", "qkv"], ("mlp", "qkv")),
+        ("MAX_SESSIONS", 1, 1),
+        ("MAX_SESSIONS", 256, 256),
+        ("MAX_SOURCES", 1, 1),
+        ("MAX_SOURCES", 64, 64),
+        ("CHUNK_MIB", 1, 1),
+        ("CHUNK_MIB", 64, 64),
+        ("VERIFY", False, False),
+        ("CONNECT_TIMEOUT", 1, 1.0),
+        ("HANDSHAKE_TIMEOUT", 0.1, 0.1),
+        ("PROGRESS_TIMEOUT", 3600, 3600.0),
+    ],
+)
+def test_a_key_takes_what_it_allows(key, value, parsed):
+    assert getattr(parse_config({key: value}), key.lower()) == parsed
+
+
+SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("SOURCE", {"device_id": 0, "sources": []}, "a list of"),
+        ("SOURCE", "host:80", "a list of"),
+        ("SOURCE", ["host:80"], SOURCE_ENTRY),
+        ("SOURCE", [{"device_id": 0}], SOURCE_ENTRY),
+        ("SOURCE", [{"device_id": 0, "sources": [], "more": 1}], SOURCE_ENTRY),
+        ("SOURCE", [{"device_id": "0", "sources": []}], "an integer from 0"),
+        ("SOURCE", [{"device_id": True, "sources": []}], "an integer from 0"),
+        ("SOURCE", [{"device_id": -1, "sources": []}], "an integer from 0"),
+        ("SOURCE", [{"device_id": 0, "sources": "host:80"}], "a list of strings"),
+        ("SOURCE", [{"device_id": 0, "sources": [80]}], "a list of strings"),
+        ("MODEL", "", "a name of 1 to 512 bytes"),
+        ("MODEL", 5, "a name of 1 to 512 bytes"),
+        ("MODEL", "x" * (MAX_MODEL_NAME_BYTES + 1), "a name of 1 to 512 bytes"),
+        ("MODEL", "ü" * 86, "a name of 1 to 512 bytes"),  # six bytes each as JSON
+        ("LISTEN_HOST", 5, "an IP address or a host name"),
+        ("LISTEN_HOST", "", "an IP address or a host name"),
+        ("LISTEN_HOST", "host:80", "an IP address or a host name"),
+        ("LISTEN_HOST", "1.2.3", "an IP address or a host name"),
+        ("LISTEN_PORT", "8000", "an integer"),
+        ("LISTEN_PORT", True, "an integer"),
+        ("LISTEN_PORT", 8000.0, "an integer"),
+        ("INT8_CACHE", "disk", "'hbm', 'dram' or 'no'"),
+        ("INT8_CACHE", False, "'hbm', 'dram' or 'no'"),
+        ("INT8_CACHE", [], "'hbm', 'dram' or 'no'"),
+        ("INT8_CACHE_NAME", "mlp", "a list"),
+        ("INT8_CACHE_NAME", ["mlp", ""], "a list"),
+        ("INT8_CACHE_NAME", [1], "a list"),
+        ("OUTPUT_PREFIX", "", "a path prefix"),
+        ("OUTPUT_PREFIX", 5, "a path prefix"),
+        ("MAX_SESSIONS", 0, "an integer from 1 to 256"),
+        ("MAX_SESSIONS", 257, "an integer from 1 to 256"),
+        ("MAX_SESSIONS", 1.0, "an integer from 1 to 256"),
+        ("MAX_SESSIONS", True, "an integer from 1 to 256"),
+        ("MAX_SOURCES", 0, "an integer from 1 to 64"),
+        ("MAX_SOURCES", 65, "an integer from 1 to 64"),
+        ("CHUNK_MIB", 0, "an integer from 1 to 64"),
+        ("CHUNK_MIB", 65, "an integer from 1 to 64"),
+        ("CHUNK_MIB", "8", "an integer from 1 to 64"),
+        ("VERIFY", 1, "true or false"),
+        ("VERIFY", "true", "true or false"),
+        ("CONNECT_TIMEOUT", 0, "seconds, from 0.1 to 3600"),
+        ("CONNECT_TIMEOUT", -1, "seconds, from 0.1 to 3600"),
+        ("CONNECT_TIMEOUT", True, "seconds, from 0.1 to 3600"),
+        ("HANDSHAKE_TIMEOUT", 3601, "seconds, from 0.1 to 3600"),
+        ("HANDSHAKE_TIMEOUT", math.inf, "seconds, from 0.1 to 3600"),
+        ("PROGRESS_TIMEOUT", math.nan, "seconds, from 0.1 to 3600"),
+        ("PROGRESS_TIMEOUT", "5", "seconds, from 0.1 to 3600"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_key_the_value_and_what_is_allowed(key, value, allowed):
+    message = refusal({key: value})
+    assert message.startswith(key)
+    assert "\n" not in message
+    assert allowed in message
+    shown = value[0] if key == "SOURCE" and isinstance(value, list) else value
+    if shown is not value and allowed != SOURCE_ENTRY:
+        shown = shown["device_id"] if "integer" in allowed else shown["sources"]
+    assert repr(shown)[:200] in message
+
+
+def test_a_wrong_address_is_refused_with_its_place_in_the_list():
+    sources = [{"device_id": 0, "sources": []}, {"device_id": 1, "sources": ["host:80", "host"]}]
+    message = refusal({"SOURCE": sources})
+    assert message.startswith("SOURCE[1].sources: 'host' has no port")
+
+
+def test_a_long_value_is_shown_in_part():
+    assert len(refusal({"LISTEN_PORT": "9" * 10_000})) < 400
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_null_is_refused_rather_than_taken_for_a_default(key):
+    assert refusal({key: None}) == f"{key} is null; leave the key out instead"
+
+
+@pytest.mark.parametrize("extra_config", [None, [], "{}", 5])
+def test_anything_but_an_object_is_refused(extra_config):
+    assert "must be a JSON object" in refusal(extra_config)
+
+
+def test_an_unknown_key_is_refused_by_name_and_the_known_ones_are_listed():
+    message = refusal({"source": [], "SORCE": [], "MODEL": "m"})
+    assert "'SORCE', 'source'" in message
+    assert all(key in message for key in KEYS)
+    assert "CONFIG_FILE" in message
+
+
+def test_a_config_error_is_a_value_error_which_vllm_shows_without_a_traceback_of_its_own():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, NetLoaderError)
+
+
+# SOURCE
+
+
+def test_several_entries_for_a_rank_add_up_in_order_without_repetitions():
+    config = parse_config(
+        {
+            "SOURCE": [
+                {"device_id": 0, "sources": ["b:2", "a:1"]},
+                {"device_id": 1, "sources": ["a:1"]},
+                {"device_id": 0, "sources": ["c:3", "b:2", "[::1]:4"]},
+            ]
+        }
+    )
+    assert config.source == {
+        0: (Address("b", 2), Address("a", 1), Address("c", 3), Address("::1", 4)),
+        1: (Address("a", 1),),
+    }
+
+
+# LISTEN_PORT
+
+
+@pytest.mark.parametrize(
+    ("base", "rank", "port"),
+    [
+        (8000, 0, 8000),
+        (8000, 7, 8007),
+        (1024, 0, 1024),
+        (65535, 0, 65535),
+        (65535, 1, None),
+        (65528, 7, 65535),
+        (65529, 7, None),
+        (1023, 0, None),
+        (1023, 1, None),
+        (0, 0, None),
+        (-1, 5000, None),
+        (65536, 0, None),
+        (10**30, 0, None),
+    ],
+)
+def test_a_rank_listens_at_the_base_plus_its_rank_or_not_at_all(base, rank, port):
+    assert parse_config({"LISTEN_PORT": base}).port_for(rank) == port
+
+
+# MODEL
+
+
+def test_the_model_argument_fills_in_for_an_absent_model():
+    assert parse_config({}).with_model("/models/m").model == "/models/m"
+    assert parse_config({"MODEL": "m"}).with_model("/models/m").model == "m"
+
+
+def test_a_model_argument_that_fits_in_no_join_is_refused():
+    with pytest.raises(ConfigError, match="MODEL"):
+        parse_config({}).with_model("x" * 600)
+
+
+# OUTPUT_PREFIX
+
+
+def test_an_output_prefix_in_an_existing_folder_is_taken(tmp_path, monkeypatch):
+    assert parse_config({"OUTPUT_PREFIX": f"{tmp_path}/"}).output_prefix == f"{tmp_path}/"
+    monkeypatch.chdir(tmp_path)
+    assert parse_config({"OUTPUT_PREFIX": "rank_"}).output_prefix == "rank_"
+
+
+def test_an_output_prefix_in_a_missing_folder_is_refused(tmp_path):
+    message = refusal({"OUTPUT_PREFIX": f"{tmp_path}/missing/rank_"})
+    assert f"'{tmp_path}/missing' is none" in message
+
+
+def test_an_output_prefix_under_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert "existing folder" in refusal({"OUTPUT_PREFIX": f"{tmp_path}/file/rank_"})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything can be written to by root")
+def test_an_output_prefix_in_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "can be written to" in refusal({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+
+
+@pytest.mark.parametrize("character", [*'<>:"|?*\x00\n\x7f'])
+def test_an_output_prefix_with_a_forbidden_character_is_refused(character, tmp_path):
+    message = refusal({"OUTPUT_PREFIX": f"{tmp_path}/rank{character}"})
+    assert "without control characters" in message
+
+
+# CONFIG_FILE
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "netloader.json"
+
+    def write(content):
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return str(path)
+
+    return write
+
+
+def test_the_file_wins_and_what_stands_beside_it_fills_the_gaps(config_file):
+    path = config_file({"MODEL": "of the file", "CHUNK_MIB": 2})
+    given_beside = {"CONFIG_FILE": path, "MODEL": "beside it", "MAX_SESSIONS": 7}
+    config = parse_config(given_beside)
+    assert (config.model, config.chunk_mib, config.max_sessions) == ("of the file", 2, 7)
+    assert given_beside["MODEL"] == "beside it"
+
+
+def test_a_value_of_the_file_is_checked_like_any_other(config_file):
+    assert refusal({"CONFIG_FILE": config_file({"CHUNK_MIB": 0})}).startswith("CHUNK_MIB is 0")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"LISTEN_PORT": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ([], "must be a JSON object"),
+        ("null", "must be a JSON object"),
+        ({"PORT": 5}, "unknown keys 'PORT'"),
+        ({"CONFIG_FILE": "another"}, "unknown keys 'CONFIG_FILE'"),
+        (b"\xff\xfe{}", "cannot be read"),
+    ],
+)
+def test_a_file_without_a_configuration_is_refused_by_name(config_file, content, why):
+    path = config_file(content)
+    message = refusal({"CONFIG_FILE": path})
+    assert repr(path) in message
+    assert why in message
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    path = str(tmp_path / "missing.json")
+    assert refusal({"CONFIG_FILE": path}) == f"CONFIG_FILE {path!r} does not exist"
+
+
+def test_a_folder_for_a_file_is_refused(tmp_path):
+    assert "cannot be read" in refusal({"CONFIG_FILE": str(tmp_path)})
+
+
+@pytest.mark.parametrize("value", ["", 5, [], {}, False])
+def test_a_file_name_that_is_none_is_refused(value):
+    assert "the path of a JSON file" in refusal({"CONFIG_FILE": value})
+
+
+# Anything
+
+
+_json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: (
+        st.lists(values, max_size=4)
+        | st.dictionaries(st.text() | st.sampled_from(["device_id", "sources"]), values, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*KEYS, "CONFIG_FILE"]), _json_values, max_size=3))
+@example({"CONNECT_TIMEOUT": 10**400})
+@example({"LISTEN_PORT": -(10**400)})
+@example({"MAX_SESSIONS": 10**400})
+@example({"SOURCE": [{"device_id": 10**400, "sources": ["a:1"]}]})
+@example({"SOURCE": [{"device_id": 0, "sources": ["a:00001999999"]}]})
+@example({"CONFIG_FILE": "\x00"})
+@example({"CONFIG_FILE": "\ud800"})
+@example({"LISTEN_HOST": "\ud800"})
+def test_any_json_is_a_configuration_or_a_config_error(extra_config):
+    try:
+        config = parse_config(extra_config)
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert isinstance(config, NetLoaderConfig)
+
+
+@given(st.sampled_from(KEYS), _json_values)
+def test_any_value_of_any_key_is_taken_or_a_config_error(key, value):
+    try:
+        parse_config({key: value})
+    except ConfigError as error:
+        assert str(error).startswith(key)
