@@ -14,6 +14,8 @@ from .utils import MAX_PORT, MIN_PORT, Address, parse_address
 
 MIB = 1 << 20
 MAX_MODEL_NAME_BYTES = 512  # a JOIN, which carries the name, stays under 1,024 bytes
+# JSON can say half of a surrogate pair; no message and no file name can.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Int8Cache(Enum):
@@ -170,7 +172,12 @@ def _source(value: object) -> Mapping[int, tuple[Address, ...]]:
 
 
 def _model(value: object) -> str:
-    if not isinstance(value, str) or not value or len(json.dumps(value)) - 2 > MAX_MODEL_NAME_BYTES:
+    if (
+        not isinstance(value, str)
+        or not value
+        or _SURROGATE.search(value)
+        or len(json.dumps(value)) - 2 > MAX_MODEL_NAME_BYTES
+    ):
         allowed = f"a name of 1 to {MAX_MODEL_NAME_BYTES} bytes (as JSON)"
         raise _wrong("MODEL", value, allowed)
     return value
@@ -209,7 +216,7 @@ def _int8_cache_name(value: object) -> tuple[str, ...]:
 def _output_prefix(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise _wrong("OUTPUT_PREFIX", value, "a path prefix, as in /run/netloader/rank_")
-    if re.search(r'[\x00-\x1f\x7f<>:"|?*]', value):
+    if re.search(r'[\x00-\x1f\x7f<>:"|?*]', value) or _SURROGATE.search(value):
         raise _wrong("OUTPUT_PREFIX", value, 'a path without control characters and <>:"|?*')
     folder = os.path.dirname(value) or "."
     if not os.path.isdir(folder):

@@ -235,6 +235,13 @@ def test_a_model_argument_that_fits_in_no_join_is_refused():
         parse_config({}).with_model("x" * 600)
 
 
+@pytest.mark.parametrize("key", ["MODEL", "OUTPUT_PREFIX"])
+def test_text_that_has_no_utf8_is_refused(key, tmp_path):
+    # JSON can say "\ud800"; no message and no file name can.
+    message = refusal(json.loads(json.dumps({key: f"{tmp_path}/\ud800"})))
+    assert message.startswith(key)
+
+
 # OUTPUT_PREFIX
 
 
