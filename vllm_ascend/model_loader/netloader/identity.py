@@ -62,6 +62,16 @@ def digest_of_settings(settings: Mapping[str, Any]) -> str:
     Args:
         settings: JSON-like values; anything else counts by its `str`.
     """
-    plain = msgspec.to_builtins(settings, str_keys=True, enc_hook=str)
-    canonical = msgspec.json.encode(plain, order="sorted")
+    canonical = msgspec.json.encode(_plain(settings), enc_hook=str, order="sorted")
     return hashlib.sha256(canonical).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Return settings with text for keys, and sets in an order that is always the same."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return value
