@@ -1,9 +1,15 @@
 import logging
+import os
 
 import hypothesis
 import pytest
 
 from vllm_ascend.model_loader.netloader.utils import logger
+
+# torch's TCPStore asks the DNS for the name of every address it connects to. Where the DNS loses a
+# packet now and then, that is five seconds each time; like this it is one second, once: torch asks
+# no more after a failure.
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
 # The same examples every time, without deadlines: a busy machine is no failure.
 hypothesis.settings.register_profile(

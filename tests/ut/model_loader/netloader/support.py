@@ -127,7 +127,8 @@ def blank_like(tensors):
 
 
 def bytes_of(tensor):
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # a clone, because a contiguous tensor of one element may have any stride
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def differing(one, other):
