@@ -262,6 +262,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._newline_due = False
         self.local_host = sock.getsockname()[0]
         self.peer_host, self.peer_port = sock.getpeername()[:2]
 
@@ -303,7 +304,7 @@ class Connection:
             if searched > limit:
                 raise ProtocolError(f"a message of over {limit} bytes")
             if bare and self._buffer.rstrip().endswith(b"}") and _is_json(self._buffer):
-                end = searched
+                end, self._newline_due = searched, True
                 break
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -320,6 +321,10 @@ class Connection:
             raise ProtocolError(f"a message of over {limit} bytes")
         line = self._buffer[:end]
         del self._buffer[: end + 1]
+        if self._newline_due and not bare:
+            self._newline_due = False
+            if not line.strip():  # the end of a first message that was complete without it
+                return self._line(deadline - time.monotonic(), limit, bare=False)
         return line
 
     def close(self) -> None:
