@@ -6,6 +6,8 @@ import torch
 
 from .plan import Chunk, Piece
 
+_INDEXABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def size_of(tensor: torch.Tensor) -> int:
     """Return the number of bytes of a tensor's elements."""
@@ -25,7 +27,8 @@ def in_place(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor | No
     tensor = tensors[piece.tensor].detach()
     if not tensor.is_contiguous():
         return None
-    flat = tensor.view(-1).view(torch.uint8)
+    # view(-1) keeps the stride of a single element, which another dtype's view does not take
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat[piece.offset : piece.offset + piece.nbytes]
 
 
@@ -34,7 +37,7 @@ def read(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     view = in_place(piece, tensors)
     if view is not None:
         return view
-    tensor = tensors[piece.tensor].detach()
+    tensor = _indexable(tensors[piece.tensor])
     return tensor[_elements(piece, tensor)].view(torch.uint8)
 
 
@@ -44,7 +47,7 @@ def write(piece: Piece, tensors: Sequence[torch.Tensor], data: torch.Tensor) -> 
     if view is not None:
         view.copy_(data)
         return
-    tensor = tensors[piece.tensor].detach()
+    tensor = _indexable(tensors[piece.tensor])
     # a clone starts at a multiple of any element's size, which a slice of a message may not
     tensor[_elements(piece, tensor)] = data.clone().view(tensor.dtype)
 
@@ -70,6 +73,12 @@ def unpack(chunk: Chunk, tensors: Sequence[torch.Tensor], message: torch.Tensor)
     parts = message.split([piece.nbytes for piece in chunk.pieces])
     for piece, part in zip(chunk.pieces, parts, strict=True):
         write(piece, tensors, part)
+
+
+def _indexable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's memory as a dtype of its size that indexing knows, which not all are."""
+    dtype = _INDEXABLE.get(tensor.element_size())
+    return tensor.detach() if dtype is None else tensor.detach().view(dtype)
 
 
 def _elements(piece: Piece, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
