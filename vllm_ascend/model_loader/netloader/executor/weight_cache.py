@@ -17,8 +17,8 @@ from ..errors import LayoutUnsupported
 from .devices import Device
 from .digest import Digests, digest_model, piece_hashes
 from .manifest import RAW, Manifest, Scalar, describe
-from .pieces import size_of
-from .plan import Plan, make_plan
+from .pieces import read, size_of
+from .plan import Piece, Plan, make_plan
 
 # Scales and the like: copying all of them costs little, and quantization rewrites them in place.
 _SMALL = 64 << 10
@@ -30,12 +30,12 @@ class BeforeLoading:
 
     Attributes:
         scalars: dotted name -> value of the plain attributes of all modules.
-        tensors: dotted name -> (id, version) of the tensors among the plain attributes.
+        tensors: dotted name -> (tensor, version) of the tensors among the plain attributes.
         buffers: name -> hash of the buffers that no checkpoint has.
     """
 
     scalars: Mapping[str, Scalar]
-    tensors: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, tuple[torch.Tensor, int]]
     buffers: Mapping[str, bytes]
 
 
@@ -102,7 +102,13 @@ def capture_loaded(
         LayoutUnsupported: loading left something that the raw layout cannot carry; names it.
     """
     plain = _plain_tensors(model)
-    if changed := sorted(name for name in plain if plain[name] != before.tensors.get(name)):
+    if changed := sorted(
+        name
+        for name, (tensor, version) in plain.items()
+        if name not in before.tensors
+        or before.tensors[name][0] is not tensor
+        or before.tensors[name][1] != version
+    ):
         raise LayoutUnsupported(
             f"{changed[0]} was made by loading and is neither a parameter nor a buffer"
         )
@@ -191,7 +197,7 @@ def _changed(raw: RawWeights, device: Device) -> set[int]:
     gone = {
         index
         for index, tensor in enumerate(raw.tensors)
-        if tensor.untyped_storage().nbytes() < size_of(tensor)
+        if tensor.untyped_storage().nbytes() < _end(tensor)
     }
     changed = set(gone)
     for chunk, hashes in zip(raw.plan.chunks, raw.digests.pieces, strict=True):
@@ -212,6 +218,13 @@ def _changed(raw: RawWeights, device: Device) -> set[int]:
     return changed
 
 
+def _end(tensor: torch.Tensor) -> int:
+    """Return the position in its storage at which a tensor's last byte ends."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
 def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the buffers that are not persistent: a model makes them itself, in most cases."""
     persistent = model.state_dict(keep_vars=True).keys()
@@ -224,7 +237,7 @@ def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, bytes]:
     return {
-        name: device.hash(tensor.detach().contiguous().view(-1).view(torch.uint8))
+        name: device.hash(read(Piece(0, 0, size_of(tensor)), [tensor]))
         for name, tensor in tensors.items()
         if not tensor.is_meta and tensor.numel()
     }
@@ -245,10 +258,10 @@ def _scalars(model: nn.Module) -> dict[str, Scalar]:
     }
 
 
-def _plain_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _plain_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
     return {
         f"{path}.{name}" if path else name: (
-            id(value),
+            value,
             0 if value.is_inference() else value._version,
         )
         for path, module in model.named_modules(remove_duplicate=False)
