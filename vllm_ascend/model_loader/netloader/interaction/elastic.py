@@ -260,6 +260,8 @@ class ElasticServer:
             )
             with self._lock:
                 oldest = next(iter(self._handshakes)) if self._full() else None
+                if oldest is not None:  # now, as its thread may take its time to notice
+                    del self._handshakes[oldest]
                 self._handshakes[connection] = thread
             if oldest is not None:
                 oldest.close()
@@ -303,7 +305,8 @@ class ElasticServer:
         with self._lock:
             if len(self._sessions) >= self._max_sessions:
                 return False
-            self._sessions[connection] = self._handshakes.pop(connection)
+            self._handshakes.pop(connection, None)
+            self._sessions[connection] = threading.current_thread()
             return True
 
     def _forget(self, connection: Connection) -> None:
