@@ -8,6 +8,10 @@ import torch
 import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -86,6 +90,21 @@ def identity_of(
         layout=layout,
         vllm_version=None if layout == RAW else vllm.__version__,
     )
+
+
+def why_no_reload(model: nn.Module) -> str:
+    """Name a layer that vLLM cannot reload in place, if there is one.
+
+    On CPUs, kernels of quantized layers and of experts hold packed copies of, or pointers to, their
+    tensors. vLLM's layerwise reload leaves them as they are: the layer then computes with old
+    weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader).
+    """
+    safe = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, BaseKVCacheMethod)
+    for path, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase) and not isinstance(method, safe):
+            return f"vLLM cannot reload {path} ({type(method).__name__}) in place on a CPU"
+    return ""
 
 
 def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,16 +88,11 @@ def elastic_load(
     ]
     for thread in threads:
         thread.start()
-    with tqdm(
-        desc="Loading weights from peers",
-        unit="B",
-        unit_scale=True,
-        disable=not show_progress,
-        mininterval=0.5,
-    ) as bar:
-        while not load.over.wait(0.1):
-            load.show(bar)
-        load.show(bar)
+    bar: tqdm[None] | None = None
+    while not load.over.wait(0.1):
+        bar = _show(load, bar) if show_progress else None
+    if show_progress and (bar := _show(load, bar)) is not None:
+        bar.close()
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes chunks from the ledger first, and there are none.
     loaded = load.result()
@@ -112,6 +108,16 @@ def elastic_load(
         loaded.digests.model if loaded.digests else "not checked",
     )
     return loaded
+
+
+def _show(load: "_Load", bar: "tqdm[None] | None") -> "tqdm[None] | None":
+    """Bring the progress bar up to date; there is none before the size is known."""
+    received, total = load.progress()
+    if bar is None and total:
+        bar = tqdm(total=total, desc="Loading weights from peers", unit="B", unit_scale=True)
+    if bar is not None:
+        bar.update(received - bar.n)
+    return bar
 
 
 class _Load:
@@ -133,8 +139,11 @@ class _Load:
         self._config = config
         self._device = device
         self._sources = iter(sources)
+        self._put_off: deque[Address] = deque()
         self._lock = threading.Lock()
         self._working = min(config.max_sources, len(sources))
+        if not sources:
+            self.over.set()
         self._reasons: list[str] = []
         self._offer: JoinAck | None = None
         self._manifest: Manifest | None = None
@@ -149,6 +158,8 @@ class _Load:
             while not self.over.is_set():
                 with self._lock:
                     address = next(self._sources, None)
+                    if address is None and self._working == 1 and self._put_off:
+                        address = self._put_off.popleft()
                 if address is None:
                     return
                 self._try(address)
@@ -158,12 +169,11 @@ class _Load:
                 if self._working == 0:
                     self.over.set()
 
-    def show(self, bar: "tqdm[None]") -> None:
-        """Bring the progress bar up to date."""
-        target = self._target
-        if target is not None:
-            bar.total = target.plan.nbytes
-            bar.update(sum(pull.bytes_received for pull in self._pulls_now().values()) - bar.n)
+    def progress(self) -> tuple[int, int]:
+        """Return the bytes received and the bytes to receive, 0 while that is not known."""
+        with self._lock:
+            received = sum(pull.bytes_received for pull in self._pulls.values())
+            return received, self._target.plan.nbytes if self._target else 0
 
     def result(self) -> Loaded:
         """Return the filled model.
@@ -177,14 +187,12 @@ class _Load:
 
     def shares(self) -> str:
         """Return the sources with what each gave, for the log."""
-        gave = {a: p.bytes_received for a, p in self._pulls_now().items() if p.bytes_received}
+        with self._lock:
+            gave = {a: pull.bytes_received for a, pull in self._pulls.items()}
+        gave = {address: nbytes for address, nbytes in gave.items() if nbytes}
         if len(gave) == 1:
             return str(*gave)
         return ", ".join(f"{address} ({nbytes / 1e6:.1f} MB)" for address, nbytes in gave.items())
-
-    def _pulls_now(self) -> dict[Address, P2PLoad]:
-        with self._lock:
-            return dict(self._pulls)
 
     def _try(self, address: Address) -> None:
         try:
@@ -253,9 +261,13 @@ class _Load:
                 f"{address}: digests are {algorithm} here and {offer.digest_algorithm} there"
             )
         with self._lock:
+            if self._loaded is not None:
+                # The model belongs to the caller again: nothing may be written to it any more.
+                raise SourceRefused(f"{address}: answered after the model was complete")
             agreed, target = self._offer, self._target
             if agreed is None or target is None or not _same(agreed, offer):
                 if self._open:
+                    self._put_off.append(address)  # for when those have failed
                     raise SourceRefused(
                         f"{address}: its weights (digest {offer.model_digest}) are not those that "
                         f"are being loaded from other sources"

@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
@@ -19,12 +19,12 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from .compat import feed_reload, identity_of, remember_registrations
+from .compat import feed_reload, identity_of, remember_registrations, why_no_reload
 from .config import NetLoaderConfig, parse_config
 from .errors import LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.devices import Device, device_of
 from .executor.digest import digest_model
-from .executor.manifest import Manifest, allocate
+from .executor.manifest import RAW, Manifest, allocate
 from .executor.weight_cache import (
     RawWeights,
     after_processing,
@@ -109,7 +109,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         # Outside the handler: there the exception would keep the half-filled model alive.
         if failure:
             logger.warning(
-                "NetLoader: loading from disk, as no source gave the weights: %s", failure
+                "NetLoader rank %d: loading from disk, as no source gave the weights: %s",
+                _rank(),
+                failure,
             )
             restore_registrations()
             gc.collect()
@@ -120,9 +122,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load weights into a model, new or in use, from the sources, or from disk without any."""
         if model in _in_use:
+            weights = self.get_all_weights(model_config, model)
             initialize_layerwise_reload(model)
-            leftover = self.get_all_weights(model_config, model)
-            model.load_weights(leftover)
+            model.load_weights(weights)
             finalize_layerwise_reload(model, model_config)
             return
         device, identity = self._device(), self._identity(model_config)
@@ -151,11 +153,21 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
     ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Reload a model in use: yield the checkpoint, or nothing after pulling from the sources.
+        """Reload a model in use: return its checkpoint, or nothing where the sources fill it.
 
-        This is what vLLM's `reload_weights` asks a loader for. Sources have no checkpoint to yield;
-        they fill the model's layers directly.
+        This is what vLLM's `reload_weights` asks a loader for before it prepares the model. Sources
+        have no checkpoint to give; they fill the model's layers directly once that is done.
+
+        Raises:
+            LayoutUnsupported: this model cannot be reloaded in place; it is left as it is.
         """
+        if self._device().layout == RAW and (reason := why_no_reload(model)):
+            raise LayoutUnsupported(reason)
+        return self._renewed(model_config, model)
+
+    def _renewed(
+        self, model_config: ModelConfig, model: nn.Module
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         in_use = _in_use.get(model)
         if in_use is not None and in_use.server is not None:
             in_use.server.withdraw(in_use.identity.group)
@@ -167,9 +179,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     return
                 except LoadFailed as error:
                     logger.warning(
-                        "NetLoader: reloading from disk, as no source gave the weights: %s", error
+                        "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
+                        _rank(),
+                        error,
                     )
-        logger.info("NetLoader: reloading from disk; this instance is no source from now on")
+        logger.info(
+            "NetLoader rank %d: reloading from disk; this instance is no source from now on",
+            _rank(),
+        )
         yield from self._disk.get_all_weights(model_config, model)
 
     def _load_from_disk(

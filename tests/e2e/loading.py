@@ -1,0 +1,92 @@
+"""Loads models as a vLLM worker does, in this process and without an engine."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.plugins import load_general_plugins
+
+
+def make_config(path: Path, load_format: str = "netloader", **extra: Any) -> VllmConfig:
+    """Return the configuration of an instance with this `model_loader_extra_config`."""
+    load_general_plugins()
+    return EngineArgs(
+        model=str(path),
+        load_format=load_format,
+        model_loader_extra_config=extra,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=256,
+        use_tqdm_on_load=False,
+    ).create_engine_config()
+
+
+@contextlib.contextmanager
+def worker(config: VllmConfig) -> Iterator[BaseModelLoader]:
+    """Be a worker of an instance, with the loader that it would use."""
+    # vLLM's CPU worker does the same: without an accelerator both raise.
+    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.synchronize = lambda *_: None
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            store = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115, torch keeps it open
+            init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+        # Anew each time, because which groups there are depends on the model.
+        destroy_model_parallel()
+        initialize_model_parallel()
+        yield get_model_loader(config.load_config)
+
+
+def load(config: VllmConfig) -> nn.Module:
+    """Load the model of an instance."""
+    with worker(config) as loader:
+        return loader.load_model(vllm_config=config, model_config=config.model_config)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    """Assert that two models hold the same tensors, and that their linear layers do the same.
+
+    On a CPU the weights of linear layers are in opaque handles, so these layers are run.
+    """
+    for named in (nn.Module.named_parameters, nn.Module.named_buffers):
+        ours, theirs = dict(named(one)), dict(named(other))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(_bytes(tensor), _bytes(theirs[name])), name
+    others = dict(other.named_modules())
+    generator = torch.Generator().manual_seed(0)
+    ran = 0
+    for name, module in one.named_modules():
+        if isinstance(module, LinearBase):
+            given = torch.randn(3, module.input_size, generator=generator).to(torch.bfloat16)
+            ours, theirs = _first(module(given)), _first(others[name](given))
+            assert torch.equal(_bytes(ours), _bytes(theirs)), name
+            ran += 1
+    assert ran
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

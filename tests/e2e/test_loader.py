@@ -1,0 +1,286 @@
+"""The loader inside vLLM, on every kind of model, without the cost of starting an instance."""
+
+import gc
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from tests.e2e.loading import assert_same, load, make_config, worker
+from tools.make_model import CONFIGS, copy_without_weights, make_model
+from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
+from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
+
+pytestmark = pytest.mark.core
+
+NO_SERVER = {"LISTEN_PORT": 1}
+OTHERS: dict[str, transformers.PretrainedConfig] = {
+    "qwen3-tied": transformers.Qwen3Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "mixtral": transformers.MixtralConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ),
+    "gemma2": transformers.Gemma2Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    ),
+    "opt": transformers.OPTConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        ffn_dim=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        word_embed_proj_dim=256,
+    ),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=512
+    ),
+    "deepseek-v2": transformers.DeepseekV2Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        topk_group=1,
+        n_group=1,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
+    path = models / f"{arch}-{seed}"
+    if not path.exists():
+        if arch in CONFIGS:
+            make_model(path, arch, "tiny", seed)
+        else:
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(OTHERS[arch])
+            model.to(torch.bfloat16).save_pretrained(path)
+        copy_without_weights(path, models / f"{arch}-bare")
+    return path
+
+
+class Seed:
+    """An instance that has loaded from disk and is a source."""
+
+    def __init__(self, path: Path, prefix: Path, **extra: object) -> None:
+        self.config = make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), **extra)
+        self.model = load(self.config)
+        self.address = Path(f"{prefix}0.txt").read_text()
+
+    def client(self, path: Path, **extra: object) -> VllmConfig:
+        source = [{"device_id": 0, "sources": [self.address]}]
+        return make_config(path, MODEL="m", SOURCE=source, **NO_SERVER, **extra)
+
+
+@pytest.mark.parametrize("arch", [*CONFIGS, *OTHERS])
+def test_a_client_gets_the_model_of_its_source(
+    arch: str, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed = Seed(on_disk(models, arch), tmp_path / "rank_")
+    client = load(seed.client(models / f"{arch}-bare"))
+    assert_same(seed.model, client)
+
+
+@pytest.mark.parametrize("mode", ["no", "DRAM", "hbm"])
+@pytest.mark.parametrize("arch", ["w8a8-dynamic", "w8a8-static"])
+def test_int8_models_in_every_cache_mode(
+    arch: str, mode: str, models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, arch), tmp_path / "rank_", INT8_CACHE=mode)
+    assert_same(seed.model, load(seed.client(models / f"{arch}-bare", INT8_CACHE=mode)))
+
+
+@pytest.fixture
+def dies_after_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    post, sent = P2PSend.post, []
+
+    def post_two(self: P2PSend, chunk: int) -> None:
+        sent.append(chunk)
+        if len(sent) > 2:
+            raise RuntimeError("the source dies here")
+        post(self, chunk)
+
+    monkeypatch.setattr(P2PSend, "post", post_two)
+
+
+@pytest.mark.usefixtures("dies_after_two_chunks")
+@pytest.mark.parametrize("arch", [*CONFIGS, *OTHERS])
+def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(
+    arch: str, models: Path, tmp_path: Path
+) -> None:
+    path = on_disk(models, arch)
+    seed = Seed(path, tmp_path / "rank_", CHUNK_MIB=1)
+    # Other weights than the source's, so that bytes of the first attempt would be noticed.
+    other = on_disk(models, arch, seed=1)
+    plain_config = make_config(other, load_format="auto")
+    plain = load(plain_config)
+    config = seed.client(other)
+    kinds = {type(plain)}
+    before = alive(kinds)
+    model = load(config)
+    assert_same(plain, model)
+    assert alive(kinds) == before + 1  # the half-filled model is gone
+    assert registrations(config) == registrations(plain_config)
+    layers = set(map(id, model.modules()))
+    for layer in config.compilation_config.static_forward_context.values():
+        assert not isinstance(layer, nn.Module) or id(layer) in layers
+
+
+def alive(kinds: set[type]) -> int:
+    gc.collect()
+    return sum(type(thing) in kinds for thing in gc.get_objects())
+
+
+def registrations(config: VllmConfig) -> dict[str, object]:
+    compilation = config.compilation_config
+    return {
+        name: list(value) if isinstance(value, dict | list) else value
+        for name, value in vars(compilation).items()
+        if isinstance(value, dict | list | set)
+    }
+
+
+def test_without_source_and_without_weights_one_error_says_both(models: Path) -> None:
+    on_disk(models, "llama")
+    source = [{"device_id": 0, "sources": ["127.0.0.1:1"]}]
+    with pytest.raises(LoadFailed) as failed:
+        load(make_config(models / "llama-bare", MODEL="m", SOURCE=source, **NO_SERVER))
+    assert "127.0.0.1:1: cannot connect" in str(failed.value)
+    assert "Cannot find any model weights" in str(failed.value)
+
+
+def test_a_source_with_another_config_is_refused_with_both_values(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_")
+    logging.getLogger("vllm").propagate = True
+    config = seed.client(on_disk(models, "llama-tied"))
+    load(config)
+    [line] = {r.getMessage() for r in caplog.records if "loading from disk" in r.getMessage()}
+    assert f"{seed.address}: refused: the models differ: config is " in line
+    assert " here and " in line
+
+
+def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_path: Path) -> None:
+    old = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = old.client(models / "llama-bare")
+    model = load(config)
+    assert_same(old.model, model)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+    assert_same(renewed.model, model)
+
+
+@pytest.mark.parametrize("arch", ["llama", "llama-tied", "gemma2", "opt"])
+def test_vllms_own_reload_takes_the_new_weights_of_the_source(
+    arch: str, models: Path, tmp_path: Path
+) -> None:
+    old = Seed(on_disk(models, arch), tmp_path / "old_")
+    renewed = Seed(on_disk(models, arch, seed=1), tmp_path / "new_")
+    config = old.client(models / f"{arch}-bare")
+    model = load(config)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
+    with worker(config) as loader:
+        weights = loader.get_all_weights(config.model_config, model)
+        initialize_layerwise_reload(model)
+        model.load_weights(weights)
+        finalize_layerwise_reload(model, config.model_config)
+    assert_same(renewed.model, model)
+
+
+@pytest.mark.parametrize("arch", ["w8a8-dynamic", "w8a8-static", "moe"])
+def test_what_vllm_reloads_wrongly_is_refused_and_left_as_it_is(
+    arch: str, models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, arch), tmp_path / "rank_")
+    config = seed.client(models / f"{arch}-bare")
+    model = load(config)
+    with worker(config) as loader, pytest.raises(LayoutUnsupported, match="cannot reload model"):
+        loader.load_weights(model, config.model_config)
+    assert_same(seed.model, model)
+
+
+def test_reload_in_place_without_sources_reads_the_disk(models: Path, tmp_path: Path) -> None:
+    path = on_disk(models, "llama")
+    seed = Seed(path, tmp_path / "rank_")
+    plain = load(make_config(path, load_format="auto"))
+    seed.model.model.embed_tokens.weight.data.zero_()
+    with worker(seed.config) as loader:
+        loader.load_weights(seed.model, seed.config.model_config)
+    assert_same(plain, seed.model)
+    # Its raw tensors are not those it serves any more, so it must serve none.
+    with pytest.raises(LoadFailed, match="refused: there is no model of group 'netloader' here"):
+        load(seed.client(models / "llama-bare"))
+
+
+def test_download_model_without_sources_looks_for_the_checkpoint(models: Path) -> None:
+    on_disk(models, "llama")
+    config = make_config(models / "llama-bare", **NO_SERVER)
+    with worker(config) as loader, pytest.raises(RuntimeError, match="Cannot find any model"):
+        loader.download_model(config.model_config)
+
+
+def test_a_busy_port_leaves_a_working_instance_and_one_error_line(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = on_disk(models, "llama")
+    seed = Seed(path, tmp_path / "rank_")
+    port = int(seed.address.rpartition(":")[2])
+    logging.getLogger("vllm").propagate = True
+    model = load(make_config(path, MODEL="m", LISTEN_PORT=port))
+    assert_same(seed.model, model)
+    [line] = {r.getMessage() for r in caplog.records if r.levelno == logging.ERROR}
+    assert f"cannot listen on port {port}" in line
+
+
+def test_a_wrong_configuration_is_an_error_at_start(models: Path) -> None:
+    path = on_disk(models, "llama")
+    with pytest.raises(ConfigError, match="INT8_CACHE is 'maybe'; allowed: 'hbm', 'dram' or 'no'"):
+        load(make_config(path, INT8_CACHE="maybe"))
