@@ -1,8 +1,10 @@
 import logging
 import os
+import threading
 
 import hypothesis
 import pytest
+import torch
 
 from vllm_ascend.model_loader.netloader.utils import logger
 
@@ -11,11 +13,23 @@ from vllm_ascend.model_loader.netloader.utils import logger
 # no more after a failure.
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
+# Threads of their own only get in each other's way: the tests bring enough of them.
+torch.set_num_threads(1)
+
 # The same examples every time, without deadlines: a busy machine is no failure.
 hypothesis.settings.register_profile(
     "netloader", deadline=None, derandomize=True, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("netloader")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_session_at_the_end():
+    """A thread that waits inside torch while the interpreter shuts down ends it with an abort."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("netloader-"):
+            thread.join(30)
 
 
 class _Lines(logging.Handler):

@@ -121,15 +121,16 @@ def blank_like(tensors):
                 (size - 1) * stride
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
             )
-            memory = torch.full((max(extent, 1) * tensor.element_size(),), 0xA5).to(torch.uint8)
+            nbytes = max(extent, 1) * tensor.element_size()
+            memory = torch.full((nbytes,), 0xA5, dtype=torch.uint8)
             made[id(tensor)] = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
         blanks[name] = made[id(tensor)]
     return blanks
 
 
 def bytes_of(tensor):
-    # a clone, because a contiguous tensor of one element may have any stride
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    # a contiguous tensor of one element may have any stride
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def differing(one, other):
@@ -176,10 +177,11 @@ def source(tensors, *, who=_IDENTITY, config=None, reason=""):
         server.stop()
 
 
-def load(sources, into, *, who=_IDENTITY, config=None):
+def load(sources, into, *, required=None, who=_IDENTITY, config=None):
     """Run a client's whole load into the tensors of `into`."""
     addresses = [one.address if isinstance(one, Source) else one for one in sources]
-    return elastic_load(into, set(into), addresses, who, config or settings(), DEVICE)
+    required = set(into) if required is None else required
+    return elastic_load(into, required, addresses, who, config or settings(), DEVICE)
 
 
 def loads_right_bytes(one, tensors, **options):
