@@ -39,8 +39,12 @@ class _RegisterOnImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _VLLM_LOADERS:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        place = sys.meta_path.index(self)
+        del sys.meta_path[place]
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(place, self)  # whoever asks for a spec need not import it
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec
@@ -60,4 +64,7 @@ class _ThenRegister(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
+        sys.meta_path[:] = [
+            finder for finder in sys.meta_path if not isinstance(finder, _RegisterOnImport)
+        ]
         _register(module)

@@ -1,0 +1,240 @@
+"""The only tests here that import vLLM, which takes seconds; those with an engine are elsewhere."""
+
+import dataclasses
+import gc
+import os
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import CompilationConfig, LoadConfig
+from vllm.model_executor import model_loader as vllm_loaders
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+import vllm_ascend
+from vllm_ascend.model_loader.netloader import netloader, register_netloader
+from vllm_ascend.model_loader.netloader.compat import remember_registrations
+from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported
+from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
+from vllm_ascend.model_loader.netloader.serve import Offer
+from vllm_ascend.model_loader.netloader.utils import parse_address
+
+from .support import DEVICE, HOST, dial, identity, python, source, weights_of
+
+# Registration
+
+
+def run(program):
+    """The output lines of a program in a fresh process."""
+    process = python("-c", program)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    return output.splitlines()
+
+
+_LAZY = """
+import importlib.util, sys
+import vllm_ascend
+name = "vllm.model_executor.model_loader"
+vllm_ascend.register_model_loader()
+vllm_ascend.register_model_loader()
+print("torch" in sys.modules, name in sys.modules)
+importlib.util.find_spec(name)  # looking for a module is not importing it
+import vllm.model_executor.model_loader as loaders
+registered = loaders._LOAD_FORMAT_TO_MODEL_LOADER.get("netloader")
+print(registered.__name__)
+print(loaders.__spec__.loader is loaders.__loader__, type(loaders.__loader__).__name__)
+vllm_ascend.register_model_loader()
+print(loaders._LOAD_FORMAT_TO_MODEL_LOADER["netloader"] is registered)
+print([finder for finder in sys.meta_path if "vllm_ascend" in type(finder).__module__])
+"""
+
+
+def test_registration_waits_until_vllm_imports_its_loaders():
+    lines = run(_LAZY)
+    assert lines == [
+        "False False",
+        "ModelNetLoaderElastic",
+        "True SourceFileLoader",
+        "True",
+        "[]",
+    ]
+
+
+def test_registration_is_immediate_once_the_loaders_are_imported(monkeypatch):
+    monkeypatch.setattr(vllm_loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+    register_netloader()
+    assert vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER == {"netloader": ModelNetLoaderElastic}
+
+
+def test_registering_again_changes_nothing(monkeypatch):
+    monkeypatch.setattr(vllm_loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+    register_netloader()
+    monkeypatch.setattr(vllm_loaders, "register_model_loader", None)  # would warn of a duplicate
+    vllm_ascend.register_model_loader()
+    register_netloader()
+
+
+def test_vllm_makes_the_loader_from_the_load_format():
+    vllm_ascend.register_model_loader()
+    loader = vllm_loaders.get_model_loader(LoadConfig(load_format="netloader"))
+    assert isinstance(loader, ModelNetLoaderElastic)
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point():
+    from importlib.metadata import entry_points
+
+    [plugin] = entry_points(group="vllm.general_plugins", name="ascend_model_loader")
+    assert plugin.load() is vllm_ascend.register_model_loader
+
+
+# The loader
+
+
+def make(**extra_config):
+    return ModelNetLoaderElastic(
+        LoadConfig(load_format="netloader", model_loader_extra_config=extra_config)
+    )
+
+
+def test_a_wrong_configuration_ends_the_start_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="CHUNK_MIB is 0"):
+        make(CHUNK_MIB=0)
+
+
+def test_the_disk_is_read_as_if_netloader_had_not_been_asked():
+    config = LoadConfig(
+        load_format="netloader",
+        download_dir="/somewhere",
+        use_tqdm_on_load=False,
+        model_loader_extra_config={"MODEL": "m"},
+    )
+    disk = ModelNetLoaderElastic(config)._disk.load_config
+    assert disk.load_format == "auto"
+    assert disk.model_loader_extra_config == {}
+    assert (disk.download_dir, disk.use_tqdm_on_load) == ("/somewhere", False)
+    assert config.load_format == "netloader"
+    assert config.model_loader_extra_config == {"MODEL": "m"}
+
+
+class NoDisk(DummyModelLoader):
+    def __init__(self):
+        self.asked = []
+
+    def download_model(self, model_config):
+        self.asked.append(model_config)
+
+
+@pytest.mark.parametrize(
+    ("sources", "downloads"),
+    [
+        ([], True),
+        ([{"device_id": 0, "sources": []}], True),
+        ([{"device_id": 0, "sources": ["a:1"]}], False),
+    ],
+)
+def test_nothing_is_downloaded_where_there_are_sources(sources, downloads):
+    loader = make(SOURCE=sources)
+    loader._disk = NoDisk()
+    loader.download_model("model config")
+    assert loader._disk.asked == (["model config"] if downloads else [])
+
+
+def test_a_device_that_is_not_known_is_refused_by_name():
+    with pytest.raises(LayoutUnsupported, match="'meta'"):
+        device_of("meta")
+
+
+# Servers
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """The servers of this process, and none of them left afterwards."""
+    known = {}
+    monkeypatch.setattr(netloader, "_servers", known)
+    monkeypatch.setattr(netloader, "get_ip", lambda: HOST)
+    yield known
+    for server in known.values():
+        server.stop()
+
+
+def address_of(tmp_path, rank=0):
+    return parse_address((tmp_path / f"rank_{rank}.txt").read_text())
+
+
+def test_target_and_draft_share_one_server(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    assert netloader._server_of(config, 0) is netloader._server_of(config, 0)
+    dial(address_of(tmp_path)).close()
+
+
+def test_ranks_have_servers_of_their_own(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    assert netloader._server_of(config, 0) is not netloader._server_of(config, 1)
+    assert address_of(tmp_path, 0) != address_of(tmp_path, 1)
+
+
+@pytest.mark.parametrize("port", [0, 1023, 65536])
+def test_a_port_out_of_range_is_no_server(servers, port, log):
+    assert netloader._server_of(parse_config({"LISTEN_PORT": port}), 0) is None
+    assert f"no server, as LISTEN_PORT {port} is outside 1024-65535" in log[-1]
+
+
+def test_a_port_that_is_taken_is_no_server_and_one_error(servers, log):
+    with source({"a": torch.ones(1)}) as other:
+        config = parse_config({"LISTEN_PORT": other.address.port})
+        assert netloader._server_of(config, 0) is None
+    assert f"cannot listen on port {other.address.port}" in log[-1]
+    assert servers == {}
+
+
+def test_a_model_that_is_gone_is_served_no_more(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    server = netloader._server_of(config, 0)
+    address = address_of(tmp_path)
+    target, draft = nn.Linear(1, 1), nn.Linear(1, 1)
+    for model, group in ((target, "netloader"), (draft, "netloader_draft")):
+        who = identity(group=group)
+        server.offer(Offer(who, weights_of(dict(model.named_parameters())), DEVICE))
+        netloader._in_use[model] = netloader._InUse(server, who, "path", None)
+        netloader.weakref.finalize(model, netloader._retire, server, group)
+    del draft, model
+    gc.collect()
+    assert [one.group for one in server._status(0).identities] == ["netloader"]
+    del target
+    gc.collect()
+    assert os.listdir(tmp_path) == []
+    assert servers == {}
+    with pytest.raises(OSError):
+        dial(address, 1)
+
+
+# What making a model leaves in the configuration
+
+
+@dataclasses.dataclass
+class Config:
+    compilation_config: CompilationConfig
+
+
+def test_registrations_are_brought_back_as_they_were():
+    config = Config(CompilationConfig())
+    compilation = config.compilation_config
+    compilation.static_forward_context["before"] = 1
+    compilation.custom_ops.append("+before")
+    contexts = compilation.static_forward_context
+    restore = remember_registrations(config)
+    contexts["made"] = 2
+    del contexts["before"]
+    compilation.custom_ops.append("+made")
+    compilation.static_all_moe_layers.append("made")
+    restore()
+    assert compilation.static_forward_context is contexts  # others may hold it
+    assert contexts == {"before": 1}
+    assert compilation.custom_ops == ["+before"]
+    assert compilation.static_all_moe_layers == []
+    restore()
+    assert contexts == {"before": 1}
