@@ -66,7 +66,8 @@ def test_registration_waits_until_vllm_imports_its_loaders():
 def test_registration_is_immediate_once_the_loaders_are_imported(monkeypatch):
     monkeypatch.setattr(vllm_loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
     register_netloader()
-    assert vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER == {"netloader": ModelNetLoaderElastic}
+    formats = vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER
+    assert formats == {"netloader": ModelNetLoaderElastic}
 
 
 def test_registering_again_changes_nothing(monkeypatch):
