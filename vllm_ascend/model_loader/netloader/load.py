@@ -79,7 +79,6 @@ def elastic_load(
     Raises:
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
     """
-    started = time.monotonic()
     load = _Load(tensors, required, sources, identity, config, device)
     count = min(config.max_sources, len(sources))
     threads = [
@@ -96,7 +95,7 @@ def elastic_load(
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes chunks from the ledger first, and there are none.
     loaded = load.result()
-    seconds = time.monotonic() - started
+    seconds = time.time() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
         identity.rank,
@@ -115,9 +114,14 @@ def _show(load: "_Load", bar: "tqdm[None] | None") -> "tqdm[None] | None":
     received, total = load.progress()
     if bar is None and total:
         bar = tqdm(total=total, desc="Loading weights from peers", unit="B", unit_scale=True)
+        bar.start_t = load.started
     if bar is not None:
         bar.update(received - bar.n)
     return bar
+
+
+class _AskAgain(Exception):
+    """A source is to be asked once more, knowing more by now."""
 
 
 class _Load:
@@ -132,13 +136,14 @@ class _Load:
         config: NetLoaderConfig,
         device: Device,
     ) -> None:
+        self.started = time.time()
         self.over = threading.Event()
         self._tensors = tensors
         self._required = required
         self._identity = identity
         self._config = config
         self._device = device
-        self._sources = iter(sources)
+        self._sources = deque(sources)
         self._put_off: deque[Address] = deque()
         self._lock = threading.Lock()
         self._working = min(config.max_sources, len(sources))
@@ -157,7 +162,7 @@ class _Load:
         try:
             while not self.over.is_set():
                 with self._lock:
-                    address = next(self._sources, None)
+                    address = self._sources.popleft() if self._sources else None
                     if address is None and self._working == 1 and self._put_off:
                         address = self._put_off.popleft()
                 if address is None:
@@ -197,6 +202,8 @@ class _Load:
     def _try(self, address: Address) -> None:
         try:
             self._pull(address)
+        except _AskAgain:
+            pass
         except SourceError as error:
             self._note(str(error))
         except Exception as error:
@@ -225,16 +232,12 @@ class _Load:
                 target = self._agree(address, offer)
                 try:
                     self._transfer(address, client, offer, target)
-                    self._conclude(address, offer, target)
                 finally:
                     with self._lock:
                         self._open.discard(address)
             except BaseException as error:
                 client.finish(Abort(str(error)))
                 raise
-            # Before anybody goes on to post-process, which would hold this thread up.
-            client.finish(Done(complete=True, model_digest=offer.model_digest))
-            self.over.set()
 
     def _join(self) -> Join:
         identity = self._identity
@@ -265,6 +268,9 @@ class _Load:
                 # The model belongs to the caller again: nothing may be written to it any more.
                 raise SourceRefused(f"{address}: answered after the model was complete")
             agreed, target = self._offer, self._target
+            if agreed is not None and self._open and agreed.chunk_bytes != offer.chunk_bytes:
+                self._sources.appendleft(address)  # the next JOIN says which size it has to be
+                raise _AskAgain
             if agreed is None or target is None or not _same(agreed, offer):
                 if self._open:
                     self._put_off.append(address)  # for when those have failed
@@ -302,9 +308,11 @@ class _Load:
     ) -> None:
         config = self._config
         pull: P2PLoad | None = None
+        # Tells the source that its offer is taken; only then does it come to the process group.
+        client.request([])
         try:
             with (
-                _blaming(address),
+                _blaming(client),
                 form_group(
                     self._device,
                     visit_store(client.peer_host, offer.rendezvous_port, config.handshake_timeout),
@@ -320,20 +328,25 @@ class _Load:
                 )
                 with self._lock:
                     self._pulls[address] = pull
+                client.sending()
                 pull.run()
+                self._conclude(offer, target)
+                # Before anybody goes on to post-process, which would hold this thread up.
+                client.finish(Done(complete=True, model_digest=offer.model_digest))
+                self.over.set()
         finally:
             # Only now, with the group closed, can nothing of this session reach the tensors.
             if pull is not None:
                 target.ledger.give_back(pull.outstanding)
 
-    def _conclude(self, address: Address, offer: JoinAck, target: Target) -> None:
+    def _conclude(self, offer: JoinAck, target: Target) -> None:
         digests = combine(target.ledger.hashes()) if self._config.verify else None
         with self._lock:
             if digests is not None and digests.model != offer.model_digest:
                 # Each chunk is what its source said, and the whole is not: believe none of it.
                 self._target = None
                 raise TransferCorrupt(
-                    f"{address}: the model's digest is {digests.model} and was announced as "
+                    f"the model's digest is {digests.model} and was announced as "
                     f"{offer.model_digest}"
                 )
             assert self._manifest is not None
@@ -349,11 +362,15 @@ def _same(one: JoinAck, other: JoinAck) -> bool:
 
 
 @contextlib.contextmanager
-def _blaming(address: Address) -> Iterator[None]:
-    """Put a source's address on what goes wrong in its session."""
+def _blaming(client: ElasticClient) -> Iterator[None]:
+    """Put a source's address, and its own words if there are any, on what goes wrong with it."""
     try:
         yield
     except TransferCorrupt as error:
-        raise TransferCorrupt(f"{address}: {error}") from None
-    except (ProtocolError, RuntimeError) as error:  # torch and gloo raise RuntimeErrors
-        raise SourceLost(f"{address}: transfer failed: {error or type(error).__name__}") from None
+        raise TransferCorrupt(f"{client.address}: {error}") from None
+    except ProtocolError as error:
+        raise SourceLost(f"{client.address}: transfer failed: {error}") from None
+    except RuntimeError as error:  # torch's and gloo's
+        if words := client.last_words():
+            raise SourceLost(f"{client.address}: gave up: {words}") from None
+        raise SourceLost(f"{client.address}: transfer failed: {error}") from None

@@ -30,8 +30,10 @@ from .interaction.protocol import (
     JoinAck,
     JoinNack,
     Missing,
+    Request,
     Sending,
     Status,
+    shortened,
 )
 from .port_file import PortFile
 from .utils import Address, gigabytes_per_second, logger, unmapped
@@ -271,6 +273,11 @@ class _Session:
             offer.manifest,
         )
         connection.send(ack, config.handshake_timeout)
+        # A client that does not take the offer says so here, and nobody waits for its group.
+        request = connection.receive_request(config.handshake_timeout)
+        if not isinstance(request, Fetch):
+            self._note_end(request)
+            return
         with form_group(
             offer.device,
             store,
@@ -282,32 +289,27 @@ class _Session:
         ) as group:
             sender = P2PSend(group, offer.weights.tensors, self._chunking.plan, offer.device)
             try:
-                while self._answer(sender):
-                    pass
+                while isinstance(request, Fetch) and self._send(request, sender):
+                    request = self._next_request(sender)
+                if isinstance(request, Done):
+                    sender.finish()
+                self._note_end(request)
             finally:
                 self.bytes_sent = sender.bytes_sent
 
-    def _answer(self, sender: P2PSend) -> bool:
-        """Serve one request; return whether another one may come."""
-        timeout = self._config.progress_timeout
+    def _next_request(self, sender: P2PSend) -> Request:
         try:
-            request = self._connection.receive_request(timeout)
+            return self._connection.receive_request(self._config.progress_timeout)
         except TimeoutError:
+            if not sender.in_flight:
+                raise
             # A client whose chunks still move is slow, not gone.
-            if sender.progress():
-                return True
-            raise
-        if isinstance(request, Done):
             sender.finish()
-            self._end = "complete"
-            if request.model_digest and request.model_digest != self._chunking.digests.model:
-                self._end = f"the client has digest {request.model_digest}"
-            return False
-        if isinstance(request, Abort):
-            self._end = f"the client gave up: {' '.join(request.reason.split())[:300]}"
-            return False
-        if not isinstance(request, Fetch):
-            raise ProtocolError(f"a {type(request).__name__} does not belong in a session")
+            return self._connection.receive_request(self._config.progress_timeout)
+
+    def _send(self, request: Fetch, sender: P2PSend) -> bool:
+        """Serve a request; return whether another one may come."""
+        timeout = self._config.progress_timeout
         count = len(self._chunking.plan.chunks)
         if any(chunk >= count for chunk in request.chunks):
             raise ProtocolError(f"chunks {request.chunks} asked for; there are {count}")
@@ -320,6 +322,16 @@ class _Session:
         for chunk in request.chunks:
             sender.post(chunk)
         return True
+
+    def _note_end(self, request: Request) -> None:
+        if isinstance(request, Done):
+            self._end = "complete"
+            if request.model_digest and request.model_digest != self._chunking.digests.model:
+                self._end = f"the client has digest {request.model_digest}"
+        elif isinstance(request, Abort):
+            self._end = f"the client gave up: {shortened(request.reason, 300)}"
+        elif not isinstance(request, Fetch):
+            raise ProtocolError(f"a {type(request).__name__} does not belong in a session")
 
 
 def _peer(connection: Connection) -> Address:

@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from .devices import Device
-from .pieces import read
+from .pieces import contiguous
 from .plan import Chunk, Plan
 
 
@@ -34,7 +34,7 @@ def piece_hashes(
     chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
 ) -> tuple[bytes, ...]:
     """Hash each piece of a chunk as it stands in the tensors' memory."""
-    return tuple(device.hash(read(piece, tensors)) for piece in chunk.pieces)
+    return tuple(device.hash(contiguous(piece, tensors)) for piece in chunk.pieces)
 
 
 def chunk_digest(hashes: Iterable[bytes]) -> str:

@@ -1,5 +1,6 @@
 """The two ends of a transfer: `P2PLoad` receives, `P2PSend` sends."""
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +17,14 @@ from .pieces import in_place, pack, unpack
 from .plan import Chunk, Plan
 from .process_group import TransferGroup
 
-# Chunks of one session between request and verification. Each end has at most as many staging
-# buffers of a chunk each, and only for chunks that are packed.
+# Messages of one session that are under way or being verified. Each end has at most as many
+# staging buffers of a chunk each, and only for chunks that are packed.
 WINDOW = 6
+# Chunks asked for in one request, and asked for in all before they have arrived: enough that the
+# next ones are announced long before they are needed, since a round trip of the control plane can
+# take as long as several chunks when all cores are busy.
+BATCH = 8
+AHEAD = 2 * BATCH
 
 
 class Answer(Protocol):
@@ -97,6 +103,7 @@ class P2PSend:
         self._group = group
         self._tensors = tensors
         self._plan = plan
+        self._device = device
         self._staging = _Staging(device, plan.chunk_bytes)
         self._staged: deque[torch.Tensor | None] = deque()
         self.bytes_sent = 0
@@ -113,21 +120,15 @@ class P2PSend:
         message, buffer = _own_memory(planned, self._tensors), None
         if message is None:
             buffer = self._staging.take()
-            message = pack(planned, self._tensors, buffer)
+            message = pack(planned, self._tensors, buffer, self._device)
         self._staged.append(buffer)
         self._group.send(message)
         self.bytes_sent += planned.nbytes
 
-    def progress(self) -> bool:
-        """Wait for the oldest chunk posted to have been sent; return whether there was one.
-
-        Raises:
-            RuntimeError: it could not be sent.
-        """
-        if not self._group.in_flight:
-            return False
-        self._finish_oldest()
-        return True
+    @property
+    def in_flight(self) -> int:
+        """Number of chunks posted that may not have been sent yet."""
+        return self._group.in_flight
 
     def finish(self) -> None:
         """Wait until every chunk posted has been sent.
@@ -135,8 +136,8 @@ class P2PSend:
         Raises:
             RuntimeError: one could not be sent.
         """
-        while self.progress():
-            pass
+        while self._group.in_flight:
+            self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         self._group.wait()
@@ -178,7 +179,8 @@ class P2PLoad:
         self._device = device
         self._keep_alive = keep_alive
         self._staging = _Staging(device, target.plan.chunk_bytes)
-        self._requested: deque[int] = deque()
+        self._requested: deque[list[int]] = deque()
+        self._announced: deque[tuple[int, str]] = deque()
         self._arriving: deque[_Arrival] = deque()
         self._landing: deque[tuple[_Arrival, Future[tuple[bytes, ...] | None]]] = deque()
         self._wrong_before: set[int] = set()
@@ -188,7 +190,11 @@ class P2PLoad:
     def outstanding(self) -> list[int]:
         """Chunks taken from the ledger that are neither done nor given back."""
         landing = (arrival for arrival, _ in self._landing)
-        return [*self._requested, *(arrival.chunk for arrival in (*self._arriving, *landing))]
+        return [
+            *itertools.chain.from_iterable(self._requested),
+            *(chunk for chunk, _ in self._announced),
+            *(arrival.chunk for arrival in (*self._arriving, *landing)),
+        ]
 
     def run(self) -> None:
         """Fetch until every chunk of the model is done, here or by another session.
@@ -202,9 +208,14 @@ class P2PLoad:
             ProtocolError: the source sends other chunks than those asked for.
             TransferCorrupt: a chunk came with wrong bytes for the second time.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="netloader-verify") as verifier:
+        with (
+            self._target.ledger.session(),
+            ThreadPoolExecutor(1, thread_name_prefix="netloader-verify") as verifier,
+        ):
             while not self._target.ledger.finished:
                 self._request()
+                if self._requested and not self._announced:
+                    self._hear()
                 self._receive()
                 if self._arriving:
                     self._group.wait()
@@ -213,37 +224,43 @@ class P2PLoad:
                     self._landing.append((arrival, landing))
                 elif self._landing:
                     self._landing[0][1].result()
-                else:
+                elif not self._requested:
                     self._idle()
                 while self._landing and self._landing[0][1].done():
                     self._settle()
 
     def _request(self) -> None:
-        while len(self.outstanding) < WINDOW:
-            chunk = self._target.ledger.take()
-            if chunk is None:
-                return
-            self._requested.append(chunk)
-            self._control.request([chunk])
+        under_way = len(self._announced) + len(self._arriving) + len(self._landing)
+        under_way += sum(map(len, self._requested))
+        if under_way <= AHEAD - BATCH and (chunks := self._target.ledger.take(BATCH)):
+            self._requested.append(chunks)
+            self._control.request(chunks)
+
+    def _hear(self) -> None:
+        answer = self._control.sending()
+        wanted = self._requested[0]
+        if answer.chunks != wanted or len(answer.digests) != len(wanted):
+            raise ProtocolError(f"chunks {wanted} were asked for, {answer.chunks} announced")
+        self._requested.popleft()
+        self._announced.extend(zip(wanted, answer.digests, strict=True))
 
     def _receive(self) -> None:
-        while self._requested:
-            answer = self._control.sending()
-            wanted = self._requested[0]
-            if answer.chunks != [wanted]:
-                raise ProtocolError(f"chunk {wanted} was asked for, {answer.chunks} announced")
-            planned = self._target.plan.chunks[wanted]
+        while self._announced and len(self._arriving) + len(self._landing) < WINDOW:
+            chunk, digest = self._announced[0]
+            planned = self._target.plan.chunks[chunk]
             message, buffer = _own_memory(planned, self._target.tensors), None
             if message is None:
                 buffer = self._staging.take()
                 message = buffer[: planned.nbytes]
             self._group.receive(message)
-            self._arriving.append(_Arrival(self._requested.popleft(), answer.digests[0], buffer))
+            self._announced.popleft()
+            self._arriving.append(_Arrival(chunk, digest, buffer))
 
     def _land(self, arrival: _Arrival) -> tuple[bytes, ...] | None:
         planned = self._target.plan.chunks[arrival.chunk]
         if arrival.buffer is not None:
-            unpack(planned, self._target.tensors, arrival.buffer[: planned.nbytes])
+            message = arrival.buffer[: planned.nbytes]
+            unpack(planned, self._target.tensors, message, self._device)
         if not self._target.verify:
             return ()
         # Read back from the tensors, so that a chunk put in the wrong place is noticed as well.

@@ -1,8 +1,9 @@
 """Which chunks of a load are wanted, in flight and done: what its sessions share."""
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class Ledger:
@@ -17,6 +18,7 @@ class Ledger:
         self._wanted = deque(range(chunks))
         self._hashes: list[tuple[bytes, ...] | None] = [None] * chunks
         self._left = chunks
+        self._sessions = 0
 
     @property
     def finished(self) -> bool:
@@ -30,10 +32,26 @@ class Ledger:
         with self._changed:
             return self._left == len(self._hashes)
 
-    def take(self) -> int | None:
-        """Return a chunk to fetch, or None if none is wanted at the moment."""
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Count as one of those that share what is left."""
         with self._changed:
-            return self._wanted.popleft() if self._wanted else None
+            self._sessions += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sessions -= 1
+
+    def take(self, limit: int) -> list[int]:
+        """Return chunks to fetch, none if none is wanted at the moment.
+
+        At most half of a session's fair share is handed out at once, so that towards the end a slow
+        source is not left with chunks that a fast one could have brought.
+        """
+        with self._changed:
+            share = -(-len(self._wanted) // (2 * max(1, self._sessions)))
+            return [self._wanted.popleft() for _ in range(min(limit, share))]
 
     def done(self, chunk: int, hashes: tuple[bytes, ...]) -> None:
         """Record that a chunk is in place, with the hashes of its pieces."""

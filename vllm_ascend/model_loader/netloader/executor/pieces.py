@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .devices import Device
 from .plan import Chunk, Piece
 
 _INDEXABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,27 +53,42 @@ def write(piece: Piece, tensors: Sequence[torch.Tensor], data: torch.Tensor) -> 
     tensor[_elements(piece, tensor)] = data.clone().view(tensor.dtype)
 
 
-def pack(chunk: Chunk, tensors: Sequence[torch.Tensor], staging: torch.Tensor) -> torch.Tensor:
+def pack(
+    chunk: Chunk, tensors: Sequence[torch.Tensor], staging: torch.Tensor, device: Device
+) -> torch.Tensor:
     """Gather a chunk's pieces into a message.
 
     Args:
         chunk: which bytes.
         tensors: the plan's tensors.
         staging: uint8 memory of at least `chunk.nbytes`.
+        device: where all of it is.
 
     Returns:
         The message: the first `chunk.nbytes` of `staging`.
     """
     message = staging[: chunk.nbytes]
-    torch.cat([read(piece, tensors) for piece in chunk.pieces], out=message)
+    device.pack([contiguous(piece, tensors) for piece in chunk.pieces], message)
     return message
 
 
-def unpack(chunk: Chunk, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+def unpack(
+    chunk: Chunk, tensors: Sequence[torch.Tensor], message: torch.Tensor, device: Device
+) -> None:
     """Scatter a message of `chunk.nbytes` into the chunk's pieces."""
-    parts = message.split([piece.nbytes for piece in chunk.pieces])
-    for piece, part in zip(chunk.pieces, parts, strict=True):
-        write(piece, tensors, part)
+    scattered = [contiguous(piece, tensors) for piece in chunk.pieces]
+    device.unpack(message, scattered)
+    for piece, data in zip(chunk.pieces, scattered, strict=True):
+        if not tensors[piece.tensor].is_contiguous():
+            write(piece, tensors, data)
+
+
+def contiguous(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a contiguous tensor of a piece's bytes: in its own memory if possible, or a copy."""
+    tensor = tensors[piece.tensor]
+    if piece.nbytes == tensor.nbytes and tensor.is_contiguous():
+        return tensor  # the fast path: a small tensor, as there may be a hundred thousand
+    return read(piece, tensors)
 
 
 def _indexable(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ It is a pure function of the tensors' sizes and the chunk size, so both sides ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # A tensor from this part of a chunk on travels in chunks of its own: copying it into a packed
 # chunk would cost more than the message that it saves.
@@ -13,8 +14,7 @@ _OWN_CHUNK = 8
 _ALIGN = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A run of one tensor's bytes.
 
     Attributes:
@@ -28,8 +28,7 @@ class Piece:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The unit of transfer, verification and retry: pieces that travel in one message.
 
     Attributes:

@@ -208,7 +208,7 @@ def _changed(raw: RawWeights, device: Device) -> set[int]:
                 for piece, known in zip(chunk.pieces, hashes, strict=True)
                 if piece.tensor not in gone
             )
-            chunk = replace(chunk, pieces=tuple(pieces))
+            chunk = chunk._replace(pieces=tuple(pieces))
         now = piece_hashes(chunk, raw.tensors, device)
         changed |= {
             piece.tensor

@@ -27,6 +27,7 @@ from .protocol import (
     shortened,
 )
 
+_LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
 MAX_HANDSHAKES = 64  # connections that have not joined yet; over that the oldest is dropped
 
 
@@ -134,6 +135,15 @@ class ElasticClient:
         if isinstance(reply, Abort | Missing):
             raise SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")
         raise self._unexpected(reply)
+
+    def last_words(self) -> str:
+        """Return why the source gave up, if it has said so; to be asked when a transfer failed."""
+        with contextlib.suppress(OSError, ProtocolError):
+            while True:
+                reply = self._connection.receive_reply(_LAST_WORDS)
+                if isinstance(reply, Abort | Missing):
+                    return shortened(reply.reason)
+        return ""
 
     def finish(self, last: Done | Abort) -> None:
         """Say goodbye; whether the source hears it makes no difference."""

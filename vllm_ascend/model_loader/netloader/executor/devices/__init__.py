@@ -1,5 +1,6 @@
 """What differs by accelerator, and nothing else: one module for each."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -41,8 +42,14 @@ class Device(Protocol):
             RuntimeError: it failed, or `timeout` seconds passed.
         """
 
-    def hash(self, data: torch.Tensor) -> bytes:
-        """Return the checksum of a contiguous uint8 tensor."""
+    def hash(self, tensor: torch.Tensor) -> bytes:
+        """Return the checksum of a contiguous tensor's bytes, whatever its dtype and shape."""
+
+    def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+        """Copy the bytes of contiguous tensors, one after the other, into a uint8 message."""
+
+    def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy a uint8 message into contiguous tensors, one after the other."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return uninitialized uint8 memory for staging."""

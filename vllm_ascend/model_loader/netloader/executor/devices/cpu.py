@@ -1,5 +1,7 @@
 """CPUs: gloo over TCP, xxh3 for checksums."""
 
+from collections.abc import Sequence
+from ctypes import c_char, memmove
 from datetime import timedelta
 
 import torch
@@ -29,9 +31,28 @@ class CpuDevice:
         """Wait for gloo, which closes the connection when the time is up."""
         work.wait(timedelta(seconds=timeout))
 
-    def hash(self, data: torch.Tensor) -> bytes:
+    def hash(self, tensor: torch.Tensor) -> bytes:
         """Return the XXH3 128-bit hash; the GIL is released for large data."""
-        return xxhash.xxh3_128_digest(data.numpy())
+        if not tensor.numel():
+            return xxhash.xxh3_128_digest(b"")
+        return xxhash.xxh3_128_digest((c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+    # A model can have a hundred thousand small tensors. By address a copy costs under a
+    # microsecond; by torch's operators and views it is five to ten.
+
+    def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+        """Copy by address."""
+        end = message.data_ptr()
+        for tensor in tensors:
+            memmove(end, tensor.data_ptr(), tensor.nbytes)
+            end += tensor.nbytes
+
+    def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy by address."""
+        start = message.data_ptr()
+        for tensor in tensors:
+            memmove(tensor.data_ptr(), start, tensor.nbytes)
+            start += tensor.nbytes
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return host memory."""
