@@ -68,6 +68,11 @@ class NetLoaderConfig:
         """The chunk size in bytes."""
         return self.chunk_mib * MIB
 
+    @property
+    def announced_host(self) -> str | None:
+        """The address that others are told: `listen_host` unless that stands for all of them."""
+        return None if self.listen_host in ("0.0.0.0", "::") else self.listen_host
+
     def port_for(self, rank: int) -> int | None:
         """Return the port a rank listens on (0: the system chooses), or None for no server."""
         if self.listen_port is None:

@@ -128,7 +128,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             finalize_layerwise_reload(model, model_config)
             return
         device, identity = self._device(), self._identity(model_config)
-        sources = () if self._from_disk else self._config.source.get(identity.rank, ())
+        sources = () if self._from_disk else self._sources(identity.rank)
         serving = self._config.port_for(identity.rank) is not None
         if sources:
             tensors, required = raw_tensors(model)
@@ -163,31 +163,47 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """
         if self._device().layout == RAW and (reason := why_no_reload(model)):
             raise LayoutUnsupported(reason)
-        return self._renewed(model_config, model)
+        in_use = _in_use.get(model)
+        if in_use is not None and in_use.path == model_config.model and in_use.manifest is not None:
+            sources = self._sources(in_use.identity.rank)
+            try:
+                if sources:
+                    return self._renewed(model, in_use, in_use.manifest, sources)
+            except LoadFailed as error:
+                logger.warning(
+                    "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
+                    in_use.identity.rank,
+                    error,
+                )
+        # Now, as vLLM takes the old weights away before it reads the first of the new ones.
+        self._disk.download_model(model_config)
+        if in_use is not None and in_use.server is not None:
+            logger.info(
+                "NetLoader rank %d: reloading from disk; this instance is no source from now on",
+                in_use.identity.rank,
+            )
+            in_use.server.withdraw(in_use.identity.group)
+        return self._disk.get_all_weights(model_config, model)
 
     def _renewed(
-        self, model_config: ModelConfig, model: nn.Module
+        self, model: nn.Module, in_use: _InUse, manifest: Manifest, sources: Sequence[Address]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        in_use = _in_use.get(model)
-        if in_use is not None and in_use.server is not None:
+        """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
+        device = self._device()
+        with torch.device(self._device_name()):
+            tensors = allocate(manifest)
+        loaded = self._pull(tensors, tensors.keys(), sources, in_use.identity, device)
+        if in_use.server is not None:
             in_use.server.withdraw(in_use.identity.group)
-        if in_use is not None and in_use.path == model_config.model:
-            sources = self._config.source.get(in_use.identity.rank, ())
-            if sources and in_use.manifest is not None:
-                try:
-                    self._reload(model, in_use, in_use.manifest, sources)
-                    return
-                except LoadFailed as error:
-                    logger.warning(
-                        "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                        _rank(),
-                        error,
-                    )
-        logger.info(
-            "NetLoader rank %d: reloading from disk; this instance is no source from now on",
-            _rank(),
-        )
-        yield from self._disk.get_all_weights(model_config, model)
+
+        def fill() -> Iterator[tuple[str, torch.Tensor]]:
+            feed_reload(model, tensors)
+            apply_attributes(model, loaded.manifest.attributes)
+            if in_use.server is not None:
+                in_use.server.offer(Offer(in_use.identity, _raw_weights(loaded, device), device))
+            yield from ()
+
+        return fill()
 
     def _load_from_disk(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, failure: str
@@ -202,19 +218,6 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ) from error
         finally:
             self._from_disk = False
-
-    def _reload(
-        self, model: nn.Module, in_use: _InUse, manifest: Manifest, sources: Sequence[Address]
-    ) -> None:
-        device = self._device()
-        # Into memory of its own first: inference must never see half of the new weights.
-        with torch.device(self._device_name()):
-            tensors = allocate(manifest)
-        loaded = self._pull(tensors, tensors.keys(), sources, in_use.identity, device)
-        feed_reload(model, tensors)
-        apply_attributes(model, loaded.manifest.attributes)
-        if in_use.server is not None:
-            in_use.server.offer(Offer(in_use.identity, _raw_weights(loaded, device), device))
 
     def _pull(
         self,
@@ -256,6 +259,16 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         server.offer(Offer(identity, weights, device, self._unserved))
         weakref.finalize(model, _retire, server, identity.group)
+
+    def _sources(self, rank: int) -> Sequence[Address]:
+        sources = self._config.source.get(rank, ())
+        if self._config.source and not sources:
+            logger.warning(
+                "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
+                rank,
+                ", ".join(map(str, sorted(self._config.source))),
+            )
+        return sources
 
     def _identity(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
@@ -312,7 +325,7 @@ def _server_of(config: NetLoaderConfig, rank: int) -> WeightServer | None:
     key = (config.listen_port, config.output_prefix, rank)
     server = _servers.get(key)
     if server is None:
-        server = WeightServer(config, rank, get_ip())
+        server = WeightServer(config, rank, config.announced_host or get_ip())
         try:
             server.start(port)
         except OSError as error:

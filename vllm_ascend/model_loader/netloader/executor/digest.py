@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from .devices import Device
-from .pieces import contiguous
+from .pieces import contiguous_parts
 from .plan import Chunk, Plan
 
 
@@ -34,7 +34,7 @@ def piece_hashes(
     chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
 ) -> tuple[bytes, ...]:
     """Hash each piece of a chunk as it stands in the tensors' memory."""
-    return tuple(device.hash(contiguous(piece, tensors)) for piece in chunk.pieces)
+    return tuple(map(device.hash, contiguous_parts(chunk, tensors)))
 
 
 def chunk_digest(hashes: Iterable[bytes]) -> str:

@@ -1,10 +1,12 @@
 """Which tensors travel, in which layout and order, and whether two sides mean the same ones."""
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import msgspec
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import LayoutUnsupported
 
@@ -70,10 +72,10 @@ def describe(
         alias_of = first_with.setdefault(region, name)
         shape = tuple(tensor.shape)
         if alias_of == name:
-            entries.append(TensorEntry(name, str(tensor.dtype), shape))
+            entries.append(TensorEntry(name, _name_of(tensor.dtype), shape))
             distinct.append(tensor)
         else:
-            entries.append(TensorEntry(name, str(tensor.dtype), shape, alias_of))
+            entries.append(TensorEntry(name, _name_of(tensor.dtype), shape, alias_of))
     return Manifest(layout, entries, dict(attributes)), distinct
 
 
@@ -113,9 +115,10 @@ def match(
         if tensor is None:
             differences.append(f"{entry.name} is only there")
             continue
-        here, there = (str(tensor.dtype), tuple(tensor.shape)), (entry.dtype, entry.shape)
-        if here != there:
-            differences.append(f"{entry.name} is {_kind(*here)} here and {_kind(*there)} there")
+        if tensor.shape != entry.shape or _name_of(tensor.dtype) != entry.dtype:
+            here = _kind(_name_of(tensor.dtype), tensor.shape)
+            there = _kind(entry.dtype, entry.shape)
+            differences.append(f"{entry.name} is {here} here and {there} there")
             continue
         first = first_with.setdefault(_region(entry.name, tensor), entry.name)
         alias_of = None if first == entry.name else first
@@ -134,11 +137,14 @@ def match(
 
 
 def _region(name: str, tensor: torch.Tensor) -> object:
-    if tensor.is_meta or isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
         raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
     if tensor.numel() == 0:
         return name
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+_name_of = functools.cache(str)
 
 
 def _kind(dtype: str, shape: Iterable[int]) -> str:

@@ -68,7 +68,7 @@ def pack(
         The message: the first `chunk.nbytes` of `staging`.
     """
     message = staging[: chunk.nbytes]
-    device.pack([contiguous(piece, tensors) for piece in chunk.pieces], message)
+    device.pack(contiguous_parts(chunk, tensors), message)
     return message
 
 
@@ -76,19 +76,30 @@ def unpack(
     chunk: Chunk, tensors: Sequence[torch.Tensor], message: torch.Tensor, device: Device
 ) -> None:
     """Scatter a message of `chunk.nbytes` into the chunk's pieces."""
-    scattered = [contiguous(piece, tensors) for piece in chunk.pieces]
-    device.unpack(message, scattered)
-    for piece, data in zip(chunk.pieces, scattered, strict=True):
-        if not tensors[piece.tensor].is_contiguous():
-            write(piece, tensors, data)
+    parts = _whole_tensors(chunk, tensors)
+    if parts is not None:
+        device.unpack(message, parts)
+        return
+    sizes = [piece.nbytes for piece in chunk.pieces]
+    for piece, data in zip(chunk.pieces, message.split(sizes), strict=True):
+        write(piece, tensors, data)
 
 
-def contiguous(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a contiguous tensor of a piece's bytes: in its own memory if possible, or a copy."""
-    tensor = tensors[piece.tensor]
-    if piece.nbytes == tensor.nbytes and tensor.is_contiguous():
-        return tensor  # the fast path: a small tensor, as there may be a hundred thousand
-    return read(piece, tensors)
+def contiguous_parts(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return a contiguous tensor of each piece's bytes: its own memory if possible, or a copy."""
+    parts = _whole_tensors(chunk, tensors)
+    return [read(piece, tensors) for piece in chunk.pieces] if parts is None else parts
+
+
+def _whole_tensors(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Return the tensors of a packed chunk without a look at each piece, if all are contiguous.
+
+    A model can have a hundred thousand small tensors, and every view of one costs microseconds.
+    """
+    if len(chunk.pieces) == 1:
+        return None
+    parts = [tensors[piece.tensor] for piece in chunk.pieces]
+    return parts if all(map(torch.Tensor.is_contiguous, parts)) else None
 
 
 def _indexable(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ class Chunk(NamedTuple):
     """The unit of transfer, verification and retry: pieces that travel in one message.
 
     Attributes:
-        pieces: at least one; their bytes follow each other in the message.
+        pieces: one piece of a tensor, or several whole tensors; their bytes follow each other in
+            the message.
         nbytes: number of bytes of all of them.
     """
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from ..config import Int8Cache
 from ..errors import LayoutUnsupported
@@ -32,11 +33,13 @@ class BeforeLoading:
         scalars: dotted name -> value of the plain attributes of all modules.
         tensors: dotted name -> (tensor, version) of the tensors among the plain attributes.
         buffers: name -> hash of the buffers that no checkpoint has.
+        parameters: name -> (dtype, shape) of the parameters that have memory.
     """
 
     scalars: Mapping[str, Scalar]
     tensors: Mapping[str, tuple[torch.Tensor, int]]
     buffers: Mapping[str, bytes]
+    parameters: Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def before_loading(model: nn.Module, device: Device) -> BeforeLoading:
         scalars=_scalars(model),
         tensors=_plain_tensors(model),
         buffers=_hashes(_derived_buffers(model), device),
+        parameters=_kinds(model),
     )
 
 
@@ -82,7 +86,7 @@ def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
         name: tensor.detach()
         for named in (model.named_parameters, model.named_buffers)
         for name, tensor in named(remove_duplicate=False)
-        if not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+        if not isinstance(tensor, UninitializedTensorMixin)
     }
     return tensors, tensors.keys() - derived.keys()
 
@@ -112,6 +116,10 @@ def capture_loaded(
         raise LayoutUnsupported(
             f"{changed[0]} was made by loading and is neither a parameter nor a buffer"
         )
+    kinds = _kinds(model)
+    if made := sorted(name for name in kinds if kinds[name] != before.parameters.get(name)):
+        # Online quantization: a client's model has not been through it when it receives.
+        raise LayoutUnsupported(f"{made[0]} was made by loading, not filled")
     scalars = _scalars(model)
     attributes = {
         name: value
@@ -240,6 +248,14 @@ def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, by
         name: device.hash(read(Piece(0, 0, size_of(tensor)), [tensor]))
         for name, tensor in tensors.items()
         if not tensor.is_meta and tensor.numel()
+    }
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {
+        name: (parameter.dtype, parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.is_meta and not isinstance(parameter, UninitializedTensorMixin)
     }
 
 
