@@ -1,0 +1,72 @@
+"""Running instances as the end-to-end tests speak of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.netloader_view import Load, find_loads, find_sent, read_address
+from tools.vllm_server import Completion, VllmServer
+
+PROMPTS = ("baba", "bebe dodu fafe", "gage gigo gugo hahe hiho")
+TOKENS = 32
+FROM_DISK = r"NetLoader rank \d+: loading from disk, as no source gave the weights: (.*)"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder, and a copy of it without weight files."""
+
+    full: Path
+    bare: Path
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A `vllm serve` that runs with the netloader."""
+
+    server: VllmServer
+    prefix: Path
+
+    def address(self, rank: int = 0) -> str:
+        return read_address(self.prefix, rank)
+
+    def address_file(self, rank: int = 0) -> Path:
+        return Path(f"{self.prefix}{rank}.txt")
+
+    def say(self) -> list[Completion]:
+        return [self.server.complete(prompt, TOKENS) for prompt in PROMPTS]
+
+    def loads(self) -> list[Load]:
+        return find_loads(self.server.read_log())
+
+    def digests_sent(self) -> set[str]:
+        sessions = find_sent(self.server.read_log())
+        return {sent.digest for sent in sessions if sent.end == "complete"}
+
+    def why_from_disk(self) -> str:
+        """Returns the reasons in the log for loading from disk, empty if it did not."""
+        match = self.server.search_log(FROM_DISK)
+        return match[1] if match else ""
+
+
+@contextmanager
+def running(
+    folder: Path,
+    model: Path,
+    config: dict[str, Any],
+    *,
+    arguments: Sequence[str] = (),
+) -> Iterator[Instance]:
+    """Runs an instance, ready to answer, whose files are in a folder made for it."""
+    folder.mkdir()
+    prefix = folder / "rank"
+    server = VllmServer(
+        model,
+        folder / "log.txt",
+        extra_config={"OUTPUT_PREFIX": str(prefix)} | config,
+        arguments=arguments,
+    )
+    with server:
+        yield Instance(server, prefix)

@@ -1,0 +1,172 @@
+"""What a user of `vllm serve --load-format netloader` sees.
+
+Each test looks at tokens and their log probabilities, at log lines and at files, never inside.
+Those marked `core` also run on the older supported vLLM.
+"""
+
+import json
+from contextlib import ExitStack
+
+import pytest
+
+from tools.netloader_view import source_list
+from tools.vllm_server import ServerError
+
+from .support import running
+
+pytestmark = pytest.mark.timeout(600)
+
+TP2 = ("--tensor-parallel-size=2",)
+
+
+def assert_loaded_from(client, source, ranks=1):
+    """The client's log names the source, rank by rank, and both sides saw the same bytes."""
+    loads = client.loads()
+    assert [load.rank for load in loads] == list(range(ranks))
+    for load in loads:
+        assert load.source == source.address(load.rank)
+        assert load.megabytes > 0
+    assert {load.digest for load in loads} <= source.digests_sent()
+    assert not client.why_from_disk()
+
+
+@pytest.mark.core
+def test_client_says_what_its_seed_says(seed, said, client):
+    assert client.say() == said
+    assert_loaded_from(client, seed)
+
+
+@pytest.mark.core
+def test_client_is_a_source_and_config_file_goes_first(
+    tmp_path, llama, dead_address, seed, said, client
+):
+    file = tmp_path / "netloader.json"
+    file.write_text(json.dumps({"SOURCE": source_list({0: [dead_address, client.address()]})}))
+    beside = {
+        "CONFIG_FILE": str(file),
+        "MODEL": "llama",
+        "SOURCE": source_list({0: [seed.address()]}),
+    }
+    with running(tmp_path / "third", llama.bare, beside) as third:
+        assert third.say() == said
+        assert_loaded_from(third, client)
+        # The dead source cost nothing but a line in the log.
+        assert third.server.search_log(rf"NetLoader rank 0: source {dead_address}")
+
+
+@pytest.mark.core
+def test_without_a_source_that_fits_it_loads_from_disk(tmp_path, llama, dead_address, seed, said):
+    sources = [dead_address, seed.address()]
+    config = {"MODEL": "another", "SOURCE": source_list({0: sources})}
+    with running(tmp_path / "other", llama.full, config) as other:
+        assert other.say() == said
+        assert not other.loads()
+        reasons = other.why_from_disk()
+        assert dead_address in reasons
+        assert seed.address() in reasons
+        assert "'another'" in reasons
+        assert "'llama'" in reasons
+
+
+def test_without_source_and_disk_the_error_names_both(tmp_path, llama, dead_address):
+    config = {"MODEL": "llama", "SOURCE": source_list({0: [dead_address]})}
+    with (
+        pytest.raises(ServerError),
+        running(tmp_path / "lost", llama.bare, config),
+    ):
+        pass
+    log = (tmp_path / "lost" / "log.txt").read_text()
+    assert dead_address in log
+    assert "cannot be loaded from disk either" in log
+
+
+def test_wedged_source_is_passed_over(tmp_path, llama, seed, said, wedged_client):
+    config = {
+        "MODEL": "llama",
+        "SOURCE": source_list({0: [wedged_client.address(), seed.address()]}),
+        "MAX_SOURCES": 1,
+        "HANDSHAKE_TIMEOUT": 2,
+    }
+    with running(tmp_path / "patient", llama.bare, config) as patient:
+        assert patient.say() == said
+        assert_loaded_from(patient, seed)
+        assert patient.server.search_log(rf"source {wedged_client.address()}")
+
+
+@pytest.mark.core
+def test_ranks_pull_from_their_like(tmp_path, llama, seed, said):
+    # The source has one rank: no rank of two can use it.
+    alone = {0: [seed.address()], 1: [seed.address()]}
+    config = {"MODEL": "llama", "SOURCE": source_list(alone)}
+    with running(tmp_path / "pair", llama.full, config, arguments=TP2) as pair:
+        assert not pair.loads()
+        assert "tp" in pair.why_from_disk()
+        # Sums are split among ranks, so rounding may turn a later token; the first stands.
+        pair_said = pair.say()
+        assert [each.tokens[0] for each in pair_said] == [each.tokens[0] for each in said]
+
+        sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
+        config = {"MODEL": "llama", "SOURCE": sources}
+        with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:
+            assert following.say() == pair_said
+            assert_loaded_from(following, pair, ranks=2)
+
+            files = [following.address_file(rank) for rank in (0, 1)]
+            assert all(file.exists() for file in files)
+            following.server.stop()
+            assert not any(file.exists() for file in files)
+
+
+@pytest.mark.parametrize("arch", [pytest.param("llama-tied", marks=pytest.mark.core), "moe"])
+def test_architectures(tmp_path, model, arch):
+    with running(tmp_path / "seed", model(arch).full, {"MODEL": arch}) as seed:
+        config = {"MODEL": arch, "SOURCE": source_list({0: [seed.address()]})}
+        with running(tmp_path / "client", model(arch).bare, config) as client:
+            assert client.say() == seed.say()
+            assert_loaded_from(client, seed)
+
+
+@pytest.mark.parametrize(
+    ("arch", "modes"),
+    [
+        pytest.param("w8a8-static", ("no", "hbm", "dram"), id="static"),
+        pytest.param("w8a8-dynamic", ("hbm",), id="dynamic", marks=pytest.mark.core),
+    ],
+)
+def test_int8_models_in_each_cache_mode(tmp_path, model, arch, modes):
+    """A chain: an instance of each mode feeds the next."""
+    made = model(arch)
+    with ExitStack() as instances:
+        config = {"MODEL": arch, "INT8_CACHE": modes[0]}
+        source = instances.enter_context(running(tmp_path / "seed", made.full, config))
+        said = source.say()
+        for number, mode in enumerate((*modes[1:], "no")):
+            sources = source_list({0: [source.address()]})
+            config = {"MODEL": arch, "INT8_CACHE": mode, "SOURCE": sources}
+            folder = tmp_path / f"client{number}"
+            client = instances.enter_context(running(folder, made.bare, config))
+            assert client.say() == said
+            assert_loaded_from(client, source)
+            source.server.kill()
+            source = client
+
+
+def test_draft_model_comes_from_the_source_too(tmp_path, llama, model):
+    draft = model("llama", seed=1)
+    with running(
+        tmp_path / "seed", llama.full, {"MODEL": "llama"}, arguments=[drafting(draft.full)]
+    ) as seed:
+        config = {"MODEL": "llama", "SOURCE": source_list({0: [seed.address()]})}
+        with running(
+            tmp_path / "client", llama.bare, config, arguments=[drafting(draft.bare)]
+        ) as client:
+            assert client.say() == seed.say()
+            target, drafter = client.loads()
+            assert target.source == drafter.source == seed.address()
+            assert target.digest != drafter.digest
+            assert {target.digest, drafter.digest} <= seed.digests_sent()
+
+
+def drafting(draft):
+    config = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    return f"--speculative-config={json.dumps(config)}"
