@@ -12,6 +12,7 @@ import pytest
 from tools.netloader_view import source_list
 from tools.vllm_server import ServerError
 
+from .killing_proxy import killing_proxy
 from .support import running
 
 pytestmark = pytest.mark.timeout(600)
@@ -149,6 +150,23 @@ def test_int8_models_in_each_cache_mode(tmp_path, model, arch, modes):
             assert_loaded_from(client, source)
             source.server.kill()
             source = client
+
+
+@pytest.mark.core
+def test_source_killed_in_mid_transfer_then_disk(tmp_path, model, said, llama):
+    # The other weights show that the tokens are those on disk, not a mixture.
+    other = model("llama", seed=1)
+    config = {"MODEL": "llama", "CHUNK_MIB": 1}
+    with (
+        running(tmp_path / "seed", other.full, config) as seed,
+        killing_proxy(seed.address(), seed.server.kill, after=1) as address,
+    ):
+        config = {"MODEL": "llama", "SOURCE": source_list({0: [address]})}
+        with running(tmp_path / "client", llama.full, config) as client:
+            assert not seed.server.is_running
+            assert client.say() == said
+            assert not client.loads()
+            assert f"{address}: " in client.why_from_disk()
 
 
 def test_draft_model_comes_from_the_source_too(tmp_path, llama, model):
