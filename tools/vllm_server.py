@@ -185,17 +185,17 @@ class VllmServer:
         """Ends the instance at once, as if it had crashed."""
         if self._process is None:
             return
-        # Python's resource tracker ends by itself, after it has freed the shared memory of the
-        # processes killed here.
-        tracked = self._group()
-        for process in tracked:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if not any("resource_tracker" in word for word in process.cmdline()):
-                    process.kill()
+        deadline = time.monotonic() + STOP_SECONDS
+        while group := self._group():
+            for process in group:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    # Python's resource tracker ends by itself, after it has freed the shared memory
+                    # of the processes killed here.
+                    tracker = any("resource_tracker" in word for word in process.cmdline())
+                    if not tracker or time.monotonic() > deadline:
+                        process.kill()
+            time.sleep(POLL_SECONDS)
         self._process.wait()
-        _, alive = psutil.wait_procs(tracked, timeout=STOP_SECONDS)
-        for process in alive:
-            process.kill()
 
     def pause(self) -> None:
         """Stops the instance's processes where they are: it neither answers nor hangs up."""
@@ -230,7 +230,9 @@ class VllmServer:
         group = []
         for process in psutil.process_iter():
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getpgid(process.pid) == self._process.pid:
+                ours = os.getpgid(process.pid) == self._process.pid
+                # Those that have ended may stay on as zombies until init looks after them.
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     group.append(process)
         return group
 
