@@ -118,6 +118,18 @@ def test_ranks_pull_from_their_like(tmp_path, llama, seed, said):
             assert not any(file.exists() for file in files)
 
 
+def test_pipeline_stages_pull_from_their_like(tmp_path, llama):
+    """Loads only: vLLM's CPU backend takes two pipeline stages and then fails to generate."""
+    stages = ("--pipeline-parallel-size=2",)
+    with running(tmp_path / "pair", llama.full, {"MODEL": "llama"}, arguments=stages) as pair:
+        sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
+        config = {"MODEL": "llama", "SOURCE": sources}
+        with running(tmp_path / "next", llama.bare, config, arguments=stages) as following:
+            assert_loaded_from(following, pair, ranks=2)
+            one, two = following.loads()
+            assert one.digest != two.digest
+
+
 @pytest.mark.parametrize("arch", [pytest.param("llama-tied", marks=pytest.mark.core), "moe"])
 def test_architectures(tmp_path, model, arch):
     with running(tmp_path / "seed", model(arch).full, {"MODEL": arch}) as seed:
