@@ -10,14 +10,16 @@ PYTEST_ARGS :=
 VENV := .venv/vllm-$(VLLM)
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test test-ut test-e2e lint clean
+.PHONY: help venv demo test test-ut test-e2e lint docs bench clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
-	@echo "make test      lint, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST)"
+	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST)"
 	@echo "make test-ut   unit tests"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      both languages of the documentation, warnings as errors"
+	@echo "make bench     the data plane beside what it is measured against (BENCH_JSON=FILE)"
 	@echo "make venv      only install"
 	@echo "make clean     remove everything that make made"
 	@echo
@@ -43,9 +45,15 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs:
+	$(MAKE) -C docs PYTHON=$(PYTHON)
+
+bench: venv
+	$(BIN)/python -m benchmarks.transfer $(if $(BENCH_JSON),--json $(BENCH_JSON))
+
 # The older version gets the unit tests and the end-to-end tests that matter most.
 test:
-	$(MAKE) lint test-ut test-e2e VLLM=$(NEWEST)
+	$(MAKE) lint docs test-ut test-e2e VLLM=$(NEWEST)
 	$(MAKE) test-ut VLLM=$(OLDEST)
 	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
 
