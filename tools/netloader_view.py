@@ -36,7 +36,7 @@ _LOAD = re.compile(
     re.MULTILINE,
 )
 _SENT = re.compile(
-    r"NetLoader rank (\d+): sent ([\d.]+) MB in .+ to \S+, digest (\w+): (.+)$", re.MULTILINE
+    r"NetLoader rank (\d+): sent ([\d.]+) MB .+ to \S+, digest (\w+): (.+)$", re.MULTILINE
 )
 
 
