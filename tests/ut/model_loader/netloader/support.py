@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -106,9 +105,12 @@ def assorted(seed=0):
     }
 
 
-def rows(count=20, seed=0, nbytes=MIB):
+COUNT, ROW = 64, MIB // 8
+
+
+def rows(count=COUNT, seed=0):
     """Tensors of one chunk each, so that a tensor's index is its chunk's number."""
-    return {f"row.{i}": random_tensor(seed * 1000 + i, torch.uint8, nbytes) for i in range(count)}
+    return {f"row.{i}": random_tensor(seed * 1000 + i, torch.uint8, ROW) for i in range(count)}
 
 
 def blank_like(tensors):
@@ -171,9 +173,6 @@ def source(tensors, *, who=_IDENTITY, config=None, reason=""):
     try:
         yield Source(address, server, offer)
     finally:
-        # A session whose client has gone before the group was formed ends by its deadline only;
-        # it is in nobody's way.
-        server._server.stop = functools.partial(server._server.stop, 0.2)
         server.stop()
 
 

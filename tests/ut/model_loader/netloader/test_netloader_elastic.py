@@ -25,6 +25,8 @@ from vllm_ascend.model_loader.netloader.interaction.protocol import (
     Done,
     Fetch,
     Join,
+    Missing,
+    Sending,
     StatusRequest,
     decode_reply,
     encode,
@@ -36,6 +38,7 @@ from .support import (
     DEVICE,
     HOST,
     MIB,
+    ROW,
     Proxy,
     blank_like,
     changing,
@@ -106,10 +109,14 @@ def answer(sock):
         return decode_reply(lines.readline())
 
 
-def group_of(client, ack, progress=5.0):
-    """The client's end of a session's process group."""
+@contextlib.contextmanager
+def group_of(client, ack):
+    """The client's end of a session's process group, once it has taken the offer."""
+    client.request([])
     store = visit_store(client.peer_host, ack.rendezvous_port, 5.0)
-    return form_group(DEVICE, store, ack.session, CLIENT, HOST, handshake=5.0, progress=progress)
+    with form_group(DEVICE, store, ack.session, CLIENT, HOST, handshake=5.0, progress=5.0) as group:
+        assert client.sending().chunks == []
+        yield group
 
 
 @contextlib.contextmanager
@@ -195,8 +202,27 @@ def test_a_hundred_idle_connections_keep_nobody_out(weights):
     with source(weights, config=settings(handshake_timeout=60.0)) as running:
         idle = [dial(running.address) for _ in range(100)]
         assert loads_right_bytes(running, MODEL)
-        assert len(running.server._server._handshakes) <= MAX_HANDSHAKES
         assert idle[0].recv(1) == b""  # those that have waited longest had to go
+        for sock in idle:
+            sock.close()
+
+
+def test_connections_that_have_not_joined_are_bounded_however_fast_they_come(weights):
+    with source(weights, config=settings(handshake_timeout=60.0)) as running:
+        server = running.server._server
+        forget, noticed = server._forget, threading.Event()
+
+        def forget_late(connection):
+            noticed.wait(20)  # as on a machine that has better things to do
+            forget(connection)
+
+        server._forget = forget_late
+        idle = [dial(running.address) for _ in range(MAX_HANDSHAKES + 20)]
+        with client_of(running) as client:
+            client.status()
+        assert len(server._handshakes) <= MAX_HANDSHAKES
+        assert all(sock.recv(1) == b"" for sock in idle[:20])
+        noticed.set()
         for sock in idle:
             sock.close()
 
@@ -305,7 +331,7 @@ def test_anybody_may_ask_for_the_status(running):
     assert loads_right_bytes(running, MODEL)
     assert until(lambda: running.sessions == 0)
     with client_of(running) as client:
-        assert client.status().bytes_sent == 3 * MIB
+        assert client.status().bytes_sent == 3 * ROW
 
 
 def test_the_status_is_had_while_all_sessions_are_taken(weights):
@@ -357,13 +383,19 @@ def test_a_client_that_joins_and_is_never_heard_of_again_loses_its_place(hasty):
         assert until(lambda: hasty.sessions == 0)
 
 
+def test_a_client_that_takes_the_offer_and_is_never_heard_of_again_loses_its_place(hasty):
+    with client_of(hasty) as client:
+        client.join(join_of(), identity())
+        client.request([])
+        assert until(lambda: hasty.sessions == 0)
+
+
 def test_a_client_that_forms_the_group_and_then_is_silent_loses_its_place(impatient):
     with session(impatient):
         assert impatient.sessions == 1
         assert until(lambda: impatient.sessions == 0)
 
 
-@pytest.mark.xfail(strict=True, reason="the source waits in the store and watches no connection")
 def test_a_client_that_goes_away_after_the_join_frees_its_place_at_once(weights):
     with source(weights, config=settings(max_sessions=1)) as running:
         with client_of(running) as client:
@@ -395,7 +427,7 @@ def test_a_slow_reader_gets_everything(impatient):
         # Longer in all than the deadline, and never without progress for as long as that.
         for chunk in asked:
             time.sleep(IMPATIENT.progress_timeout / 2)
-            received = torch.empty(MIB, dtype=torch.uint8)
+            received = torch.empty(ROW, dtype=torch.uint8)
             group.receive(received)
             group.wait()
             assert torch.equal(received, MODEL[f"row.{chunk}"])
@@ -470,16 +502,16 @@ def test_each_session_is_one_line_in_the_log_with_its_outcome(weights, log):
 # The client's side of a misbehaving source
 
 
-def _scripted(reply):
+def _scripted(reply, times=1):
     """A socket that answers the first message with some bytes and closes."""
 
     def serve(listener):
         sock, _ = listener.accept()
-        with sock:
+        with sock, contextlib.suppress(OSError):
             sock.recv(4096)
             if reply is None:
                 sock.recv(4096)  # until the client has had enough
-            else:
+            for _ in range(times if reply else 0):
                 sock.sendall(reply)
 
     listener = socket.create_server((HOST, 0))
@@ -521,6 +553,31 @@ def test_a_refusal_cannot_write_to_the_log_what_it_likes():
         reason = refusal(address)
     assert reason.isprintable()
     assert len(reason) < 3000
+
+
+def test_last_words_are_heard_after_what_was_said_before_them():
+    said = encode(Sending([1], ["00"])) * 3 + encode(Missing([2], "had to\ngo")) + b"\xff\n"
+    listener, address = _scripted(said)
+    with listener, client_of(address) as client:
+        client.request([1])
+        assert client.last_words() == "had to go"
+
+
+@pytest.mark.parametrize("said", [b"", b"\xff\n", encode(Sending([1], ["00"])), None])
+def test_a_source_may_have_no_last_words(said):
+    listener, address = _scripted(said)
+    with listener, client_of(address) as client:
+        client.request([1])
+        assert client.last_words() == ""
+
+
+def test_a_source_that_does_not_stop_talking_is_not_listened_to_for_long():
+    listener, address = _scripted(encode(Sending([1], ["00"])) * 100, times=10**9)
+    with listener, client_of(address) as client:
+        client.request([1])
+        started = time.monotonic()
+        assert client.last_words() == ""
+        assert time.monotonic() - started < 5
 
 
 def test_nobody_listening_is_a_lost_source():

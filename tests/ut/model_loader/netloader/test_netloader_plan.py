@@ -25,7 +25,7 @@ from vllm_ascend.model_loader.netloader.executor.pieces import (
 )
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
 
-from .support import assorted, blank_like, bytes_of, differing, random_tensor
+from .support import DEVICE, assorted, blank_like, bytes_of, differing, random_tensor
 
 DTYPES = [
     torch.bool,
@@ -160,57 +160,67 @@ def test_packing_and_unpacking_is_the_identity_on_bits(model, chunk_bytes):
     plan = make_plan([size_of(tensor) for tensor in tensors], chunk_bytes)
     staging = torch.empty(chunk_bytes, dtype=torch.uint8)
     for chunk in plan.chunks:
-        message = pack(chunk, tensors, staging)
+        message = pack(chunk, tensors, staging, DEVICE)
         assert message.shape == (chunk.nbytes,)
-        unpack(chunk, received, message.clone())
+        unpack(chunk, received, message.clone(), DEVICE)
     assert differing(model, blanks) == []
+
+
+def travel(there, here, chunk_bytes=1024):
+    """Bring tensors to the other side, chunk by chunk."""
+    there, here = list(there.values()), list(here.values())
+    plan = make_plan([size_of(tensor) for tensor in there], chunk_bytes)
+    for chunk in plan.chunks:
+        message = pack(chunk, there, torch.empty(chunk_bytes, dtype=torch.uint8), DEVICE)
+        unpack(chunk, here, message, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_transposed_tensor_of_any_dtype_is_read_and_written(dtype):
     model = {"t": random_tensor(1, dtype, 6, 7, 2).permute(2, 0, 1)}
     blanks = blank_like(model)
-    plan = make_plan([size_of(model["t"])], 64)
-    for chunk in plan.chunks:
-        message = pack(chunk, list(model.values()), torch.empty(64, dtype=torch.uint8))
-        unpack(chunk, list(blanks.values()), message)
+    travel(model, blanks, chunk_bytes=64)
     assert differing(model, blanks) == []
 
 
 def test_a_single_element_may_have_any_stride():
     model = {"t": torch.arange(10.0)[3::2][:1]}
     blanks = blank_like(model)
-    chunk = make_plan([4], 64).chunks[0]
-    unpack(chunk, [blanks["t"]], pack(chunk, [model["t"]], torch.empty(64, dtype=torch.uint8)))
+    travel(model, blanks)
     assert blanks["t"] == 3.0
 
 
+def test_a_strided_tensor_may_start_at_any_byte_of_a_message():
+    model = {"odd": random_tensor(0, torch.uint8, 3), "t": random_tensor(1, torch.int64, 2, 3).t()}
+    blanks = blank_like(model)
+    travel(model, blanks)
+    assert differing(model, blanks) == []
+
+
 def test_strides_may_differ_between_the_two_sides():
-    here, there = torch.arange(42.0).view(6, 7).t(), torch.zeros(7, 6)
-    plan = make_plan([size_of(here)], 64)
-    for chunk in plan.chunks:
-        unpack(chunk, [there], pack(chunk, [here], torch.empty(64, dtype=torch.uint8)))
-    assert torch.equal(here, there)
+    here, there = {"t": torch.zeros(7, 6)}, {"t": torch.arange(42.0).view(6, 7).t()}
+    travel(there, here, chunk_bytes=64)
+    assert torch.equal(here["t"], there["t"])
 
 
-def test_memory_around_a_strided_tensor_stays_as_it_is():
+@pytest.mark.parametrize("rows", [slice(1, None, 2), slice(3, 7)])
+@pytest.mark.parametrize("columns", [slice(2, None, 3), slice(None)])
+def test_memory_around_a_tensor_stays_as_it_is(rows, columns):
     around = torch.zeros(10, 10)
-    inside = around[1::2, 2::3]
-    plan = make_plan([size_of(inside)], 16)
-    for chunk in plan.chunks:
-        unpack(chunk, [inside], torch.full((chunk.nbytes,), 1, dtype=torch.uint8))
-    assert (inside != 0).all()
+    inside = around[rows, columns]
+    travel({"t": torch.ones_like(inside).contiguous()}, {"t": inside}, chunk_bytes=32)
+    assert (inside == 1).all()
     inside.zero_()
     assert (around == 0).all()
 
 
 def test_parameters_that_want_gradients_are_read_and_written():
-    tensors = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(6, 7)).t()]
-    plan = make_plan([size_of(tensor) for tensor in tensors], 1024)
-    for chunk in plan.chunks:
-        message = pack(chunk, tensors, torch.empty(1024, dtype=torch.uint8))
-        unpack(chunk, tensors, torch.zeros_like(message))
-    assert all((tensor == 0).all() for tensor in tensors)
+    tensors = {
+        "a": torch.nn.Parameter(torch.ones(5)),
+        "b": torch.nn.Parameter(torch.ones(6, 7)).t(),
+    }
+    travel({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tensors)
+    assert all((tensor == 0).all() for tensor in tensors.values())
 
 
 def test_a_contiguous_tensor_is_sent_from_its_own_memory():
@@ -367,16 +377,33 @@ def test_memory_is_made_for_every_name_of_a_manifest():
 # The ledger
 
 
+def everything(ledger, limit=8):
+    """All that the ledger hands out until it has nothing more, request by request."""
+    return list(iter(lambda: ledger.take(limit), []))
+
+
 def test_the_ledger_hands_every_chunk_out_once():
-    ledger = Ledger(3)
-    assert [ledger.take() for _ in range(4)] == [0, 1, 2, None]
+    ledger = Ledger(30)
+    assert [chunk for chunks in everything(ledger) for chunk in chunks] == list(range(30))
+    assert ledger.take(8) == []
+
+
+def test_the_ledger_hands_out_less_at_once_towards_the_end():
+    assert [len(chunks) for chunks in everything(Ledger(30))] == [8, 8, 7, 4, 2, 1]
+
+
+def test_the_ledger_hands_out_less_at_once_to_several_sessions():
+    ledger = Ledger(30)
+    with ledger.session(), ledger.session():
+        assert len(ledger.take(100)) == 8
+    assert len(ledger.take(100)) == 11
 
 
 def test_chunks_given_back_come_before_the_others():
     ledger = Ledger(3)
-    assert ledger.take() == 0
+    assert ledger.take(1) == [0]
     ledger.give_back([0])
-    assert ledger.take() == 0
+    assert ledger.take(1) == [0]
 
 
 def test_the_ledger_is_finished_when_every_chunk_is_done():
@@ -399,10 +426,10 @@ def test_an_empty_ledger_is_finished():
 
 def test_waiting_ends_when_a_chunk_comes_back_or_all_are_done():
     ledger = Ledger(1)
-    ledger.take()
+    ledger.take(1)
     ledger.wait(0.01)  # nothing happens, and the time is up
     ledger.give_back([0])
     ledger.wait(60)
-    ledger.take()
+    ledger.take(1)
     ledger.done(0, ())
     ledger.wait(60)

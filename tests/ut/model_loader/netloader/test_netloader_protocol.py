@@ -280,7 +280,8 @@ def test_a_message_that_no_receiver_takes_is_not_sent():
 def test_a_line_at_the_limit_is_taken_and_one_over_it_refused():
     line = encode(Abort("x" * 900))
     with tcp_pair() as (connection, peer):
-        peer.sendall(line + line)
+        peer.sendall(line * 3)
+        assert connection.receive_request(5) == Abort("x" * 900)  # and has read the others as well
         assert connection.receive_request(5, len(line) - 1) == Abort("x" * 900)
         with pytest.raises(ProtocolError, match=f"over {len(line) - 2} bytes"):
             connection.receive_request(5, len(line) - 2)
@@ -418,6 +419,7 @@ def test_closing_wakes_a_thread_that_waits_for_a_message():
 
         waiter = threading.Thread(target=wait)
         waiter.start()
+        time.sleep(0.1)  # it waits by now, or is told all the sooner
         connection.close()
         waiter.join(10)
         assert outcome

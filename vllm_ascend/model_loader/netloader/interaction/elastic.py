@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -138,8 +139,9 @@ class ElasticClient:
 
     def last_words(self) -> str:
         """Return why the source gave up, if it has said so; to be asked when a transfer failed."""
+        deadline = time.monotonic() + 1  # for all that was said before
         with contextlib.suppress(OSError, ProtocolError):
-            while True:
+            while time.monotonic() < deadline:
                 reply = self._connection.receive_reply(_LAST_WORDS)
                 if isinstance(reply, Abort | Missing):
                     return shortened(reply.reason)
