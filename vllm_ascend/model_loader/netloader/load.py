@@ -227,9 +227,10 @@ class _Load:
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
         ) as client:
-            offer = client.join(self._join(), self._identity)
+            join = self._join()
+            offer = client.join(join, self._identity)
             try:
-                target = self._agree(address, offer)
+                target = self._agree(address, join, offer)
                 try:
                     self._transfer(address, client, offer, target)
                 finally:
@@ -256,7 +257,7 @@ class _Load:
             chunk_bytes=chunk_bytes,
         )
 
-    def _agree(self, address: Address, offer: JoinAck) -> Target:
+    def _agree(self, address: Address, join: Join, offer: JoinAck) -> Target:
         """Take the first offer as this load's, and any later one only if it is the same."""
         algorithm = self._device.digest_algorithm
         if self._config.verify and offer.digest_algorithm != algorithm:
@@ -268,7 +269,11 @@ class _Load:
                 # The model belongs to the caller again: nothing may be written to it any more.
                 raise SourceRefused(f"{address}: answered after the model was complete")
             agreed, target = self._offer, self._target
-            if agreed is not None and self._open and agreed.chunk_bytes != offer.chunk_bytes:
+            if (
+                agreed is not None
+                and self._open
+                and join.chunk_bytes != agreed.chunk_bytes != offer.chunk_bytes
+            ):
                 self._sources.appendleft(address)  # the next JOIN says which size it has to be
                 raise _AskAgain
             if agreed is None or target is None or not _same(agreed, offer):

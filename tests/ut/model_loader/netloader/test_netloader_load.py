@@ -13,14 +13,16 @@ import torch
 
 from vllm_ascend.model_loader.netloader.config import MAX_MODEL_NAME_BYTES
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
-from vllm_ascend.model_loader.netloader.executor.elastic_load import WINDOW
+from vllm_ascend.model_loader.netloader.executor.elastic_load import BATCH, WINDOW
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import Address
 
 from .support import (
+    COUNT,
     DEVICE,
     HOST,
     MIB,
+    ROW,
     Proxy,
     assorted,
     blank_like,
@@ -202,10 +204,10 @@ def test_a_source_of_another_model_is_passed_over(weights, log):
 
 def test_a_source_of_other_tensors_is_passed_over(weights, log):
     blanks = blank_like(MODEL)
-    with source(rows(19) | {"row.19": torch.zeros(5)}) as wrong, source(weights) as right:
+    with source(MODEL | {"row.7": torch.zeros(5)}) as wrong, source(weights) as right:
         load([wrong, right], blanks, config=ONE_AT_A_TIME)
     assert differing(blanks, MODEL) == []
-    assert any("row.19 is uint8[1048576] here and float32[5] there" in line for line in log)
+    assert any(f"row.7 is uint8[{ROW}] here and float32[5] there" in line for line in log)
 
 
 def test_a_source_with_ties_of_its_own_is_passed_over():
@@ -264,7 +266,7 @@ def test_a_manifest_that_is_none_is_refused(weights, manifest):
         assert "not a valid manifest" in refusal(proxy.address)
 
 
-@pytest.mark.parametrize("entries", [[], [["row.0", "torch.uint8", [MIB], "row.0"]]])
+@pytest.mark.parametrize("entries", [[], [["row.0", "torch.uint8", [ROW], "row.0"]]])
 def test_a_manifest_that_leaves_tensors_out_is_refused(weights, entries):
     def change(content):
         content["manifest"]["tensors"] = entries
@@ -297,14 +299,14 @@ def test_all_reasons_stand_in_one_line_when_no_source_is_left(weights):
 
 
 def test_a_source_that_fails_costs_only_the_chunks_on_their_way(weights):
-    first, second = tapped(weights, failing_after(12)), tapped(weights)
+    first, second = tapped(weights, failing_after(40)), tapped(weights)
     blanks = blank_like(MODEL)
     with source(first) as failing, source(second) as steady:
         load([failing, steady], blanks, config=ONE_AT_A_TIME)
     assert differing(blanks, MODEL) == []
-    # The first sent 12 of 20; what it had sent and the client had not checked yet came again.
-    assert set(range(12, 20)) <= set(second.tensors.read)
-    assert len(second.tensors.read) <= 8 + WINDOW
+    # The first sent 40; what was under way on either side or not checked yet came again.
+    assert set(range(40, COUNT)) <= set(second.tensors.read)
+    assert len(second.tensors.read) <= COUNT - 40 + 2 * WINDOW
     assert len(set(second.tensors.read)) == len(second.tensors.read)
 
 
@@ -323,30 +325,30 @@ def test_a_source_that_fails_among_several_costs_only_the_chunks_on_their_way(we
     with source(first) as failing, source(second) as steady:
         load([failing, steady], blanks)
     assert differing(blanks, MODEL) == []
-    assert len(first.tensors.read) + len(second.tensors.read) <= 20 + 1 + WINDOW
+    assert len(first.tensors.read) + len(second.tensors.read) <= COUNT + 1 + 2 * WINDOW
 
 
 def test_a_killed_source_costs_only_the_chunks_on_their_way(weights):
     second = tapped(weights)
     blanks = blank_like(MODEL)
-    with source_process(0, signal_after=12) as killed, source(second) as steady:
+    with source_process(0, signal_after=40) as killed, source(second) as steady:
         started = time.monotonic()
         load([killed.address, steady], blanks, config=settings(max_sources=1, progress_timeout=30))
         assert time.monotonic() - started < 15  # a death is noticed, not waited for
     assert differing(blanks, MODEL) == []
-    assert len(second.tensors.read) <= 8 + 2 * WINDOW
+    assert len(second.tensors.read) <= COUNT - 40 + 2 * WINDOW
 
 
 def test_a_stopped_source_is_lost_when_the_deadline_passes(weights):
     second = tapped(weights)
     blanks = blank_like(MODEL)
     with (
-        source_process(0, signal_after=12, number=signal.SIGSTOP) as stopped,
+        source_process(0, signal_after=40, number=signal.SIGSTOP) as stopped,
         source(second) as steady,
     ):
         load([stopped.address, steady], blanks, config=settings(max_sources=1, progress_timeout=1))
         assert differing(blanks, MODEL) == []
-        assert len(second.tensors.read) <= 8 + 2 * WINDOW
+        assert len(second.tensors.read) <= COUNT - 40 + 2 * WINDOW
         stopped.send_signal(signal.SIGCONT)
         with dial(stopped.address) as sock:  # it is awake again
             sock.sendall(b"\n")
@@ -360,7 +362,7 @@ def test_nothing_that_a_lost_source_sends_later_reaches_the_tensors(weights):
     def sleep_and_send_something_else(index, count):
         if count >= 5:
             awake.wait(30)
-            return torch.zeros(MIB, dtype=torch.uint8)
+            return torch.zeros(ROW, dtype=torch.uint8)
         return None
 
     first = tapped(weights, sleep_and_send_something_else)
@@ -424,7 +426,7 @@ def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(weigh
     with source(tapping) as running:
         message = refusal(running)
     assert message == f"{running.address}: gave up: the weights are being replaced"
-    assert len(tapping.tensors.read) <= 9 + WINDOW
+    assert len(tapping.tensors.read) <= 2 * BATCH
 
 
 def test_weights_replaced_in_mid_transfer_are_loaded_from_the_start(weights, other_weights):
@@ -453,8 +455,8 @@ def test_live_sources_share_the_work(weights, log):
     with source(first) as one, source(second) as another:
         load([one, another], blanks)
     assert differing(blanks, MODEL) == []
-    assert sorted(first.tensors.read + second.tensors.read) == list(range(20))
-    summary = next(line for line in log if "loaded 20 tensors" in line)
+    assert sorted(first.tensors.read + second.tensors.read) == list(range(COUNT))
+    summary = next(line for line in log if "loaded 64 tensors" in line)
     assert f"{one.address} (" in summary
     assert f"{another.address} (" in summary
 
@@ -463,7 +465,7 @@ def test_no_more_sources_are_pulled_from_than_allowed(weights):
     first, second = tapped(weights), tapped(weights)
     with source(first) as one, source(second) as another:
         load([one, another], blank_like(MODEL), config=ONE_AT_A_TIME)
-    assert len(first.tensors.read) == 20
+    assert len(first.tensors.read) == COUNT
     assert second.tensors.read == []
 
 
@@ -477,7 +479,7 @@ def test_sources_of_different_weights_are_never_mixed(weights, other_weights):
 
 def test_what_came_from_other_weights_is_fetched_again(weights, other_weights):
     blanks = blank_like(MODEL)
-    with source(tapped(weights, failing_after(12))) as one, source(other_weights) as another:
+    with source(tapped(weights, failing_after(40))) as one, source(other_weights) as another:
         load([one, another], blanks, config=ONE_AT_A_TIME)
     assert differing(blanks, OTHER) == []
 
@@ -540,13 +542,68 @@ def test_a_source_of_other_weights_gives_nothing_while_the_first_sends(weights, 
 def test_sources_with_chunks_of_different_sizes_can_be_changed_between(weights):
     large = weights_of(MODEL, chunk_bytes=3 * MIB)
     blanks = blank_like(MODEL)
-    with source(tapped(weights, failing_after(12))) as one, source(large) as another:
+    with source(tapped(weights, failing_after(40))) as one, source(large) as another:
         load([one, another], blanks, config=ONE_AT_A_TIME)
         # The second has cut its model as the first did.
         assert MIB in another.offer._chunkings
         assert until(lambda: another.sessions == 0)
-        assert another.server._status(0).bytes_sent <= (8 + WINDOW) * MIB
+        assert another.server._status(0).bytes_sent <= (COUNT - 40 + 2 * WINDOW) * ROW
     assert differing(blanks, MODEL) == []
+
+
+def test_sources_with_chunks_of_different_sizes_share_the_work(weights):
+    # Both may be asked before either has said how large its chunks are.
+    both, met = threading.Barrier(2), []
+
+    def meet(name, running):
+        def tap(index, count):
+            if running and name not in met:
+                met.append(name)
+                both.wait(20)
+
+        return tap
+
+    running = []
+    first = tapped(weights, meet("first", running))
+    second = tapped(weights_of(MODEL, chunk_bytes=3 * MIB), meet("second", running))
+    blanks = blank_like(MODEL)
+    with source(first) as one, source(second) as another:
+        # What they would do when asked, done before so that it is told from sending.
+        one.offer.chunking(3 * MIB)
+        another.offer.chunking(MIB)
+        running += [one, another]
+        load(running, blanks)
+    assert differing(blanks, MODEL) == []
+    assert sorted(met) == ["first", "second"]
+
+
+def test_a_source_that_insists_on_other_chunks_is_not_asked_for_ever(weights):
+    asked, over = [], threading.Event()
+
+    def change(content):
+        content["chunk_bytes"] = 2 * MIB
+
+    def note(message):
+        if message["label"] == "JOIN":
+            asked.append(message["content"]["chunk_bytes"])
+        if message["label"] == "ABORT" and len(asked) > 1:
+            over.set()
+        return message
+
+    def slow(index, count):
+        if count == 5:
+            over.wait(20)
+            time.sleep(0.3)
+
+    blanks = blank_like(MODEL)
+    with (
+        source(tapped(weights, slow)) as one,
+        source(weights) as other,
+        Proxy(other.address, changing("JOIN_ACK", change), note) as proxy,
+    ):
+        load([one, proxy.address], blanks)
+    assert differing(blanks, MODEL) == []
+    assert len(asked) <= 2
 
 
 def test_a_source_that_answers_late_does_not_delay_a_finished_load(weights):
@@ -637,7 +694,7 @@ def test_a_chunk_that_comes_wrong_once_is_fetched_again(weights):
     with source(sent) as running:
         load([running], blanks)
     assert differing(blanks, MODEL) == []
-    assert sorted(sent.tensors.read) == sorted([*range(20), 7])
+    assert sorted(sent.tensors.read) == sorted([*range(COUNT), 7])
 
 
 def test_a_source_whose_bytes_stay_wrong_is_dropped_with_the_tensors_name(weights, log):
@@ -650,7 +707,7 @@ def test_a_source_whose_bytes_stay_wrong_is_dropped_with_the_tensors_name(weight
         f"source {wrong.address}: wrong bytes twice in chunk 7 (row.7)" in line for line in log
     )
     assert 7 in second.tensors.read
-    assert len(second.tensors.read) < 20
+    assert len(second.tensors.read) < COUNT
 
 
 def test_wrong_bytes_in_a_packed_chunk_are_noticed():
@@ -720,7 +777,7 @@ def test_a_model_digest_that_is_wrong_drops_the_source_and_all_it_gave(weights, 
     with source(lying_model_digest(weights)) as liar, source(second) as honest:
         load([liar, honest], blanks, config=ONE_AT_A_TIME)
     assert differing(blanks, MODEL) == []
-    assert sorted(second.tensors.read) == list(range(20))
+    assert sorted(second.tensors.read) == list(range(COUNT))
     assert any("was announced as 00000000" in line for line in log)
 
 
@@ -748,7 +805,8 @@ def test_bytes_that_agree_with_a_false_digest_are_not_the_announced_model(weight
 
 def test_a_source_that_sends_nothing_it_announced_is_lost(weights):
     def drop(message):
-        return message if message["label"] != "FETCH" else b""
+        wanted = message["label"] == "FETCH" and message["content"]["chunks"]
+        return b"" if wanted else message
 
     config = settings(max_sources=1, progress_timeout=0.5)
     blanks = blank_like(MODEL)
@@ -771,7 +829,7 @@ def test_the_log_says_what_was_loaded_from_where(weights, log):
     with source(weights) as running:
         loaded = load([running], blank_like(MODEL))
     summary = next(line for line in log if "loaded" in line)
-    assert "loaded 20 tensors, 21.0 MB" in summary
+    assert "loaded 64 tensors, 8.4 MB" in summary
     assert f"from {running.address}, digest {loaded.digests.model}" in summary
 
 
@@ -808,7 +866,9 @@ def faulty(fault, after, over, weights, other_weights):
 def test_whatever_goes_wrong_with_some_sources_a_good_one_is_enough(seed, weights, other_weights):
     chance = random.Random(seed)
     config = settings(max_sources=chance.choice([1, 2, 4]), progress_timeout=0.5)
-    faults = [(chance.choice(FAULTS), chance.randrange(20)) for _ in range(chance.randrange(1, 5))]
+    faults = [
+        (chance.choice(FAULTS), chance.randrange(COUNT)) for _ in range(chance.randrange(1, 5))
+    ]
     over = threading.Event()
     blanks = blank_like(MODEL)
     with contextlib.ExitStack() as stack:
