@@ -172,6 +172,13 @@ def test_target_and_draft_share_one_server(servers, tmp_path):
     dial(address_of(tmp_path)).close()
 
 
+def test_the_host_listened_on_is_the_one_published(servers, tmp_path, monkeypatch):
+    monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_", "LISTEN_HOST": HOST})
+    netloader._server_of(config, 0)
+    assert address_of(tmp_path).host == HOST
+
+
 def test_ranks_have_servers_of_their_own(servers, tmp_path):
     config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
     assert netloader._server_of(config, 0) is not netloader._server_of(config, 1)

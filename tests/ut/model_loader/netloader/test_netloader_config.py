@@ -222,6 +222,15 @@ def test_a_rank_listens_at_the_base_plus_its_rank_or_not_at_all(base, rank, port
     assert parse_config({"LISTEN_PORT": base}).port_for(rank) == port
 
 
+@pytest.mark.parametrize(
+    ("host", "announced"),
+    [("192.0.2.7", "192.0.2.7"), ("some.host", "some.host"), ("0.0.0.0", None), ("::", None)],
+)
+def test_the_host_listened_on_is_announced_unless_it_stands_for_all(host, announced):
+    assert parse_config({"LISTEN_HOST": host}).announced_host == announced
+    assert parse_config({}).announced_host is None
+
+
 # MODEL
 
 
