@@ -1,5 +1,6 @@
 """`--model-loader-extra-config`, parsed and validated once and immutable after."""
 
+import ipaddress
 import json
 import os
 import re
@@ -71,7 +72,11 @@ class NetLoaderConfig:
     @property
     def announced_host(self) -> str | None:
         """The address that others are told: `listen_host` unless that stands for all of them."""
-        return None if self.listen_host in ("0.0.0.0", "::") else self.listen_host
+        try:
+            everywhere = ipaddress.ip_address(self.listen_host or "::").is_unspecified
+        except ValueError:  # a host name, or an address with a zone
+            everywhere = False
+        return None if everywhere else self.listen_host
 
     def port_for(self, rank: int) -> int | None:
         """Return the port a rank listens on (0: the system chooses), or None for no server."""

@@ -95,7 +95,7 @@ def elastic_load(
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes chunks from the ledger first, and there are none.
     loaded = load.result()
-    seconds = time.time() - load.started
+    seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
         identity.rank,
@@ -114,7 +114,7 @@ def _show(load: "_Load", bar: "tqdm[None] | None") -> "tqdm[None] | None":
     received, total = load.progress()
     if bar is None and total:
         bar = tqdm(total=total, desc="Loading weights from peers", unit="B", unit_scale=True)
-        bar.start_t = load.started
+        bar.start_t = time.time() - (time.monotonic() - load.started)
     if bar is not None:
         bar.update(received - bar.n)
     return bar
@@ -136,7 +136,7 @@ class _Load:
         config: NetLoaderConfig,
         device: Device,
     ) -> None:
-        self.started = time.time()
+        self.started = time.monotonic()
         self.over = threading.Event()
         self._tensors = tensors
         self._required = required
@@ -238,6 +238,8 @@ class _Load:
                         self._open.discard(address)
             except BaseException as error:
                 client.finish(Abort(str(error)))
+                if isinstance(error, _AskAgain):
+                    client.last_words()  # until the source has closed, and has room again
                 raise
 
     def _join(self) -> Join:
@@ -275,7 +277,7 @@ class _Load:
                 and join.chunk_bytes != agreed.chunk_bytes != offer.chunk_bytes
             ):
                 self._sources.appendleft(address)  # the next JOIN says which size it has to be
-                raise _AskAgain
+                raise _AskAgain(f"asking again for chunks of {agreed.chunk_bytes} bytes")
             if agreed is None or target is None or not _same(agreed, offer):
                 if self._open:
                     self._put_off.append(address)  # for when those have failed

@@ -262,7 +262,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())
-        if self._config.source and not sources:
+        if self._config.source and rank not in self._config.source:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
                 rank,

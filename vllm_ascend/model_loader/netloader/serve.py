@@ -248,7 +248,8 @@ class _Session:
         finally:
             seconds = time.monotonic() - started
             logger.info(
-                "NetLoader rank %d: sent %.1f MB of %d tensors in %.2f s (%.2f GB/s) to %s, digest %s: %s",
+                "NetLoader rank %d: sent %.1f MB of %d tensors in %.2f s (%.2f GB/s) to %s, "
+                "digest %s: %s",
                 self._rank,
                 self.bytes_sent / 1e6,
                 len(self._offer.weights.tensors) if self._offer.weights else 0,
