@@ -578,9 +578,10 @@ def test_sources_with_chunks_of_different_sizes_share_the_work(weights):
 
 
 def test_a_source_that_insists_on_other_chunks_is_not_asked_for_ever(weights):
-    asked, over = [], threading.Event()
+    asked, begun, over = [], threading.Event(), threading.Event()
 
     def change(content):
+        begun.wait(20)  # the other source has to be the first, whose chunk size counts
         content["chunk_bytes"] = 2 * MIB
 
     def note(message):
@@ -591,6 +592,7 @@ def test_a_source_that_insists_on_other_chunks_is_not_asked_for_ever(weights):
         return message
 
     def slow(index, count):
+        begun.set()
         if count == 5:
             over.wait(20)
             time.sleep(0.3)
