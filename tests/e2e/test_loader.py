@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from tests.e2e.loading import assert_same, load, make_config, worker
 from tools.make_model import CONFIGS, copy_without_weights, make_model
+from vllm_ascend.model_loader.netloader import netloader
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
 
@@ -284,3 +285,25 @@ def test_a_wrong_configuration_is_an_error_at_start(models: Path) -> None:
     path = on_disk(models, "llama")
     with pytest.raises(ConfigError, match="INT8_CACHE is 'maybe'; allowed: 'hbm', 'dram' or 'no'"):
         load(make_config(path, INT8_CACHE="maybe"))
+
+
+def test_a_model_name_that_no_message_can_carry_is_an_error_at_start(models: Path) -> None:
+    with pytest.raises(ConfigError, match="MODEL is"):
+        load(make_config(on_disk(models, "llama"), MODEL="m" * 513))
+
+
+def test_on_a_device_that_netloader_does_not_know_it_loads_from_disk(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = on_disk(models, "llama")
+    plain = load(make_config(path, load_format="auto"))
+
+    def unknown(kind: str) -> None:
+        raise LayoutUnsupported(f"no device of kind {kind!r}")
+
+    monkeypatch.setattr(netloader, "device_of", unknown)
+    source = [{"device_id": 0, "sources": ["127.0.0.1:1"]}]
+    config = make_config(path, MODEL="m", SOURCE=source)
+    assert_same(plain, load(config))
+    with worker(config) as loader:
+        assert next(iter(loader.get_all_weights(config.model_config, plain)))

@@ -100,6 +100,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             LoadFailed: neither a source nor the disk has the weights; the message says both.
         """
         self._vllm_config = vllm_config
+        if not self._supported():
+            return self._disk.load_model(vllm_config, model_config, prefix)
+        self._identity(model_config)  # a wrong MODEL is an error, and no reason to go to disk
         restore_registrations = remember_registrations(vllm_config)
         failure = ""
         try:
@@ -121,6 +124,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load weights into a model, new or in use, from the sources, or from disk without any."""
+        if not self._supported():
+            self._disk.load_weights(model, model_config)
+            return
         if model in _in_use:
             weights = self.get_all_weights(model_config, model)
             initialize_layerwise_reload(model)
@@ -161,6 +167,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         Raises:
             LayoutUnsupported: this model cannot be reloaded in place; it is left as it is.
         """
+        if not self._supported():
+            return self._disk.get_all_weights(model_config, model)
         if self._device().layout == RAW and (reason := why_no_reload(model)):
             raise LayoutUnsupported(reason)
         in_use = _in_use.get(model)
@@ -246,19 +254,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 weights = after_processing(weights, copies, device)
             except LayoutUnsupported as error:
                 weights, self._unserved = None, str(error)
-        server = _server_of(self._config, identity.rank)
-        manifest = self._manifest if weights is None else weights.manifest
-        _in_use[model] = _InUse(server, identity, model_config.model, manifest)
-        if server is None:
-            return
-        if weights is None:
+        if weights is None and self._unserved:
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s",
                 identity.rank,
                 self._unserved,
             )
-        server.offer(Offer(identity, weights, device, self._unserved))
-        weakref.finalize(model, _retire, server, identity.group)
+        server = _serve(self._config, Offer(identity, weights, device, self._unserved))
+        manifest = self._manifest if weights is None else weights.manifest
+        _in_use[model] = _InUse(server, identity, model_config.model, manifest)
+        if server is not None:
+            weakref.finalize(model, _retire, server, identity.group)
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())
@@ -275,6 +281,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
         config = self._config.with_model(model_config.model)
         assert config.model is not None
         return identity_of(vllm_config, model_config, config.model, _rank(), self._device().layout)
+
+    def _supported(self) -> bool:
+        try:
+            self._device()
+        except LayoutUnsupported as error:
+            logger.warning("NetLoader rank %d: loading from disk: %s", _rank(), error)
+            return False
+        return True
 
     def _device(self) -> Device:
         return device_of(torch.device(self._device_name()).type)
@@ -312,8 +326,9 @@ def _retire(server: WeightServer, group: str) -> None:
             del _servers[key]
 
 
-def _server_of(config: NetLoaderConfig, rank: int) -> WeightServer | None:
-    """Return this process's server for a configuration, started if need be."""
+def _serve(config: NetLoaderConfig, offer: Offer) -> WeightServer | None:
+    """Offer a model on this process's server for a configuration, started if need be."""
+    rank = offer.identity.rank
     port = config.port_for(rank)
     if port is None:
         logger.info(
@@ -323,20 +338,22 @@ def _server_of(config: NetLoaderConfig, rank: int) -> WeightServer | None:
         )
         return None
     key = (config.listen_port, config.output_prefix, rank)
-    server = _servers.get(key)
-    if server is None:
-        server = WeightServer(config, rank, config.announced_host or get_ip())
-        try:
-            server.start(port)
-        except OSError as error:
-            logger.error(
-                "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
-                rank,
-                port,
-                error,
-            )
-            return None
-        _servers[key] = server
-        # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
-        Finalize(None, server.stop, exitpriority=100)
+    if (server := _servers.get(key)) is not None:
+        server.offer(offer)
+        return server
+    server = WeightServer(config, rank, config.announced_host or get_ip())
+    server.offer(offer)  # before anybody can ask for it
+    try:
+        server.start(port)
+    except OSError as error:
+        logger.error(
+            "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
+            rank,
+            port,
+            error,
+        )
+        return None
+    _servers[key] = server
+    # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
+    Finalize(None, server.stop, exitpriority=100)
     return server
