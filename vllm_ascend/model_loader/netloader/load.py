@@ -302,6 +302,7 @@ class _Load:
             tensors = match(manifest, self._tensors, self._required)
         except LayoutUnsupported as error:
             raise SourceRefused(f"{address}: {error}") from None
+        self._device.prepare(tensors)
         plan = make_plan([size_of(tensor) for tensor in tensors], offer.chunk_bytes)
         names = [entry.name for entry in manifest.tensors if entry.alias_of is None]
         ledger = Ledger(len(plan.chunks))

@@ -54,6 +54,9 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return uninitialized uint8 memory for staging."""
 
+    def prepare(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Get memory ready that is about to be written for the first time; contents stay."""
+
     def synchronize(self) -> None:
         """Return once everything queued on the device has happened."""
 

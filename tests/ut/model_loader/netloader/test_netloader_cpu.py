@@ -1,0 +1,49 @@
+"""What is particular to CPUs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from vllm_ascend.model_loader.netloader.executor.devices import device_of
+
+DEVICE = device_of("cpu")
+
+
+def asks_for_huge_pages(address: int) -> bool:
+    """Whether the mapping that an address lies in has the flag that the advice sets."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            low, high = (int(bound, 16) for bound in head.split("-"))
+            inside = low <= address < high
+        elif inside and head == "VmFlags:":
+            return "hg" in line.split()
+    return False
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages"
+)
+def test_large_tensors_get_huge_pages_and_keep_their_contents():
+    large = torch.arange(4 << 20, dtype=torch.int64)
+    DEVICE.prepare([large])
+    assert asks_for_huge_pages(large.data_ptr() + large.nbytes // 2)
+    assert torch.equal(large, torch.arange(4 << 20, dtype=torch.int64))
+
+
+def test_tensors_without_a_whole_huge_page_of_their_own_are_left_alone():
+    base = torch.zeros(32 << 20, dtype=torch.uint8)
+    strided = base.view(8, 4 << 20)[:, : 1 << 20]
+    DEVICE.prepare([strided, torch.zeros(()), torch.zeros(0), torch.zeros(1 << 10)])
+    assert not asks_for_huge_pages(base.data_ptr() + base.nbytes // 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.complex128])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7)])
+def test_a_hash_is_that_of_the_bytes(dtype, shape):
+    tensor = torch.randint(0, 2, shape).to(dtype)
+    expected = bytes(tensor.view(-1).view(torch.uint8).tolist())
+    assert DEVICE.hash(tensor) == xxhash.xxh3_128_digest(expected)
