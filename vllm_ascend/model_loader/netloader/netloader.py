@@ -264,7 +264,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         manifest = self._manifest if weights is None else weights.manifest
         _in_use[model] = _InUse(server, identity, model_config.model, manifest)
         if server is not None:
-            weakref.finalize(model, _retire, server, identity.group)
+            # At exit the server stops by itself, and in a forked child it is not to be stopped.
+            weakref.finalize(model, _retire, server, identity.group).atexit = False
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())
