@@ -128,6 +128,14 @@ def session(source):
             yield client, group
 
 
+def server_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("netloader-")]
+
+
+def session_threads():
+    return [thread for thread in server_threads() if thread.name == "netloader-session"]
+
+
 # What may come in the place of a JOIN
 
 
@@ -203,6 +211,7 @@ def test_a_hundred_idle_connections_keep_nobody_out(weights):
         idle = [dial(running.address) for _ in range(100)]
         assert loads_right_bytes(running, MODEL)
         assert idle[0].recv(1) == b""  # those that have waited longest had to go
+        assert until(lambda: len(session_threads()) <= MAX_HANDSHAKES)
         for sock in idle:
             sock.close()
 
@@ -381,6 +390,13 @@ def test_a_client_that_joins_and_is_never_heard_of_again_loses_its_place(hasty):
         client.join(join_of(), identity())
         assert hasty.sessions == 1
         assert until(lambda: hasty.sessions == 0)
+
+
+def test_a_client_that_declines_the_offer_frees_its_place_at_once(weights):
+    with source(weights, config=settings(max_sessions=1)) as running, client_of(running) as client:
+        client.join(join_of(), identity())
+        client.finish(Abort("too small"))
+        assert until(lambda: running.sessions == 0, 1.5)
 
 
 def test_a_client_that_takes_the_offer_and_is_never_heard_of_again_loses_its_place(hasty):
@@ -613,10 +629,6 @@ def test_other_chunks_than_those_asked_for_are_a_lost_source(running, content):
 
 
 # Starting and stopping
-
-
-def server_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("netloader-")]
 
 
 def test_stopping_leaves_no_thread_no_port_and_no_file(weights, tmp_path):

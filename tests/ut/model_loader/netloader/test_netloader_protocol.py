@@ -407,7 +407,7 @@ def test_a_peer_that_closes_is_noticed_at_once():
             connection.receive_request(60)
 
 
-def test_closing_wakes_a_thread_that_waits_for_a_message():
+def test_cutting_wakes_a_thread_that_waits_for_a_message():
     with tcp_pair() as (connection, _):
         outcome = []
 
@@ -420,7 +420,7 @@ def test_closing_wakes_a_thread_that_waits_for_a_message():
         waiter = threading.Thread(target=wait)
         waiter.start()
         time.sleep(0.1)  # it waits by now, or is told all the sooner
-        connection.close()
+        connection.cut()
         waiter.join(10)
         assert outcome
 

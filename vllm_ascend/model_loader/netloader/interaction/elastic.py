@@ -236,13 +236,15 @@ class ElasticServer:
             with contextlib.suppress(OSError):  # wakes the accept thread; close alone does not
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
+        if self._accepting is not None:  # first, as it may be about to add a connection
+            self._accepting.join(timeout)
         with self._lock:
             open_now = {**self._handshakes, **self._sessions}
-        for connection in open_now:
-            connection.close()
-        for thread in (self._accepting, *open_now.values()):
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(timeout / (1 + len(open_now)))
+            for connection in open_now:
+                connection.cut()
+        for thread in open_now.values():
+            if thread is not threading.current_thread():
+                thread.join(timeout / len(open_now))
 
     @property
     def sessions(self) -> int:
@@ -274,9 +276,8 @@ class ElasticServer:
                 oldest = next(iter(self._handshakes)) if self._full() else None
                 if oldest is not None:  # now, as its thread may take its time to notice
                     del self._handshakes[oldest]
+                    oldest.cut()
                 self._handshakes[connection] = thread
-            if oldest is not None:
-                oldest.close()
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads

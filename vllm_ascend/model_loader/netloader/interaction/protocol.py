@@ -256,7 +256,7 @@ def shortened(text: str, limit: int = _MAX_REASON) -> str:
 class Connection:
     """Messages over a connected TCP socket, every read and write under a deadline.
 
-    One thread sends and receives; `close` may be called by any other.
+    One thread sends, receives and closes; `cut` may be called by any other.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -327,10 +327,18 @@ class Connection:
                 return self._line(deadline - time.monotonic(), limit, bare=False)
         return line
 
-    def close(self) -> None:
-        """Close the connection; a thread that waits in it gets an OSError."""
+    def cut(self) -> None:
+        """End the connection; the thread that waits in it gets an OSError.
+
+        Closing it here would give its descriptor free, and a thread that wakes up too late would
+        find another connection under that number and go on waiting.
+        """
         with contextlib.suppress(OSError):  # not connected any more
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.cut()
         self._sock.close()
 
 
