@@ -4,7 +4,6 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.config import Int8Cache
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
-from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.weight_cache import (
     after_processing,
     apply_attributes,
@@ -42,13 +41,6 @@ class Model(nn.Module):
         self.count = 1
 
 
-class Accelerator(CpuDevice):
-    """Stands for a device whose hash does not go through NumPy, which pins a tensor's memory."""
-
-    def hash(self, data):
-        return super().hash(data.clone())
-
-
 def fill(model, seed=0):
     """What loading a checkpoint does."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,20 +55,20 @@ def fill(model, seed=0):
             buffer.copy_(torch.randn(buffer.shape, generator=generator))
 
 
-def captured(model, load=fill, device=DEVICE):
-    before = before_loading(model, device)
+def captured(model, load=fill):
+    before = before_loading(model, DEVICE)
     load(model)
-    return capture_loaded(model, before, CHUNK, device)
+    return capture_loaded(model, before, CHUNK, DEVICE)
 
 
-def processed(process, cache=Int8Cache.NO, parts=None, device=DEVICE):
+def processed(process, cache=Int8Cache.NO, parts=None):
     """A model's raw weights after post-processing, and as they were before."""
     model = Model()
-    raw = captured(model, device=device)
+    raw = captured(model)
     as_loaded = [tensor.clone() for tensor in raw.tensors]
     copies = copy_int8(raw, cache, parts)
     process(model)
-    return after_processing(raw, copies, device), as_loaded
+    return after_processing(raw, copies, DEVICE), as_loaded
 
 
 def same(weights, as_loaded):
@@ -86,9 +78,9 @@ def same(weights, as_loaded):
     )
 
 
-def refusal(process, cache=Int8Cache.NO, parts=None, device=DEVICE):
+def refusal(process, cache=Int8Cache.NO, parts=None):
     with pytest.raises(LayoutUnsupported) as error:
-        processed(process, cache, parts, device)
+        processed(process, cache, parts)
     return str(error.value)
 
 
@@ -262,7 +254,7 @@ def test_a_large_tensor_whose_memory_is_given_up_is_refused_by_name():
     def process(model):
         model.first.weight.untyped_storage().resize_(0)
 
-    message = refusal(process, device=Accelerator())
+    message = refusal(process)
     assert message.startswith("post-processing has changed first.weight")
 
 
@@ -270,7 +262,7 @@ def test_a_small_tensor_whose_memory_is_given_up_is_kept():
     def process(model):
         model.first.scale.untyped_storage().resize_(0)
 
-    weights, as_loaded = processed(process, device=Accelerator())
+    weights, as_loaded = processed(process)
     assert same(weights, as_loaded)
 
 
@@ -279,11 +271,11 @@ def test_part_of_a_memory_that_shrinks_is_refused_and_not_read():
     model = Model()
     memory = torch.zeros(2, *LARGE)
     model.first.weight = nn.Parameter(memory[1])
-    raw = captured(model, device=Accelerator())
+    raw = captured(model)
     copies = copy_int8(raw, Int8Cache.NO, None)
     memory.untyped_storage().resize_(memory[1].nbytes)
     with pytest.raises(LayoutUnsupported, match=r"first\.weight"):
-        after_processing(raw, copies, Accelerator())
+        after_processing(raw, copies, DEVICE)
 
 
 # What else loading leaves behind
