@@ -633,6 +633,10 @@ def test_a_source_that_answers_late_does_not_delay_a_finished_load(weights):
     assert differing(blanks, MODEL) == []
 
 
+def load_threads():
+    return [one for one in threading.enumerate() if one.name.startswith("netloader-load")]
+
+
 def test_a_source_of_other_weights_that_answers_after_the_load_changes_nothing(
     weights, other_weights
 ):
@@ -655,6 +659,7 @@ def test_a_source_of_other_weights_that_answers_after_the_load_changes_nothing(
     ):
         load([running, proxy.address], blanks, config=settings(handshake_timeout=20.0))
         assert differing(blanks, MODEL) == []
+        assert until(lambda: len(load_threads()) == 1)  # the first source's has ended
         over.set()
         assert aborted.wait(20)
     assert differing(blanks, MODEL) == []
