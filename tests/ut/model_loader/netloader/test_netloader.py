@@ -27,8 +27,8 @@ from .support import DEVICE, HOST, dial, identity, python, source, weights_of
 
 
 def run(program):
-    """The output lines of a program in a fresh process."""
-    process = python("-c", program)
+    """The output lines of a program in a fresh process, without what vLLM logs."""
+    process = python("-c", f"import logging; logging.disable()\n{program}")
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     return output.splitlines()
@@ -162,46 +162,55 @@ def servers(monkeypatch):
         server.stop()
 
 
+def serve(config, rank=0, group="netloader"):
+    """Offer a model that is not to be had."""
+    who = identity(rank=rank, group=group)
+    return netloader._serve(config, Offer(who, None, DEVICE, "it is not to be had"))
+
+
 def address_of(tmp_path, rank=0):
     return parse_address((tmp_path / f"rank_{rank}.txt").read_text())
 
 
 def test_target_and_draft_share_one_server(servers, tmp_path):
     config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    assert netloader._server_of(config, 0) is netloader._server_of(config, 0)
+    server = serve(config)
+    assert serve(config, group="netloader_draft") is server
+    groups = {one.group for one in server._status(0).identities}
+    assert groups == {"netloader", "netloader_draft"}
     dial(address_of(tmp_path)).close()
 
 
 def test_the_host_listened_on_is_the_one_published(servers, tmp_path, monkeypatch):
     monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
     config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_", "LISTEN_HOST": HOST})
-    netloader._server_of(config, 0)
+    serve(config)
     assert address_of(tmp_path).host == HOST
 
 
 def test_ranks_have_servers_of_their_own(servers, tmp_path):
     config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    assert netloader._server_of(config, 0) is not netloader._server_of(config, 1)
+    assert serve(config, 0) is not serve(config, 1)
     assert address_of(tmp_path, 0) != address_of(tmp_path, 1)
 
 
 @pytest.mark.parametrize("port", [0, 1023, 65536])
 def test_a_port_out_of_range_is_no_server(servers, port, log):
-    assert netloader._server_of(parse_config({"LISTEN_PORT": port}), 0) is None
+    assert serve(parse_config({"LISTEN_PORT": port})) is None
     assert f"no server, as LISTEN_PORT {port} is outside 1024-65535" in log[-1]
 
 
 def test_a_port_that_is_taken_is_no_server_and_one_error(servers, log):
     with source({"a": torch.ones(1)}) as other:
         config = parse_config({"LISTEN_PORT": other.address.port})
-        assert netloader._server_of(config, 0) is None
+        assert serve(config) is None
     assert f"cannot listen on port {other.address.port}" in log[-1]
     assert servers == {}
 
 
 def test_a_model_that_is_gone_is_served_no_more(servers, tmp_path):
     config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    server = netloader._server_of(config, 0)
+    server = serve(config)
     address = address_of(tmp_path)
     target, draft = nn.Linear(1, 1), nn.Linear(1, 1)
     for model, group in ((target, "netloader"), (draft, "netloader_draft")):
