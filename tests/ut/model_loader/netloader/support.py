@@ -163,12 +163,12 @@ class Source:
 
 
 @contextlib.contextmanager
-def source(tensors, *, who=_IDENTITY, config=None, reason=""):
+def source(tensors, *, who=_IDENTITY, config=None, reason="", device=DEVICE):
     """A running source of `tensors`: a dict of them, RawWeights, or None with a reason."""
     weights = weights_of(tensors) if isinstance(tensors, dict) else tensors
     server = WeightServer(config or settings(), who.rank, HOST)
     address = server.start(0)
-    offer = Offer(who, weights, DEVICE, reason)
+    offer = Offer(who, weights, device, reason)
     server.offer(offer)
     try:
         yield Source(address, server, offer)
@@ -176,11 +176,11 @@ def source(tensors, *, who=_IDENTITY, config=None, reason=""):
         server.stop()
 
 
-def load(sources, into, *, required=None, who=_IDENTITY, config=None):
+def load(sources, into, *, required=None, who=_IDENTITY, config=None, device=DEVICE):
     """Run a client's whole load into the tensors of `into`."""
     addresses = [one.address if isinstance(one, Source) else one for one in sources]
     required = set(into) if required is None else required
-    return elastic_load(into, required, addresses, who, config or settings(), DEVICE)
+    return elastic_load(into, required, addresses, who, config or settings(), device)
 
 
 def loads_right_bytes(one, tensors, **options):

@@ -13,6 +13,7 @@ import torch
 
 from vllm_ascend.model_loader.netloader.config import MAX_MODEL_NAME_BYTES
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.elastic_load import BATCH, WINDOW
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -90,6 +91,27 @@ def test_thousands_of_tiny_tensors_arrive():
     with source(model) as running:
         load([running], blanks)
     assert differing(blanks, model) == []
+
+
+class Counting(CpuDevice):
+    def __init__(self):
+        self.buffers = 0
+
+    def empty(self, nbytes):
+        self.buffers += 1
+        return super().empty(nbytes)
+
+
+def test_either_side_has_no_more_staging_buffers_than_stated():
+    model = {f"t{i}": random_tensor(i, torch.uint8, 7000) for i in range(300)}
+    weights = weights_of(model, chunk_bytes=64 << 10)
+    assert len(weights.plan.chunks) > 2 * WINDOW
+    blanks, here, there = blank_like(model), Counting(), Counting()
+    with source(weights, device=there) as running:
+        load([running], blanks, device=here)
+    assert differing(blanks, model) == []
+    assert 1 <= here.buffers <= WINDOW
+    assert 1 <= there.buffers <= WINDOW
 
 
 def test_parameters_arrive():
@@ -293,6 +315,18 @@ def test_all_reasons_stand_in_one_line_when_no_source_is_left(weights):
     assert f"{declined.address}: refused: not to be had" in reasons
     assert any(reason.startswith(f"{failing.address}: ") for reason in reasons)
     assert len(reasons) == 4
+
+
+class Failing(CpuDevice):
+    def hash(self, tensor):
+        raise RuntimeError("the device\n\tis out of\x1b[31m order")
+
+
+def test_an_error_on_this_side_is_a_failure_too_and_one_line(weights, log):
+    with source(weights) as running:
+        message = refusal(running, device=Failing())
+    assert "the device is out of" in message
+    assert not any("\n" in line for line in log)
 
 
 # A source that is lost on the way
