@@ -317,14 +317,15 @@ def test_all_reasons_stand_in_one_line_when_no_source_is_left(weights):
     assert len(reasons) == 4
 
 
-class Failing(CpuDevice):
-    def hash(self, tensor):
-        raise RuntimeError("the device\n\tis out of\x1b[31m order")
+@pytest.mark.parametrize("call", ["prepare", "hash"])
+def test_an_error_on_this_side_is_a_failure_too_and_one_line(weights, log, call):
+    def fail(*_):
+        raise RuntimeError("the device\n\tis out of order")
 
-
-def test_an_error_on_this_side_is_a_failure_too_and_one_line(weights, log):
+    broken = CpuDevice()
+    setattr(broken, call, fail)
     with source(weights) as running:
-        message = refusal(running, device=Failing())
+        message = refusal(running, device=broken)
     assert "the device is out of" in message
     assert not any("\n" in line for line in log)
 

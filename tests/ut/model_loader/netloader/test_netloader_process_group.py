@@ -115,15 +115,15 @@ def test_sessions_on_one_store_do_not_meet():
     store = host_store(HOST, 5.0)
     failed = []
 
-    def form(session, rank):
+    def form(session, store, rank):
         try:
             form_group(DEVICE, store, session, rank, HOST, handshake=0.5, progress=0.5).close()
         except RuntimeError:
             failed.append(session)
 
     threads = [
-        threading.Thread(target=form, args=("a" * 32, SOURCE)),
-        threading.Thread(target=form, args=("b" * 32, CLIENT)),
+        threading.Thread(target=form, args=("a" * 32, store, SOURCE)),
+        threading.Thread(target=form, args=("b" * 32, visit_store(HOST, store.port, 5.0), CLIENT)),
     ]
     for thread in threads:
         thread.start()
