@@ -26,12 +26,6 @@ class Ledger:
         with self._changed:
             return self._left == 0
 
-    @property
-    def untouched(self) -> bool:
-        """Whether no chunk is done yet."""
-        with self._changed:
-            return self._left == len(self._hashes)
-
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Count as one of those that share what is left."""

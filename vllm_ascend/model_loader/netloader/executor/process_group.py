@@ -2,7 +2,6 @@
 
 from collections import deque
 from datetime import timedelta
-from types import TracebackType
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore, Work
@@ -36,12 +35,7 @@ class TransferGroup:
     def __enter__(self) -> "TransferGroup":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 
 from ..errors import ProtocolError, SourceLost, SourceRefused
 from ..identity import ModelIdentity
@@ -85,12 +84,7 @@ class ElasticClient:
     def __enter__(self) -> "ElasticClient":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
