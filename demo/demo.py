@@ -53,10 +53,11 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print_table(rows)
+    print("\nThe model was just written, so the seed read it from the page cache, not from a disk.")
     if all(row.same != "NO" for row in rows):
-        print("\nAll three instances generated the same tokens with the same log probabilities.")
+        print("All three instances generated the same tokens with the same log probabilities.")
         return 0
-    print("\nThe instances DIFFER.")
+    print("The instances DIFFER.")
     return 1
 
 
