@@ -360,21 +360,23 @@ def test_the_status_needs_no_newline(running):
 # What may go wrong in a session
 
 
-def test_a_chunk_that_does_not_exist_ends_the_session(running):
+def test_a_chunk_that_does_not_exist_ends_the_session(running, log):
     with session(running) as (client, _):
         client.request([0, 3])
         with pytest.raises(SourceLost):
             client.sending()
     assert until(lambda: running.sessions == 0)
+    assert "chunks [0, 3] asked for; there are 3" in log[-1]
 
 
 @pytest.mark.parametrize("message", [join_of(), StatusRequest()])
-def test_a_message_that_does_not_belong_in_a_session_ends_it(running, message):
+def test_a_message_that_does_not_belong_in_a_session_ends_it(running, message, log):
     with session(running) as (client, _):
         client._connection.send(message, 5)
         with pytest.raises(SourceLost):
             client.sending()
     assert until(lambda: running.sessions == 0)
+    assert "does not belong in a session" in log[-1]
 
 
 def test_garbage_in_a_session_ends_it(running):

@@ -47,7 +47,9 @@ from .support import (
 
 MODEL = rows()
 # A stalled peer is lost soon.
-IMPATIENT = settings(progress_timeout=1.0)
+# (Not sooner: the DNS may take a second, see conftest.)
+SOON = 1.5
+IMPATIENT = settings(progress_timeout=SOON)
 ONE_AT_A_TIME = settings(max_sources=1)
 
 
@@ -381,7 +383,9 @@ def test_a_stopped_source_is_lost_when_the_deadline_passes(weights):
         source_process(0, signal_after=40, number=signal.SIGSTOP) as stopped,
         source(second) as steady,
     ):
-        load([stopped.address, steady], blanks, config=settings(max_sources=1, progress_timeout=1))
+        load(
+            [stopped.address, steady], blanks, config=settings(max_sources=1, progress_timeout=SOON)
+        )
         assert differing(blanks, MODEL) == []
         assert len(second.tensors.read) <= COUNT - 40 + 2 * WINDOW
         stopped.send_signal(signal.SIGCONT)
@@ -403,7 +407,7 @@ def test_nothing_that_a_lost_source_sends_later_reaches_the_tensors(weights):
     first = tapped(weights, sleep_and_send_something_else)
     blanks = blank_like(MODEL)
     with source(first) as late, source(weights) as steady:
-        load([late, steady], blanks, config=settings(max_sources=1, progress_timeout=0.5))
+        load([late, steady], blanks, config=settings(max_sources=1, progress_timeout=SOON))
         assert differing(blanks, MODEL) == []
         awake.set()
         assert until(lambda: late.sessions == 0)
@@ -432,7 +436,7 @@ def test_a_source_that_falls_silent_is_lost_when_its_deadline_passes(weights, la
         return message
 
     blanks = blank_like(MODEL)
-    config = settings(max_sources=1, handshake_timeout=1.5, progress_timeout=0.5)
+    config = settings(max_sources=1, handshake_timeout=SOON, progress_timeout=SOON)
     with source(weights) as running, Proxy(running.address, to_client=hold) as proxy:
         started = time.monotonic()
         load([proxy.address, running], blanks, config=config)
@@ -714,6 +718,24 @@ def test_a_stalled_source_does_not_fail_a_load_that_another_one_can_finish(weigh
     assert differing(blanks, MODEL) == []
 
 
+def test_a_session_with_nothing_to_fetch_stays_until_it_is_needed(weights):
+    # The second source would give the client up long before the first fails.
+    brief = settings(progress_timeout=1.0)
+    begun = threading.Event()
+
+    def stall(index, count):
+        begun.set()
+        time.sleep(2.6)
+        raise RuntimeError("injected failure")
+
+    first, second = tapped(weights, stall), tapped(weights, lambda *_: begun.wait(20) and None)
+    blanks = blank_like(MODEL)
+    with source(first) as one, source(second, config=brief) as another:
+        load([one, another], blanks, config=settings(progress_timeout=3.0))
+    assert differing(blanks, MODEL) == []
+    assert sorted(second.tensors.read) == list(range(COUNT))
+
+
 # Wrong bytes
 
 
@@ -850,7 +872,7 @@ def test_a_source_that_sends_nothing_it_announced_is_lost(weights):
         wanted = message["label"] == "FETCH" and message["content"]["chunks"]
         return b"" if wanted else message
 
-    config = settings(max_sources=1, progress_timeout=0.5)
+    config = settings(max_sources=1, progress_timeout=SOON)
     blanks = blank_like(MODEL)
     with source(weights) as running, Proxy(running.address, to_source=drop) as proxy:
         load([proxy.address, running], blanks, config=config)
@@ -904,10 +926,10 @@ def faulty(fault, after, over, weights, other_weights):
         yield running
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_goes_wrong_with_some_sources_a_good_one_is_enough(seed, weights, other_weights):
     chance = random.Random(seed)
-    config = settings(max_sources=chance.choice([1, 2, 4]), progress_timeout=0.5)
+    config = settings(max_sources=chance.choice([1, 2, 4]), progress_timeout=SOON)
     faults = [
         (chance.choice(FAULTS), chance.randrange(COUNT)) for _ in range(chance.randrange(1, 5))
     ]
@@ -925,7 +947,7 @@ def test_whatever_goes_wrong_with_some_sources_a_good_one_is_enough(seed, weight
     assert [] in (differing(blanks, MODEL), differing(blanks, OTHER)), faults
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 def test_damage_on_the_control_connection_is_survived(seed, weights):
     chance = random.Random(seed)
 
@@ -935,10 +957,10 @@ def test_damage_on_the_control_connection_is_survived(seed, weights):
             line[chance.randrange(len(line))] = chance.randrange(256)
         return bytes(line) + b"\n"
 
-    config = settings(max_sources=1, handshake_timeout=2.0, progress_timeout=0.5)
+    config = settings(max_sources=1, handshake_timeout=2.0, progress_timeout=SOON)
     blanks = blank_like(MODEL)
     with (
-        source(weights, config=settings(progress_timeout=0.5)) as running,
+        source(weights, config=IMPATIENT) as running,
         Proxy(running.address, to_client=damage, to_source=damage) as proxy,
     ):
         load([proxy.address, running], blanks, config=config)
