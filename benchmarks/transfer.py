@@ -1,18 +1,17 @@
 """The data plane beside what it is measured against: two processes, one core each, one run.
 
-``make bench`` runs this; ``python -m benchmarks.transfer --json FILE`` also writes the figures.
-Every rate is the median of ``--repeat`` runs in GB/s (1e9 bytes per second), on loopback.
+Every rate is the median of several rounds, in GB/s (1e9 bytes per second) on loopback. A round has
+all rows one after the other, so that a machine which changes its speed changes it for all of them.
 """
 
-import argparse
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -21,10 +20,10 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore
+from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore, Work
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.digest import digest_model
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW, describe
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
@@ -82,21 +81,208 @@ def link() -> Shapes:
 SETS: dict[str, Callable[[], Shapes]] = {"link": link, "dense": dense, "many_small": many_small}
 
 
+ROWS = {
+    "raw_gloo": "raw gloo, one 1 GiB message",
+    "per_tensor": "one message per tensor, wait after each",
+    "netloader": "NetLoader, digests checked",
+    "netloader_no_digest": "NetLoader, digests not checked",
+}
+
+# What a client asks the source process for: to serve a set with NetLoader, or to send the link's
+# message or the tensors of the set being served over gloo alone.
+SERVE, SEND_LINK, SEND_TENSORS = "serve", "send link", "send tensors"
+
+
 @dataclass(frozen=True)
-class Pull:
-    """Asks the source to send a set, tensor by tensor, to a store's other visitor."""
+class Sample:
+    """One row of one round.
 
-    name: str
-    port: int
-    repeat: int
+    Attributes:
+        rate: GB/s.
+        client_cpu: CPU seconds of the client per GB.
+        source_cpu: CPU seconds of the source per GB.
+    """
+
+    rate: float
+    client_cpu: float
+    source_cpu: float
 
 
-@dataclass(frozen=True)
-class Serve:
-    """Asks the source to serve a set with NetLoader until the next word."""
+class TimedDevice(CpuDevice):
+    """Notes when the first message has come."""
 
-    name: str
-    chunk_mib: int
+    first_message = 0.0
+
+    def wait(self, work: Work, timeout: float) -> None:
+        """See `devices.Device`."""
+        super().wait(work, timeout)
+        self.first_message = self.first_message or time.perf_counter()
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Run both processes and return the figures that the JSON object has."""
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe()
+    result, results = context.Pipe(duplex=False)
+    feeding = context.Process(target=source, args=(far,), daemon=True)
+    feeding.start()
+    assert feeding.pid is not None
+    loading = context.Process(
+        target=client, args=(near, feeding.pid, results, rounds), daemon=True
+    )
+    loading.start()
+    results.close()  # so that a client that fails is noticed
+    figures: dict[str, Any] = result.recv()
+    loading.join()
+    feeding.join()
+    return figures
+
+
+def source(pipe: Connection) -> None:
+    """Send raw messages and serve models, as the client asks for it."""
+    settle_on(0)
+    group = gloo_group(TCPStore(HOST, pipe.recv(), 2, False), 1)
+    message = list(make(link(), touched=True).values())
+    named: dict[str, torch.Tensor] = {}
+    server: WeightServer | None = None
+    while (task := pipe.recv()) is not None:
+        if task == SERVE:
+            if server is not None:
+                server.stop()
+            del named, server
+            named = make(SETS[pipe.recv()](), touched=True)
+            server = serve(named)
+            pipe.send(server.start(0).port)
+        else:
+            for tensor in message if task == SEND_LINK else named.values():
+                group.send([tensor], 0, 0).wait()
+    assert server is not None
+    server.stop()
+
+
+def serve(named: dict[str, torch.Tensor]) -> WeightServer:
+    """Fill tensors with random bytes, and make their server."""
+    torch.manual_seed(0)
+    for tensor in named.values():
+        tensor.view(-1).view(torch.uint8).random_()
+    config, device = NetLoaderConfig(source={}, model="bench"), CpuDevice()
+    manifest, distinct = describe(named, RAW, {})
+    plan = make_plan([size_of(tensor) for tensor in distinct], config.chunk_bytes)
+    weights = RawWeights(manifest, distinct, plan, digest_model(plan, distinct, device))
+    server = WeightServer(config, 0, HOST)
+    server.offer(Offer(identity(), weights, device))
+    return server
+
+
+def client(pipe: Connection, pid: int, results: Connection, rounds: int) -> None:
+    """Measure every row against the source process `pid` and pass the figures on."""
+    settle_on(1)
+    store = TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    rows = Rows(pipe, pid, gloo_group(store, 0))
+    figures: dict[str, Any] = {name: rows.of(name, rounds) for name in ("dense", "many_small")}
+    figures["join_to_first_byte_ms"] = statistics.median(rows.join_to_first_byte_ms)
+    figures["extra_rss_mb"] = rows.extra_rss_mb
+    pipe.send(None)
+    results.send(figures)
+
+
+class Rows:
+    """Measures the rows of a set.
+
+    Args:
+        pipe: the way to ask the source process.
+        pid: the source process.
+        group: the gloo group with it.
+    """
+
+    def __init__(self, pipe: Connection, pid: int, group: ProcessGroup) -> None:
+        self._pipe = pipe
+        self._processes = [psutil.Process(), psutil.Process(pid)]
+        self._group = group
+        self.extra_rss_mb = {"source": 0.0, "client": 0.0}
+        self.join_to_first_byte_ms: list[float] = []
+
+    def of(self, name: str, rounds: int) -> dict[str, float]:
+        """Return the median rate and CPU time of each row, on touched and on fresh memory."""
+        self._pipe.send(SERVE)
+        self._pipe.send(name)
+        address = Address(HOST, self._pipe.recv())
+        touched = {"link": make(link(), touched=True), name: make(SETS[name](), touched=True)}
+        samples: dict[str, list[Sample]] = defaultdict(list)
+        for turn in range(rounds + 1):
+            for fresh in ("", "_fresh"):
+                for row in ROWS:
+                    what = "link" if row == "raw_gloo" else name
+                    tensors = make(SETS[what](), touched=False) if fresh else touched[what]
+                    memory = Memory(self._processes)
+                    sample = self._sample(row, tensors, address)
+                    if row == "netloader" and not fresh:
+                        self.extra_rss_mb = {
+                            side: max(self.extra_rss_mb[side], extra)
+                            for side, extra in zip(("client", "source"), memory.extra(), strict=True)
+                        }
+                    if turn > 0:  # the first round warms up
+                        samples[row + fresh].append(sample)
+                    del tensors
+                    release()
+        medians: dict[str, float] = {}
+        for key, each in samples.items():
+            medians[key] = statistics.median(sample.rate for sample in each)
+            medians[f"{key}_client_cpu"] = statistics.median(sample.client_cpu for sample in each)
+            medians[f"{key}_source_cpu"] = statistics.median(sample.source_cpu for sample in each)
+        return medians
+
+    def _sample(self, row: str, tensors: dict[str, torch.Tensor], address: Address) -> Sample:
+        before = self._cpu_seconds()
+        started = time.perf_counter()
+        if row == "raw_gloo":
+            self._receive(SEND_LINK, tensors)
+        elif row == "per_tensor":
+            self._receive(SEND_TENSORS, tensors)
+        else:
+            self._load(tensors, address, verify=row == "netloader")
+        seconds = time.perf_counter() - started
+        after = self._cpu_seconds()
+        gigabytes = sum(map(size_of, tensors.values())) / 1e9
+        client_cpu, source_cpu = (
+            (end - start) / gigabytes for start, end in zip(before, after, strict=True)
+        )
+        return Sample(gigabytes / seconds, client_cpu, source_cpu)
+
+    def _receive(self, task: str, tensors: dict[str, torch.Tensor]) -> None:
+        self._pipe.send(task)
+        for tensor in tensors.values():
+            self._group.recv([tensor], 1, 0).wait()
+
+    def _load(self, tensors: dict[str, torch.Tensor], address: Address, *, verify: bool) -> None:
+        config, device = NetLoaderConfig(source={}, verify=verify), TimedDevice()
+        started = time.perf_counter()
+        elastic_load(tensors, tensors.keys(), [address], identity(), config, device)
+        if len(tensors) > 10_000:
+            self.join_to_first_byte_ms.append((device.first_message - started) * 1e3)
+
+    def _cpu_seconds(self) -> list[float]:
+        times = [process.cpu_times() for process in self._processes]
+        return [time.user + time.system for time in times]
+
+
+class Memory:
+    """What processes take in addition from now on, at the highest point, in MB."""
+
+    def __init__(self, processes: Sequence[psutil.Process]) -> None:
+        self._before = {process: process.memory_info().rss for process in processes}
+        for process in processes:
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+
+    def extra(self) -> list[float]:
+        """Return it for each process."""
+        peaks = {}
+        for process in self._before:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+            peaks[process] = int(line.split()[1]) * 1024
+        return [(peaks[process] - rss) / 1e6 for process, rss in self._before.items()]
 
 
 def identity() -> ModelIdentity:
@@ -115,113 +301,11 @@ def make(shapes: Shapes, *, touched: bool) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def source(core: int, pipe: Connection) -> None:
-    """Send raw messages and serve models, as the client asks for it."""
-    settle_on(core)
-    device = device_of("cpu")
-    while (task := pipe.recv()) is not None:
-        if isinstance(task, Pull):
-            tensors = [
-                torch.ones(shape, dtype=dtype) for dtype, shape in SETS[task.name]().values()
-            ]
-            group = gloo_group(task.port, 1)
-            for _ in range(task.repeat):
-                for tensor in tensors:
-                    group.send([tensor], 0, 0).wait()
-            continue
-        torch.manual_seed(0)
-        named = make(SETS[task.name](), touched=True)
-        for tensor in named.values():
-            tensor.view(-1).view(torch.uint8).random_()
-        manifest, distinct = describe(named, RAW, {})
-        config = NetLoaderConfig(source={}, model="bench", chunk_mib=task.chunk_mib)
-        plan = make_plan([size_of(tensor) for tensor in distinct], config.chunk_bytes)
-        weights = RawWeights(manifest, distinct, plan, digest_model(plan, distinct, device))
-        before = memory()
-        server = WeightServer(config, 0, HOST)
-        server.offer(Offer(identity(), weights, device))
-        pipe.send(server.start(0).port)
-        pipe.recv()
-        pipe.send(memory() - before)
-        server.stop()
-
-
-def client(core: int, pipe: Connection, upstream: Connection, repeat: int, chunk_mib: int) -> None:
-    """Measure every row and send the figures to the parent process."""
-    settle_on(core)
-    figures: dict[str, Any] = {"extra_rss_mb": {"source": 0.0, "client": 0.0}}
-    for name in ("dense", "many_small"):
-        row: dict[str, float] = {}
-        for fresh in (False, True):
-            suffix = "_fresh" if fresh else ""
-            row["raw_gloo" + suffix] = pulled(upstream, "link", repeat, fresh=fresh)
-            row["per_tensor" + suffix] = pulled(upstream, name, repeat, fresh=fresh)
-        upstream.send(Serve(name, chunk_mib))
-        address = Address(HOST, upstream.recv())
-        for fresh in (False, True):
-            suffix = "_fresh" if fresh else ""
-            for key, verify in (("netloader", True), ("netloader_no_digest", False)):
-                rate, extra = loaded(address, name, repeat, fresh=fresh, verify=verify)
-                row[key + suffix] = rate
-                if not fresh:
-                    more = max(figures["extra_rss_mb"]["client"], extra)
-                    figures["extra_rss_mb"]["client"] = more
-        upstream.send(None)
-        more = max(figures["extra_rss_mb"]["source"], upstream.recv())
-        figures["extra_rss_mb"]["source"] = more
-        figures[name] = row
-    pipe.send(figures)
-    upstream.send(None)
-
-
-def loaded(
-    address: Address, name: str, repeat: int, *, fresh: bool, verify: bool
-) -> tuple[float, float]:
-    """Return the rate of NetLoader in GB/s, and the memory in MB that it took for itself."""
-    shapes = SETS[name]()
-    config = NetLoaderConfig(source={}, verify=verify, progress_timeout=60.0)
-    kept = {} if fresh else make(shapes, touched=True)
-    before = memory()
-    rates = []
-    for _ in range(repeat):
-        tensors = kept or make(shapes, touched=False)
-        started = time.perf_counter()
-        loaded = elastic_load(
-            tensors, tensors.keys(), [address], identity(), config, device_of("cpu")
-        )
-        rates.append(loaded.plan.nbytes / (time.perf_counter() - started) / 1e9)
-        extra = memory() - before
-        del tensors, loaded
-        release()
-    return statistics.median(rates), extra
-
-
-def pulled(upstream: Connection, name: str, repeat: int, *, fresh: bool) -> float:
-    """Return the rate in GB/s of ordered receives, one message per tensor, a wait after each."""
-    shapes = SETS[name]()
-    store = TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
-    upstream.send(Pull(name, store.port, repeat))
-    group = gloo_group(store.port, 0, store)
-    kept = {} if fresh else make(shapes, touched=True)
-    rates = []
-    for _ in range(repeat):
-        tensors = kept or make(shapes, touched=False)
-        started = time.perf_counter()
-        for tensor in tensors.values():
-            group.recv([tensor], 1, 0).wait()
-        seconds = time.perf_counter() - started
-        rates.append(sum(map(size_of, tensors.values())) / seconds / 1e9)
-        del tensors
-        release()
-    return statistics.median(rates)
-
-
-def gloo_group(port: int, rank: int, store: TCPStore | None = None) -> ProcessGroup:
-    """Form a two-rank group, with a store that is there already or at a port."""
+def gloo_group(store: TCPStore, rank: int) -> ProcessGroup:
+    """Form a two-rank group."""
     options = ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=60)
+    options._timeout = timedelta(seconds=300)
     options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
-    store = store or TCPStore(HOST, port, 2, is_master=False, wait_for_workers=False)
     return ProcessGroupGloo(store, rank, 2, options)
 
 
@@ -229,11 +313,6 @@ def settle_on(core: int) -> None:
     """Use one core only."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-
-
-def memory() -> float:
-    """Return this process's resident memory in MB."""
-    return psutil.Process().memory_info().rss / 1e6
 
 
 def release() -> None:
@@ -244,49 +323,18 @@ def release() -> None:
 
 def show(figures: dict[str, Any]) -> None:
     """Print what was measured side by side."""
-    rows = {
-        "raw_gloo": "raw gloo, one 1 GiB message",
-        "per_tensor": "one message per tensor, wait after each",
-        "netloader": "NetLoader, digests checked",
-        "netloader_no_digest": "NetLoader, digests not checked",
-    }
-    print(f"{'GB/s':42} {'dense':>15} {'many small':>15}")
+    print("GB/s (part of raw gloo), then CPU seconds per GB of client + source")
+    print(f"{'':42} {'dense':>26} {'many small':>26}")
     for fresh, memory_is in (("", "touched before"), ("_fresh", "fresh")):
         print(f"destination memory {memory_is}:")
-        for key, text in rows.items():
+        for key, text in ROWS.items():
             cells = []
             for name in ("dense", "many_small"):
-                rate, raw = figures[name][key + fresh], figures[name]["raw_gloo" + fresh]
-                cells.append(f"{rate:8.2f} ({rate / raw:4.2f})")
-            print(f"  {text:40} {cells[0]:>15} {cells[1]:>15}")
+                row = figures[name]
+                rate, raw = row[key + fresh], row["raw_gloo" + fresh]
+                client_cpu, source_cpu = (row[f"{key}{fresh}_{s}_cpu"] for s in ("client", "source"))
+                cells.append(f"{rate:5.2f} ({rate / raw:4.2f}) {client_cpu:5.2f} + {source_cpu:4.2f}")
+            print(f"  {text:40} {cells[0]:>26} {cells[1]:>26}")
     extra = figures["extra_rss_mb"]
+    print(f"JOIN to first byte: {figures['join_to_first_byte_ms']:.0f} ms, 16,000 tensors")
     print(f"extra memory: source {extra['source']:.0f} MB, client {extra['client']:.0f} MB")
-
-
-def main() -> None:
-    """Run the two processes, print the table and write the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--chunk-mib", type=int, default=NetLoaderConfig(source={}).chunk_mib)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    near, far = context.Pipe()
-    up, down = context.Pipe()
-    feeding = context.Process(target=source, args=(0, down), daemon=True)
-    loading = context.Process(
-        target=client, args=(1, far, up, arguments.repeat, arguments.chunk_mib), daemon=True
-    )
-    feeding.start()
-    loading.start()
-    far.close()
-    figures = near.recv()
-    loading.join()
-    feeding.join()
-    show(figures)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +11,19 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from .errors import ConfigError
 from .utils import MAX_PORT, MIN_PORT, Address, parse_address
 
 MIB = 1 << 20
+MAX_CHUNK_MIB = 64
 MAX_MODEL_NAME_BYTES = 512  # a JOIN, which carries the name, stays under 1,024 bytes
 # JSON can say half of a surrogate pair; no message and no file name can.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]+)? ?[A-Za-z]*)(?:/s)?", re.ASCII)
+_MAX_RATE = 2**53
+_byte_size = TypeAdapter(ByteSize)
 
 
 class Int8Cache(Enum):
@@ -41,6 +48,8 @@ class NetLoaderConfig:
         int8_cache_name: parts of parameter names that `int8_cache` applies to; None: all.
         output_prefix: a rank writes its address to `{output_prefix}{rank}.txt`.
         max_sessions: clients fed at once.
+        max_send_rate: bytes per second that a rank sends to all its clients together; None: as fast
+            as it goes.
         max_sources: sources pulled from at once.
         chunk_mib: size of a chunk in MiB, the unit of transfer, verification and retry.
         verify: whether a client checks the digest of every chunk.
@@ -57,6 +66,7 @@ class NetLoaderConfig:
     int8_cache_name: tuple[str, ...] | None = None
     output_prefix: str | None = None
     max_sessions: int = 4
+    max_send_rate: int | None = None
     max_sources: int = 4
     chunk_mib: int = 8
     verify: bool = True
@@ -67,7 +77,22 @@ class NetLoaderConfig:
     @property
     def chunk_bytes(self) -> int:
         """The chunk size in bytes."""
-        return self.chunk_mib * MIB
+        return min(self.chunk_mib * MIB, self.max_chunk_bytes)
+
+    @property
+    def max_chunk_bytes(self) -> int:
+        """The largest chunk in bytes that `max_send_rate` lets a source send.
+
+        When all its sessions share the rate, each completes a chunk in half of `progress_timeout`.
+        """
+        if self.max_send_rate is None:
+            return MAX_CHUNK_MIB * MIB
+        return min(MAX_CHUNK_MIB, int(self.max_send_rate / self._least_send_rate)) * MIB
+
+    @property
+    def _least_send_rate(self) -> float:
+        """Bytes per second at which chunks of 1 MiB still come in time."""
+        return 2 * self.max_sessions * MIB / self.progress_timeout
 
     @property
     def announced_host(self) -> str | None:
@@ -115,7 +140,16 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
         if value is None:
             raise ConfigError(f"{key} is null; leave the key out instead")
         parsed[key.lower()] = _PARSERS[key](value)
-    return NetLoaderConfig(**parsed)
+    config = NetLoaderConfig(**parsed)
+    if config.chunk_bytes == 0:
+        raise _wrong(
+            "MAX_SEND_RATE",
+            values["MAX_SEND_RATE"],
+            f"{math.ceil(config._least_send_rate)} bytes per second and more, so that each of "
+            f"MAX_SESSIONS {config.max_sessions} clients gets 1 MiB within half of "
+            f"PROGRESS_TIMEOUT {config.progress_timeout:g} s",
+        )
+    return config
 
 
 def _config_file(path: object) -> dict[str, Any]:
@@ -256,6 +290,21 @@ def _integer(key: str, low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
+def _rate(value: object) -> int:
+    match = _RATE.fullmatch(value) if isinstance(value, str) else None
+    try:
+        rate = int(_byte_size.validate_python(match[1] if match else value))
+    except ValidationError:
+        rate = 0
+    if not (match or _is_int(value)) or not 1 <= rate <= _MAX_RATE:
+        raise _wrong(
+            "MAX_SEND_RATE",
+            value,
+            "bytes per second, from 1 to 2**53, with or without a unit as in '2GiB/s' or '500MB/s'",
+        )
+    return rate
+
+
 def _seconds(key: str) -> Callable[[object], float]:
     def parse(value: object) -> float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -275,8 +324,9 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "INT8_CACHE_NAME": _int8_cache_name,
     "OUTPUT_PREFIX": _output_prefix,
     "MAX_SESSIONS": _integer("MAX_SESSIONS", 1, 256),
+    "MAX_SEND_RATE": _rate,
     "MAX_SOURCES": _integer("MAX_SOURCES", 1, 64),
-    "CHUNK_MIB": _integer("CHUNK_MIB", 1, 64),
+    "CHUNK_MIB": _integer("CHUNK_MIB", 1, MAX_CHUNK_MIB),
     "VERIFY": _bool("VERIFY"),
     "CONNECT_TIMEOUT": _seconds("CONNECT_TIMEOUT"),
     "HANDSHAKE_TIMEOUT": _seconds("HANDSHAKE_TIMEOUT"),

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from .config import NetLoaderConfig
+from .config import MIB, NetLoaderConfig
 from .errors import ProtocolError
 from .executor.devices import Device
 from .executor.digest import Digests, digest_model
 from .executor.elastic_load import P2PSend
+from .executor.pace import Pace
 from .executor.pieces import size_of
 from .executor.plan import Plan, make_plan
 from .executor.process_group import SOURCE, form_group, host_store
@@ -38,8 +39,6 @@ from .interaction.protocol import (
 from .port_file import PortFile
 from .utils import Address, gigabytes_per_second, logger, unmapped
 
-# Chunk sizes that a client may ask for, to go on with chunks it got elsewhere.
-_CHUNK_STEP, _MAX_CHUNK = 1 << 20, 64 << 20
 # Plans and digests kept for such clients, besides the model's own.
 _OTHER_CHUNKINGS = 2
 
@@ -65,6 +64,10 @@ class Offer:
         weights: its tensors; None: not to be had.
         reason: why not.
         device: where the tensors are.
+
+    Attributes:
+        declined: why it is not to be had; empty if it is.
+        withdrawn: set once it is not to be had any more.
     """
 
     def __init__(
@@ -77,19 +80,15 @@ class Offer:
         self.identity = identity
         self.weights = weights
         self.device = device
-        self._reason = reason
-        self._withdrawn = threading.Event()
+        self.declined = reason
+        self.withdrawn = threading.Event()
         self._lock = threading.Lock()
         self._chunkings: OrderedDict[int, Chunking] = OrderedDict()
 
-    @property
-    def declined(self) -> str:
-        """Why the model is not to be had; empty if it is."""
-        return "the weights are being replaced" if self._withdrawn.is_set() else self._reason
-
-    def withdraw(self) -> None:
-        """Send nothing of it any more: its tensors are about to change."""
-        self._withdrawn.set()
+    def withdraw(self, reason: str) -> None:
+        """Send nothing of it any more."""
+        self.declined = reason
+        self.withdrawn.set()
 
     @functools.cached_property
     def manifest(self) -> msgspec.Raw:
@@ -130,6 +129,7 @@ class WeightServer:
         self._host = host
         self._offers: dict[str, Offer] = {}
         self._bytes_sent = 0
+        self._pace = Pace(config.max_send_rate)
         self._lock = threading.Lock()
         self._port_file: PortFile | None = None
         self._server = ElasticServer(
@@ -167,13 +167,15 @@ class WeightServer:
         with self._lock:
             offer = self._offers.pop(group, None)
         if offer is not None:
-            offer.withdraw()
+            offer.withdraw("the weights are being replaced")
 
     def stop(self) -> None:
         """Close the port and all sessions, and remove the port file if it is still this one's."""
-        self._server.stop()
         with self._lock:
+            for offer in self._offers.values():
+                offer.withdraw("the source is shutting down")
             self._offers.clear()
+        self._server.stop()
         if self._port_file is not None:
             self._port_file.remove()
 
@@ -197,7 +199,7 @@ class WeightServer:
             connection.send(nack, self._config.handshake_timeout)
             return
         assert offer is not None
-        session = _Session(self._config, self._rank, offer, join, connection)
+        session = _Session(self._config, self._rank, offer, join, connection, self._pace)
         try:
             session.run()
         finally:
@@ -213,8 +215,11 @@ class WeightServer:
             return JoinNack("the models differ", offer.identity)
         if offer.declined:
             return JoinNack(offer.declined)
-        if join.chunk_bytes % _CHUNK_STEP or join.chunk_bytes > _MAX_CHUNK:
-            return JoinNack(f"chunks of {join.chunk_bytes} bytes are not made here")
+        if join.chunk_bytes % MIB or join.chunk_bytes > self._config.max_chunk_bytes:
+            return JoinNack(
+                f"chunks of {join.chunk_bytes} bytes are not made here, only multiples of {MIB} up "
+                f"to {self._config.max_chunk_bytes}"
+            )
         return None
 
 
@@ -228,12 +233,14 @@ class _Session:
         offer: Offer,
         join: Join,
         connection: Connection,
+        pace: Pace,
     ) -> None:
         self._config = config
         self._rank = rank
         self._offer = offer
         self._connection = connection
-        self._chunking = offer.chunking(join.chunk_bytes)
+        self._pace = pace
+        self._chunking = offer.chunking(join.chunk_bytes or self._chunk_bytes())
         self._end = "cut off"
         self.bytes_sent = 0
 
@@ -259,6 +266,12 @@ class _Session:
                 self._chunking.digests.model,
                 self._end,
             )
+
+    def _chunk_bytes(self) -> int:
+        """The chunk size for a client that does not mind; 0: the one hashed already."""
+        assert self._offer.weights is not None
+        own = self._offer.weights.plan.chunk_bytes
+        return 0 if own <= self._config.max_chunk_bytes else self._config.chunk_bytes
 
     def _transfer(self) -> None:
         offer, config, connection = self._offer, self._config, self._connection
@@ -315,15 +328,24 @@ class _Session:
         count = len(self._chunking.plan.chunks)
         if any(chunk >= count for chunk in request.chunks):
             raise ProtocolError(f"chunks {request.chunks} asked for; there are {count}")
-        if self._offer.declined:
-            self._connection.send(Missing(request.chunks, self._offer.declined), timeout)
-            self._end = self._offer.declined
+        if self._declined(request.chunks):
             return False
         digests = [self._chunking.digests.chunks[chunk] for chunk in request.chunks]
         self._connection.send(Sending(request.chunks, digests), timeout)
-        for chunk in request.chunks:
+        for index, chunk in enumerate(request.chunks):
+            self._pace.wait(self._chunking.plan.chunks[chunk].nbytes, self._offer.withdrawn)
+            if self._declined(request.chunks[index:]):
+                return False
             sender.post(chunk)
         return True
+
+    def _declined(self, chunks: list[int]) -> bool:
+        """Return whether the model is not to be had any more, and if so tell the client."""
+        if self._offer.declined:
+            missing = Missing(chunks, self._offer.declined)
+            self._connection.send(missing, self._config.progress_timeout)
+            self._end = self._offer.declined
+        return bool(self._offer.declined)
 
     def _note_end(self, request: Request) -> None:
         if isinstance(request, Done):

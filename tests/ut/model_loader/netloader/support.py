@@ -257,11 +257,80 @@ def failing_after(reads, error="injected failure"):
     return tap
 
 
+class FaultyDevice(CpuDevice):
+    """A CPU on whose process groups every message passes by `fault` before gloo gets it.
+
+    `fault(message)` gets a `Message` and returns what has to be waited for, usually
+    `message.go()`. Groups that are formed while `fault` is None have nothing wrong with them.
+    """
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def create_group(self, store, rank, local_host, timeout):
+        group = super().create_group(store, rank, local_host, timeout)
+        return group if self.fault is None else _FaultyGroup(group, self.fault)
+
+
+class Message:
+    """One message that is about to be sent or received.
+
+    `number` counts the session's messages from 0, and `before` is the memory of the one before.
+    """
+
+    def __init__(self, start, number, memory, before, more):
+        self._start = start
+        self._more = more
+        self.number = number
+        self.memory = memory
+        self.before = before
+
+    def go(self, memory=None):
+        """Start it, perhaps with other memory than was meant."""
+        return self._start([self.memory if memory is None else memory])
+
+    def go_too(self):
+        """Start it once more than is waited for."""
+        self._more.append(self.go())
+
+
+class _FaultyGroup:
+    def __init__(self, group, fault):
+        self._group = group
+        self._fault = fault
+        self._count = 0
+        self._before = None
+        self._more = []  # gloo fails an operation that nobody refers to
+
+    def send(self, messages, peer, tag):
+        return self._start(lambda memory: self._group.send(memory, peer, tag), messages[0])
+
+    def recv(self, messages, peer, tag):
+        return self._start(lambda memory: self._group.recv(memory, peer, tag), messages[0])
+
+    def abort(self):
+        self._more.clear()
+        self._group.abort()
+
+    def _start(self, start, memory):
+        if len(memory) == 1:
+            return start([memory])  # the trailer of a message, whose content says nothing
+        message = Message(start, self._count, memory, self._before, self._more)
+        self._count += 1
+        self._before = memory
+        return self._fault(message)
+
+
+class Last(bytes):
+    """For a `Proxy`: bytes after which the connection is cut."""
+
+
 class Proxy:
     """Stands between a client and a source on the control connection, line by line.
 
     `to_client` and `to_source` get each line without its newline, parsed, and return what goes on
-    instead: an object, raw bytes, or None to cut the connection. They may also block.
+    instead: an object, raw bytes (`Last` ones perhaps), or None to cut the connection. They may
+    also block.
     """
 
     def __init__(self, address, to_client=lambda m: m, to_source=lambda m: m):
@@ -312,8 +381,10 @@ class Proxy:
                     if message is None:
                         break
                     if not isinstance(message, bytes):
-                        message = json.dumps(message).encode() + b"\n"
+                        message = line_of(message)
                     write.sendall(message)
+                    if isinstance(message, Last):
+                        break
         except (OSError, ValueError):
             pass  # one end has gone
         finally:
@@ -325,6 +396,23 @@ def _cut(sock):
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
     sock.close()
+
+
+def line_of(message):
+    return json.dumps(message).encode() + b"\n"
+
+
+def cut_at(count):
+    """For a `Proxy`: cut the connection once so many bytes have gone this way."""
+    left = count
+
+    def way(message):
+        nonlocal left
+        line = line_of(message)
+        part, left = line[: max(left, 0)], left - len(line)
+        return line if left > 0 else Last(part)
+
+    return way
 
 
 def changing(label, change):

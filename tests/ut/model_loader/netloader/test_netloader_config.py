@@ -24,6 +24,7 @@ KEYS = [
     "INT8_CACHE_NAME",
     "OUTPUT_PREFIX",
     "MAX_SESSIONS",
+    "MAX_SEND_RATE",
     "MAX_SOURCES",
     "CHUNK_MIB",
     "VERIFY",
@@ -66,6 +67,13 @@ def test_nothing_given_is_a_valid_configuration():
         ("INT8_CACHE_NAME", ["mlp", "qkv"], ("mlp", "qkv")),
         ("MAX_SESSIONS", 1, 1),
         ("MAX_SESSIONS", 256, 256),
+        ("MAX_SEND_RATE", 10**9, 10**9),
+        ("MAX_SEND_RATE", 2**53, 2**53),
+        ("MAX_SEND_RATE", "1000000000", 10**9),
+        ("MAX_SEND_RATE", "2GiB/s", 2 << 30),
+        ("MAX_SEND_RATE", "2GiB", 2 << 30),
+        ("MAX_SEND_RATE", "1.5 GB/s", 1_500_000_000),
+        ("MAX_SEND_RATE", "500mb/s", 500_000_000),
         ("MAX_SOURCES", 1, 1),
         ("MAX_SOURCES", 64, 64),
         ("CHUNK_MIB", 1, 1),
@@ -117,6 +125,13 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         ("OUTPUT_PREFIX", 5, "a path prefix"),
         ("MAX_SESSIONS", 0, "an integer from 1 to 256"),
         ("MAX_SESSIONS", 257, "an integer from 1 to 256"),
+        *[
+            ("MAX_SEND_RATE", value, "bytes per second, from 1 to 2**53")
+            for value in (
+                [0, -1, 1.5, True, 10**400, 2**53 + 1, "", "fast", "-1GB/s", "2GiB/h", "2GiB/s!"]
+                + ["1e9", "GB", "9" * 5000, "2 XB/s", [], {"GB": 2}]
+            )
+        ],
         ("MAX_SESSIONS", 1.0, "an integer from 1 to 256"),
         ("MAX_SESSIONS", True, "an integer from 1 to 256"),
         ("MAX_SOURCES", 0, "an integer from 1 to 64"),
@@ -229,6 +244,36 @@ def test_a_rank_listens_at_the_base_plus_its_rank_or_not_at_all(base, rank, port
 def test_the_host_listened_on_is_announced_unless_it_stands_for_all(host, announced):
     assert parse_config({"LISTEN_HOST": host}).announced_host == announced
     assert parse_config({}).announced_host is None
+
+
+# MAX_SEND_RATE
+
+
+@pytest.mark.parametrize(
+    ("rate", "sessions", "chunk_mib", "largest_mib"),
+    [
+        ("1GB/s", 4, 8, 64),
+        ("10MiB/s", 4, 8, 12),
+        ("5MiB/s", 4, 6, 6),
+        ("1MiB/s", 4, 1, 1),
+        ("1MiB/s", 1, 5, 5),
+    ],
+)
+def test_a_chunk_takes_half_of_the_progress_deadline_at_most_when_all_sessions_share_the_rate(
+    rate, sessions, chunk_mib, largest_mib
+):
+    config = parse_config({"MAX_SEND_RATE": rate, "MAX_SESSIONS": sessions})
+    assert config.chunk_bytes == chunk_mib << 20
+    assert config.max_chunk_bytes == largest_mib << 20
+
+
+def test_a_rate_too_low_for_the_smallest_chunk_is_refused_with_the_lowest_rate():
+    message = refusal({"MAX_SEND_RATE": "100kB/s", "MAX_SESSIONS": 5, "PROGRESS_TIMEOUT": 20})
+    assert message == (
+        "MAX_SEND_RATE is '100kB/s'; allowed: 524288 bytes per second and more, so that each of "
+        "MAX_SESSIONS 5 clients gets 1 MiB within half of PROGRESS_TIMEOUT 20 s"
+    )
+    parse_config({"MAX_SEND_RATE": 524288, "MAX_SESSIONS": 5, "PROGRESS_TIMEOUT": 20})
 
 
 # MODEL

@@ -459,7 +459,7 @@ def test_a_source_without_a_store_is_lost(weights):
 def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(weights):
     def withdraw(index, count):
         if count == 8:
-            running.offer.withdraw()
+            running.offer.withdraw("the weights are being replaced")
 
     tapping = tapped(weights, withdraw)
     with source(tapping) as running:
@@ -915,7 +915,7 @@ def faulty(fault, after, over, weights, other_weights):
             if fault == "stalls":
                 over.wait(30)
             if fault == "withdraws":
-                running.offer.withdraw()
+                running.offer.withdraw("the weights are being replaced")
 
     sent = {
         "corrupts once": lambda: corrupting(weights, 1, wrong=after),

@@ -388,15 +388,38 @@ def test_the_ledger_hands_every_chunk_out_once():
     assert ledger.take(8) == []
 
 
-def test_the_ledger_hands_out_less_at_once_towards_the_end():
-    assert [len(chunks) for chunks in everything(Ledger(30))] == [8, 8, 7, 4, 2, 1]
+def test_a_session_by_itself_gets_all_it_asks_for():
+    ledger = Ledger(30)
+    with ledger.session():
+        assert [len(chunks) for chunks in everything(ledger)] == [8, 8, 8, 6]
 
 
-def test_the_ledger_hands_out_less_at_once_to_several_sessions():
+def test_several_sessions_get_less_the_less_is_left():
     ledger = Ledger(30)
     with ledger.session(), ledger.session():
-        assert len(ledger.take(100)) == 8
-    assert len(ledger.take(100)) == 11
+        assert [len(ledger.take(100)) for _ in range(3)] == [8, 6, 4]
+
+
+def test_a_session_that_holds_its_share_gets_no_more_while_others_are_there():
+    ledger = Ledger(30)
+    with ledger.session(), ledger.session():
+        assert len(ledger.take(100, held=5)) == 3
+        assert len(ledger.take(100, held=7)) == 0
+    with ledger.session():
+        assert len(ledger.take(100, held=7)) == 27
+
+
+def test_a_session_may_always_hold_two_chunks():
+    ledger = Ledger(2)
+    with ledger.session(), ledger.session():
+        assert [ledger.take(8, held=0), ledger.take(8, held=0)] == [[0, 1], []]
+    ledger = Ledger(2)
+    with ledger.session(), ledger.session():
+        assert [ledger.take(8, held=1), ledger.take(8, held=2), ledger.take(8, held=1)] == [
+            [0],
+            [],
+            [1],
+        ]
 
 
 def test_chunks_given_back_come_before_the_others():

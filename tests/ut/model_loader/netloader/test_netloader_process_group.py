@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vllm_ascend.model_loader.netloader.executor.process_group import (
     visit_store,
 )
 
-from .support import DEVICE, HOST, PATIENCE, random_tensor, until
+from .support import DEVICE, HOST, PATIENCE, end, python, random_tensor, until
 
 
 class Pair:
@@ -86,6 +87,38 @@ def test_a_peer_that_leaves_is_noticed_at_once():
     waiter.start()
     assert until(lambda: outcome)
     pair.client.close()
+
+
+SENDER = """
+import sys, torch
+from vllm_ascend.model_loader.netloader.executor.process_group import SOURCE, form_group, visit_store
+from tests.ut.model_loader.netloader.support import DEVICE, HOST
+store = visit_store(HOST, int(sys.argv[1]), 30.0)
+group = form_group(DEVICE, store, "0" * 32, SOURCE, HOST, handshake=30.0, progress=60.0)
+group.send(torch.ones(int(sys.argv[2]), dtype=torch.uint8))
+group.wait()
+"""
+
+
+def test_a_peer_that_is_killed_in_the_middle_of_a_message_is_noticed_at_once():
+    store = host_store(HOST, 30.0)
+    received = torch.zeros(1 << 30, dtype=torch.uint8)
+    sender = python("-c", SENDER, store.port, received.numel())
+    client = form_group(
+        DEVICE, store, "0" * 32, CLIENT, HOST, handshake=30.0, progress=PATIENCE * 3
+    )
+    try:
+        client.receive(received)
+        assert until(lambda: received[0] == 1)
+        sender.kill()
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            client.wait()
+        assert time.monotonic() - started < PATIENCE
+        assert received[-1] == 0  # it was the middle
+    finally:
+        end(sender)
+        client.close()
 
 
 def test_nothing_is_written_after_the_group_was_left(pair):

@@ -3,7 +3,6 @@
 import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,11 +13,11 @@ from .devices import Device
 from .digest import chunk_digest, piece_hashes
 from .ledger import Ledger
 from .pieces import in_place, pack, unpack
-from .plan import Chunk, Plan
+from .plan import Chunk, Plan, in_cache
 from .process_group import TransferGroup
 
-# Messages of one session that are under way or being verified. Each end has at most as many
-# staging buffers of a chunk each, and only for chunks that are packed.
+# Messages of one session that are under way. Each end has at most as many staging buffers of a chunk
+# each, and only for chunks that are packed.
 WINDOW = 6
 # Chunks asked for in one request, and asked for in all before they have arrived: enough that the
 # next ones are announced long before they are needed, since a round trip of the control plane can
@@ -182,18 +181,16 @@ class P2PLoad:
         self._requested: deque[list[int]] = deque()
         self._announced: deque[tuple[int, str]] = deque()
         self._arriving: deque[_Arrival] = deque()
-        self._landing: deque[tuple[_Arrival, Future[tuple[bytes, ...] | None]]] = deque()
         self._wrong_before: set[int] = set()
         self.bytes_received = 0
 
     @property
     def outstanding(self) -> list[int]:
         """Chunks taken from the ledger that are neither done nor given back."""
-        landing = (arrival for arrival, _ in self._landing)
         return [
             *itertools.chain.from_iterable(self._requested),
             *(chunk for chunk, _ in self._announced),
-            *(arrival.chunk for arrival in (*self._arriving, *landing)),
+            *(arrival.chunk for arrival in self._arriving),
         ]
 
     def run(self) -> None:
@@ -208,10 +205,7 @@ class P2PLoad:
             ProtocolError: the source sends other chunks than those asked for.
             TransferCorrupt: a chunk came with wrong bytes for the second time.
         """
-        with (
-            self._target.ledger.session(),
-            ThreadPoolExecutor(1, thread_name_prefix="netloader-verify") as verifier,
-        ):
+        with self._target.ledger.session():
             while not self._target.ledger.finished:
                 self._request()
                 if self._requested and not self._announced:
@@ -219,20 +213,14 @@ class P2PLoad:
                 self._receive()
                 if self._arriving:
                     self._group.wait()
-                    arrival = self._arriving.popleft()
-                    landing = verifier.submit(self._land, arrival)
-                    self._landing.append((arrival, landing))
-                elif self._landing:
-                    self._landing[0][1].result()
+                    # Meanwhile the backend's own thread receives the messages behind this one.
+                    self._settle(self._arriving[0])
                 elif not self._requested:
                     self._idle()
-                while self._landing and self._landing[0][1].done():
-                    self._settle()
 
     def _request(self) -> None:
-        under_way = len(self._announced) + len(self._arriving) + len(self._landing)
-        under_way += sum(map(len, self._requested))
-        if under_way <= AHEAD - BATCH and (chunks := self._target.ledger.take(BATCH)):
+        held = len(self.outstanding)
+        if held <= AHEAD - BATCH and (chunks := self._target.ledger.take(BATCH, held)):
             self._requested.append(chunks)
             self._control.request(chunks)
 
@@ -245,7 +233,7 @@ class P2PLoad:
         self._announced.extend(zip(wanted, answer.digests, strict=True))
 
     def _receive(self) -> None:
-        while self._announced and len(self._arriving) + len(self._landing) < WINDOW:
+        while self._announced and len(self._arriving) < WINDOW:
             chunk, digest = self._announced[0]
             planned = self._target.plan.chunks[chunk]
             message, buffer = _own_memory(planned, self._target.tensors), None
@@ -257,23 +245,27 @@ class P2PLoad:
             self._arriving.append(_Arrival(chunk, digest, buffer))
 
     def _land(self, arrival: _Arrival) -> tuple[bytes, ...] | None:
-        planned = self._target.plan.chunks[arrival.chunk]
-        if arrival.buffer is not None:
-            message = arrival.buffer[: planned.nbytes]
-            unpack(planned, self._target.tensors, message, self._device)
-        if not self._target.verify:
-            return ()
-        # Read back from the tensors, so that a chunk put in the wrong place is noticed as well.
-        hashes = piece_hashes(planned, self._target.tensors, self._device)
-        return hashes if chunk_digest(hashes) == arrival.digest else None
+        target, device = self._target, self._device
+        hashes: list[bytes] = []
+        start = 0
+        for part in in_cache(target.plan.chunks[arrival.chunk]):
+            if arrival.buffer is not None:
+                message = arrival.buffer[start : start + part.nbytes]
+                unpack(part, target.tensors, message, device)
+                start += part.nbytes
+            if target.verify:
+                # Read back from the tensors, so that what was put in the wrong place is noticed.
+                hashes += piece_hashes(part, target.tensors, device)
+        if target.verify and chunk_digest(hashes) != arrival.digest:
+            return None
+        return tuple(hashes)
 
-    def _settle(self) -> None:
-        arrival, landing = self._landing[0]
-        hashes = landing.result()
+    def _settle(self, arrival: _Arrival) -> None:
+        hashes = self._land(arrival)
         if hashes is None and arrival.chunk in self._wrong_before:
             names = _names(self._target, self._target.plan.chunks[arrival.chunk])
             raise TransferCorrupt(f"wrong bytes twice in chunk {arrival.chunk} ({names})")
-        self._landing.popleft()
+        self._arriving.popleft()
         if arrival.buffer is not None:
             self._staging.give_back(arrival.buffer)
         if hashes is None:

@@ -6,6 +6,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 
+# What a session may hold in any case: one chunk under way and one asked for.
+_LEAST_HELD = 2
+
+
 class Ledger:
     """Hands every chunk out once, and again when it comes back.
 
@@ -37,15 +41,22 @@ class Ledger:
             with self._changed:
                 self._sessions -= 1
 
-    def take(self, limit: int) -> list[int]:
+    def take(self, limit: int, held: int = 0) -> list[int]:
         """Return chunks to fetch, none if none is wanted at the moment.
 
-        At most half of a session's fair share is handed out at once, so that towards the end a slow
-        source is not left with chunks that a fast one could have brought.
+        Of several sessions each has at most half of its fair share of what is left, so that towards
+        the end a slow source is not left with chunks that a fast one could have brought.
+
+        Args:
+            limit: number of chunks not to exceed.
+            held: number of chunks that the session has taken and that have not come yet.
         """
         with self._changed:
-            share = -(-len(self._wanted) // (2 * max(1, self._sessions)))
-            return [self._wanted.popleft() for _ in range(min(limit, share))]
+            count = min(limit, len(self._wanted))
+            if self._sessions > 1:
+                share = -(-len(self._wanted) // (2 * self._sessions))
+                count = min(count, max(share - held, _LEAST_HELD - held, 0))
+            return [self._wanted.popleft() for _ in range(count)]
 
     def done(self, chunk: int, hashes: tuple[bytes, ...]) -> None:
         """Record that a chunk is in place, with the hashes of its pieces."""

@@ -16,7 +16,7 @@ MAX_NAMED = 5  # how many differences a refusal spells out
 Scalar: TypeAlias = bool | int | float | str | None
 
 
-class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One tensor.
 
     Attributes:
@@ -66,16 +66,12 @@ def describe(
     """
     entries: list[TensorEntry] = []
     distinct: list[torch.Tensor] = []
-    first_with: dict[object, str] = {}
+    seen: dict[object, str] = {}
     for name, tensor in tensors.items():
-        region = _region(name, tensor)
-        alias_of = first_with.setdefault(region, name)
-        shape = tuple(tensor.shape)
-        if alias_of == name:
-            entries.append(TensorEntry(name, _name_of(tensor.dtype), shape))
+        alias_of = _alias_of(name, tensors, seen)
+        entries.append(TensorEntry(name, _name_of(tensor.dtype), tuple(tensor.shape), alias_of))
+        if alias_of is None:
             distinct.append(tensor)
-        else:
-            entries.append(TensorEntry(name, _name_of(tensor.dtype), shape, alias_of))
     return Manifest(layout, entries, dict(attributes)), distinct
 
 
@@ -109,7 +105,7 @@ def match(
     """
     differences: list[str] = []
     matched: list[torch.Tensor] = []
-    first_with: dict[object, str] = {}
+    seen: dict[object, str] = {}
     for entry in manifest.tensors:
         tensor = tensors.get(entry.name)
         if tensor is None:
@@ -120,8 +116,7 @@ def match(
             there = _kind(entry.dtype, entry.shape)
             differences.append(f"{entry.name} is {here} here and {there} there")
             continue
-        first = first_with.setdefault(_region(entry.name, tensor), entry.name)
-        alias_of = None if first == entry.name else first
+        alias_of = _alias_of(entry.name, tensors, seen)
         if alias_of != entry.alias_of:
             differences.append(
                 f"{entry.name} shares the memory of {alias_of or 'no other'} here and of "
@@ -136,11 +131,26 @@ def match(
     return matched
 
 
-def _region(name: str, tensor: torch.Tensor) -> object:
+def _alias_of(
+    name: str, tensors: Mapping[str, torch.Tensor], seen: dict[object, str]
+) -> str | None:
+    """Return which of the tensors seen before has the same memory entirely, and note this one."""
+    tensor = tensors[name]
     if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
         raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
+    address = tensor.data_ptr()
+    if not address or (first := seen.setdefault(address, name)) == name:
+        return None
+    # Rare: views that begin at the same place, or empty ones, of which nothing is shared.
     if tensor.numel() == 0:
-        return name
+        return None
+    region = _region(tensor)
+    if _region(tensors[first]) != region:
+        first = seen.setdefault(region, name)
+    return None if first == name else first
+
+
+def _region(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 

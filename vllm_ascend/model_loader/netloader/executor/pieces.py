@@ -12,7 +12,7 @@ _INDEXABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def size_of(tensor: torch.Tensor) -> int:
     """Return the number of bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+    return tensor.nbytes
 
 
 def in_place(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -97,7 +97,7 @@ def _whole_tensors(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> list[torch.
     A model can have a hundred thousand small tensors, and every view of one costs microseconds.
     """
     if len(chunk.pieces) == 1:
-        return None
+        return None  # may be a part of a tensor
     parts = [tensors[piece.tensor] for piece in chunk.pieces]
     return parts if all(map(torch.Tensor.is_contiguous, parts)) else None
 

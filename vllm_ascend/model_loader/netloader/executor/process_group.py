@@ -9,6 +9,11 @@ from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore, Work
 from .devices import Device
 
 CLIENT, SOURCE = 0, 1
+# Follows each message, see `TransferGroup`.
+_TRAILER = torch.zeros(1, dtype=torch.uint8)
+# Messages and trailers have tags of their own: gloo ends the process that gets more bytes under a
+# tag than it has room for.
+_TAGS = 1 << 30
 
 
 class TransferGroup:
@@ -16,6 +21,10 @@ class TransferGroup:
 
     Gloo may match messages out of order, so each one travels under the next tag, and a message
     that is missing or too many is noticed; backends without tags keep the order by themselves.
+
+    A trailer of one byte follows each message. When a connection breaks, gloo wakes up those who
+    wait for a message that has not begun, but not those who wait for one that is half here. So the
+    trailer is waited for, and a peer that dies is noticed at once.
 
     Args:
         group: the two-rank group, which this object owns.
@@ -30,7 +39,7 @@ class TransferGroup:
         self._device = device
         self._timeout = timeout
         self._tag = 0
-        self._started: deque[Work] = deque()
+        self._started: deque[tuple[Work, Work]] = deque()
 
     def __enter__(self) -> "TransferGroup":
         return self
@@ -46,12 +55,16 @@ class TransferGroup:
     def send(self, message: torch.Tensor) -> None:
         """Start sending contiguous uint8 memory, which must stay as it is until `wait`."""
         assert self._group is not None
-        self._started.append(self._group.send([message], self._peer, self._next_tag()))
+        send, tag = self._group.send, self._next_tag()
+        work = send([message], self._peer, tag)
+        self._started.append((work, send([_TRAILER], self._peer, _TAGS + tag)))
 
     def receive(self, message: torch.Tensor) -> None:
         """Start receiving into contiguous uint8 memory."""
         assert self._group is not None
-        self._started.append(self._group.recv([message], self._peer, self._next_tag()))
+        receive, tag = self._group.recv, self._next_tag()
+        work = receive([message], self._peer, tag)
+        self._started.append((work, receive([_TRAILER], self._peer, _TAGS + tag)))
 
     def wait(self) -> None:
         """Return once the oldest message has happened.
@@ -59,7 +72,9 @@ class TransferGroup:
         Raises:
             RuntimeError: the peer is gone, or the progress deadline passed.
         """
-        self._device.wait(self._started[0], self._timeout)
+        message, trailer = self._started[0]
+        self._device.wait(trailer, self._timeout)
+        self._device.wait(message, self._timeout)
         self._started.popleft()
 
     def close(self) -> None:
@@ -74,7 +89,7 @@ class TransferGroup:
             group.abort()
 
     def _next_tag(self) -> int:
-        self._tag = (self._tag + 1) % (1 << 30)
+        self._tag = (self._tag + 1) % _TAGS
         return self._tag
 
 
