@@ -88,6 +88,8 @@ ROWS = {
     "netloader_no_digest": "NetLoader, digests not checked",
 }
 
+SIDES = ("client", "source")
+
 # What a client asks the source process for: to serve a set with NetLoader, or to send the link's
 # message or the tensors of the set being served over gloo alone.
 SERVE, SEND_LINK, SEND_TENSORS = "serve", "send link", "send tensors"
@@ -99,13 +101,11 @@ class Sample:
 
     Attributes:
         rate: GB/s.
-        client_cpu: CPU seconds of the client per GB.
-        source_cpu: CPU seconds of the source per GB.
+        cpu: CPU seconds per GB of client and source.
     """
 
     rate: float
-    client_cpu: float
-    source_cpu: float
+    cpu: Sequence[float]
 
 
 class TimedDevice(CpuDevice):
@@ -127,9 +127,7 @@ def measure(rounds: int) -> dict[str, Any]:
     feeding = context.Process(target=source, args=(far,), daemon=True)
     feeding.start()
     assert feeding.pid is not None
-    loading = context.Process(
-        target=client, args=(near, feeding.pid, results, rounds), daemon=True
-    )
+    loading = context.Process(target=client, args=(near, feeding.pid, results, rounds), daemon=True)
     loading.start()
     results.close()  # so that a client that fails is noticed
     figures: dict[str, Any] = result.recv()
@@ -168,7 +166,7 @@ def serve(named: dict[str, torch.Tensor]) -> WeightServer:
     config, device = NetLoaderConfig(source={}, model="bench"), CpuDevice()
     manifest, distinct = describe(named, RAW, {})
     plan = make_plan([size_of(tensor) for tensor in distinct], config.chunk_bytes)
-    weights = RawWeights(manifest, distinct, plan, digest_model(plan, distinct, device))
+    weights = RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
     server = WeightServer(config, 0, HOST)
     server.offer(Offer(identity(), weights, device))
     return server
@@ -200,7 +198,7 @@ class Rows:
         self._pipe = pipe
         self._processes = [psutil.Process(), psutil.Process(pid)]
         self._group = group
-        self.extra_rss_mb = {"source": 0.0, "client": 0.0}
+        self.extra_rss_mb = dict.fromkeys(SIDES, 0.0)
         self.join_to_first_byte_ms: list[float] = []
 
     def of(self, name: str, rounds: int) -> dict[str, float]:
@@ -218,10 +216,8 @@ class Rows:
                     memory = Memory(self._processes)
                     sample = self._sample(row, tensors, address)
                     if row == "netloader" and not fresh:
-                        self.extra_rss_mb = {
-                            side: max(self.extra_rss_mb[side], extra)
-                            for side, extra in zip(("client", "source"), memory.extra(), strict=True)
-                        }
+                        for side, extra in zip(SIDES, memory.extra(), strict=True):
+                            self.extra_rss_mb[side] = max(self.extra_rss_mb[side], extra)
                     if turn > 0:  # the first round warms up
                         samples[row + fresh].append(sample)
                     del tensors
@@ -229,8 +225,8 @@ class Rows:
         medians: dict[str, float] = {}
         for key, each in samples.items():
             medians[key] = statistics.median(sample.rate for sample in each)
-            medians[f"{key}_client_cpu"] = statistics.median(sample.client_cpu for sample in each)
-            medians[f"{key}_source_cpu"] = statistics.median(sample.source_cpu for sample in each)
+            for number, side in enumerate(SIDES):
+                medians[f"{key}_{side}_cpu"] = statistics.median(s.cpu[number] for s in each)
         return medians
 
     def _sample(self, row: str, tensors: dict[str, torch.Tensor], address: Address) -> Sample:
@@ -245,10 +241,8 @@ class Rows:
         seconds = time.perf_counter() - started
         after = self._cpu_seconds()
         gigabytes = sum(map(size_of, tensors.values())) / 1e9
-        client_cpu, source_cpu = (
-            (end - start) / gigabytes for start, end in zip(before, after, strict=True)
-        )
-        return Sample(gigabytes / seconds, client_cpu, source_cpu)
+        cpu = [(end - start) / gigabytes for start, end in zip(before, after, strict=True)]
+        return Sample(gigabytes / seconds, cpu)
 
     def _receive(self, task: str, tensors: dict[str, torch.Tensor]) -> None:
         self._pipe.send(task)
@@ -332,8 +326,8 @@ def show(figures: dict[str, Any]) -> None:
             for name in ("dense", "many_small"):
                 row = figures[name]
                 rate, raw = row[key + fresh], row["raw_gloo" + fresh]
-                client_cpu, source_cpu = (row[f"{key}{fresh}_{s}_cpu"] for s in ("client", "source"))
-                cells.append(f"{rate:5.2f} ({rate / raw:4.2f}) {client_cpu:5.2f} + {source_cpu:4.2f}")
+                cpu = " + ".join(f"{row[f'{key}{fresh}_{side}_cpu']:4.2f}" for side in SIDES)
+                cells.append(f"{rate:5.2f} ({rate / raw:4.2f})  {cpu}")
             print(f"  {text:40} {cells[0]:>26} {cells[1]:>26}")
     extra = figures["extra_rss_mb"]
     print(f"JOIN to first byte: {figures['join_to_first_byte_ms']:.0f} ms, 16,000 tensors")

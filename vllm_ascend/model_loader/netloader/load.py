@@ -28,7 +28,7 @@ from .executor.ledger import Ledger
 from .executor.manifest import Manifest, match
 from .executor.pieces import size_of
 from .executor.plan import Plan, make_plan
-from .executor.process_group import CLIENT, form_group, visit_store
+from .executor.process_group import join_group
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticClient
 from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck
@@ -165,6 +165,7 @@ class _Load:
                     address = self._sources.popleft() if self._sources else None
                     if address is None and self._working == 1 and self._put_off:
                         address = self._put_off.popleft()
+                        self._offer = None  # begun with another source, and nobody else has it
                 if address is None:
                     return
                 self._try(address)
@@ -228,7 +229,14 @@ class _Load:
             progress=config.progress_timeout,
         ) as client:
             join = self._join()
-            offer = client.join(join, self._identity)
+            try:
+                offer = client.join(join, self._identity)
+            except SourceRefused as error:
+                if not join.chunk_bytes:
+                    raise
+                with self._lock:  # to be asked for chunks of any size when the others have failed
+                    self._put_off.append(address)
+                raise _AskAgain(str(error)) from None
             try:
                 target = self._agree(address, join, offer)
                 try:
@@ -321,11 +329,11 @@ class _Load:
         try:
             with (
                 _blaming(client),
-                form_group(
+                join_group(
                     self._device,
-                    visit_store(client.peer_host, offer.rendezvous_port, config.handshake_timeout),
+                    client.peer_host,
+                    offer.rendezvous_port,
                     offer.session,
-                    CLIENT,
                     client.local_host,
                     handshake=config.handshake_timeout,
                     progress=config.progress_timeout,
@@ -348,7 +356,9 @@ class _Load:
                 target.ledger.give_back(pull.outstanding)
 
     def _conclude(self, offer: JoinAck, target: Target) -> None:
-        digests = combine(target.ledger.hashes()) if self._config.verify else None
+        manifest = self._manifest
+        assert manifest is not None
+        digests = combine(manifest, target.ledger.hashes()) if self._config.verify else None
         with self._lock:
             if digests is not None and digests.model != offer.model_digest:
                 # Each chunk is what its source said, and the whole is not: believe none of it.
@@ -357,8 +367,7 @@ class _Load:
                     f"the model's digest is {digests.model} and was announced as "
                     f"{offer.model_digest}"
                 )
-            assert self._manifest is not None
-            self._loaded = Loaded(self._manifest, target.tensors, target.plan, digests)
+            self._loaded = Loaded(manifest, target.tensors, target.plan, digests)
 
 
 def _same(one: JoinAck, other: JoinAck) -> bool:

@@ -311,8 +311,9 @@ def _rank() -> int:
 
 
 def _raw_weights(loaded: Loaded, device: Device) -> RawWeights:
-    digests = loaded.digests or digest_model(loaded.plan, loaded.tensors, device)
-    return RawWeights(loaded.manifest, loaded.tensors, loaded.plan, digests)
+    manifest, plan, tensors = loaded.manifest, loaded.plan, loaded.tensors
+    digests = loaded.digests or digest_model(manifest, plan, tensors, device)
+    return RawWeights(manifest, tensors, plan, digests)
 
 
 def _retire(server: WeightServer, group: str) -> None:

@@ -106,7 +106,7 @@ class Offer:
             if chunk_bytes not in self._chunkings:
                 tensors = self.weights.tensors
                 plan = make_plan([size_of(tensor) for tensor in tensors], chunk_bytes)
-                digests = digest_model(plan, tensors, self.device)
+                digests = digest_model(self.weights.manifest, plan, tensors, self.device)
                 self._chunkings[chunk_bytes] = Chunking(plan, digests)
             self._chunkings.move_to_end(chunk_bytes)
             while len(self._chunkings) > _OTHER_CHUNKINGS:
@@ -331,9 +331,10 @@ class _Session:
         if self._declined(request.chunks):
             return False
         digests = [self._chunking.digests.chunks[chunk] for chunk in request.chunks]
-        self._connection.send(Sending(request.chunks, digests), timeout)
-        for index, chunk in enumerate(request.chunks):
-            self._pace.wait(self._chunking.plan.chunks[chunk].nbytes, self._offer.withdrawn)
+        sizes = [self._chunking.plan.chunks[chunk].nbytes for chunk in request.chunks]
+        self._connection.send(Sending(request.chunks, digests, sizes), timeout)
+        for index, (chunk, nbytes) in enumerate(zip(request.chunks, sizes, strict=True)):
+            self._pace.wait(nbytes, self._offer.withdrawn)
             if self._declined(request.chunks[index:]):
                 return False
             sender.post(chunk)

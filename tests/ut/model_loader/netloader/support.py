@@ -145,7 +145,7 @@ def weights_of(tensors, chunk_bytes=MIB, attributes=None):
     """Tensors as a source offers them."""
     manifest, distinct = describe(tensors, RAW, attributes or {})
     plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return RawWeights(manifest, distinct, plan, digest_model(plan, distinct, DEVICE))
+    return RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, DEVICE))
 
 
 # Sources and clients

@@ -128,8 +128,8 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         *[
             ("MAX_SEND_RATE", value, "bytes per second, from 1 to 2**53")
             for value in (
-                [0, -1, 1.5, True, 10**400, 2**53 + 1, "", "fast", "-1GB/s", "2GiB/h", "2GiB/s!"]
-                + ["1e9", "GB", "9" * 5000, "2 XB/s", [], {"GB": 2}]
+                *(0, -1, 1.5, True, 10**400, 2**53 + 1, [], {"GB": 2}, "", "fast", "-1GB/s"),
+                *("2GiB/h", "2GiB/s!", "1e9", "GB", "9" * 5000, "2 XB/s"),
             )
         ],
         ("MAX_SESSIONS", 1.0, "an integer from 1 to 256"),

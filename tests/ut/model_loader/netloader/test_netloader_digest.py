@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -10,12 +11,14 @@ from vllm_ascend.model_loader.netloader.executor.digest import (
     model_digest,
     piece_hashes,
 )
+from vllm_ascend.model_loader.netloader.executor.manifest import RAW, Manifest, TensorEntry
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
 
 from .support import DEVICE, MIB, assorted, blank_like, load, random_tensor, source, weights_of
 
 CHUNK = 1024
+MANIFEST = Manifest(RAW, [TensorEntry("a", "torch.int8", (2,))], {"scale": 0.5})
 
 
 def _tensors(seed=0):
@@ -28,7 +31,8 @@ def _tensors(seed=0):
 
 
 def _digests(tensors):
-    return digest_model(make_plan([size_of(t) for t in tensors], CHUNK), tensors, DEVICE)
+    plan = make_plan([size_of(t) for t in tensors], CHUNK)
+    return digest_model(MANIFEST, plan, tensors, DEVICE)
 
 
 def test_equal_bytes_have_equal_digests_wherever_they_are():
@@ -93,10 +97,26 @@ def test_the_parts_make_the_whole():
     tensors = _tensors()
     plan = make_plan([size_of(t) for t in tensors], CHUNK)
     pieces = [piece_hashes(chunk, tensors, DEVICE) for chunk in plan.chunks]
-    digests = digest_model(plan, tensors, DEVICE)
-    assert combine(pieces) == digests
+    digests = digest_model(MANIFEST, plan, tensors, DEVICE)
+    assert combine(MANIFEST, pieces) == digests
     assert tuple(map(chunk_digest, pieces)) == digests.chunks
-    assert model_digest(digests.chunks) == digests.model
+    assert model_digest(MANIFEST, digests.chunks) == digests.model
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Manifest(RAW, [TensorEntry("b", "torch.int8", (2,))], {"scale": 0.5}),
+        Manifest(RAW, [TensorEntry("a", "torch.uint8", (2,))], {"scale": 0.5}),
+        Manifest(RAW, [TensorEntry("a", "torch.int8", (1, 2))], {"scale": 0.5}),
+        Manifest(RAW, MANIFEST.tensors, {"scale": 0.25}),
+        Manifest("other", MANIFEST.tensors, MANIFEST.attributes),
+    ],
+)
+def test_another_manifest_of_the_same_bytes_is_another_model(other):
+    assert model_digest(MANIFEST, ["ab"]) != model_digest(other, ["ab"])
+    again = msgspec.json.decode(msgspec.json.encode(MANIFEST), type=Manifest)
+    assert model_digest(MANIFEST, ["ab"]) == model_digest(again, ["ab"])
 
 
 def test_an_empty_model_has_a_digest():

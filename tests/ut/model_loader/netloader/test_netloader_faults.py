@@ -42,9 +42,8 @@ HANDSHAKE, SOON = 2.0, 0.8
 QUICK = settings(
     max_sources=1, connect_timeout=HANDSHAKE, handshake_timeout=HANDSHAKE, progress_timeout=SOON
 )
-# Reaching a source, its answer, its store, its group, and a message that does not come. Gloo takes
-# five times its timeout for a peer that has said where it is and has then left.
-PER_SOURCE = (3 + 5) * HANDSHAKE + 2 * SOON
+# Reaching a source, its answer, its group, and a message that does not come.
+PER_SOURCE = 3 * HANDSHAKE + 2 * SOON
 
 
 RIGHT, LOST, WRONG = "right bytes", "a lost source", "wrong bytes twice"
@@ -471,20 +470,32 @@ def first_two_swapped(values):
     return [values[1], values[0], *values[2:]]
 
 
+def swap_first_two(tensors):
+    tensors[0][0], tensors[1][0] = tensors[1][0], tensors[0][0]
+
+
 NEXT = {"chunks": lambda chunks: [chunk + 1 for chunk in chunks]}
 # name: (label, number, lie, part of the reason; None: it makes no difference)
 LIES = {
     "a session of its own": ("JOIN_ACK", 0, putting(session="f" * 32), "transfer failed"),
     "no session's name": ("JOIN_ACK", 0, putting(session="../.."), "not a valid message"),
     "a port that is none": ("JOIN_ACK", 0, putting(rendezvous_port=65536), "not a valid message"),
-    "larger chunks": ("JOIN_ACK", 0, putting(chunk_bytes=2 * MIB), "wrong bytes twice"),
+    "larger chunks": ("JOIN_ACK", 0, putting(chunk_bytes=2 * MIB), "bytes here and"),
+    "smaller chunks": ("JOIN_ACK", 0, putting(chunk_bytes=MIB // 16), LOST),
     "no chunks": ("JOIN_ACK", 0, putting(chunk_bytes=0), "not a valid message"),
     "huge chunks": ("JOIN_ACK", 0, putting(chunk_bytes=1 << 40), "not a valid message"),
     "another model": ("JOIN_ACK", 0, putting(model_digest="0" * 32), "was announced as 0000"),
     "no model": ("JOIN_ACK", 0, putting(model_digest=""), "was announced as"),
     "another algorithm": ("JOIN_ACK", 0, putting(digest_algorithm="md5"), "digests are xxh3_128"),
     "a tensor less": ("JOIN_ACK", 0, manifest(list.pop), "tensors differ"),
-    "a tensor twice": ("JOIN_ACK", 0, manifest(lambda t: t.append(t[0])), LOST),
+    "a tensor twice": ("JOIN_ACK", 0, manifest(lambda t: t.append(t[0])), "a name is there twice"),
+    "tensors swapped": ("JOIN_ACK", 0, manifest(swap_first_two), "was announced as"),
+    "an attribute": (
+        "JOIN_ACK",
+        0,
+        lambda message: message["content"]["manifest"]["attributes"].update(x=1) or message,
+        "was announced as",
+    ),
     "another name": ("JOIN_ACK", 0, manifest(lambda t: t[3].__setitem__(0, "x")), "tensors differ"),
     "another dtype": (
         "JOIN_ACK",
@@ -516,16 +527,17 @@ LIES = {
     "a chunk less": (
         "SENDING",
         2,
-        putting(chunks=lambda c: c[1:], digests=lambda d: d[1:]),
+        putting(chunks=lambda c: c[1:], digests=lambda d: d[1:], sizes=lambda s: s[1:]),
         "were asked for",
     ),
     "a chunk more": (
         "SENDING",
         2,
-        putting(chunks=lambda c: [*c, 0], digests=lambda d: [*d, d[0]]),
+        putting(chunks=lambda c: [*c, 0], digests=lambda d: [*d, d[0]], sizes=lambda s: [*s, s[0]]),
         "were asked for",
     ),
-    "nothing": ("SENDING", 2, putting(chunks=[], digests=[]), "were asked for"),
+    "nothing": ("SENDING", 2, putting(chunks=[], digests=[], sizes=[]), "were asked for"),
+    "other sizes": ("SENDING", 2, putting(sizes=lambda s: [x + 1 for x in s]), "bytes here and"),
     "a negative chunk": ("SENDING", 2, putting(chunks=[-1]), "not a valid message"),
     "a digest less": ("SENDING", 2, putting(digests=lambda d: d[1:]), "does not belong here"),
     "digests of each other": ("SENDING", 2, putting(digests=first_two_swapped), None),

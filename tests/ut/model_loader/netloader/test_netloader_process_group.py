@@ -1,18 +1,27 @@
+import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import PrefixStore
 
 from vllm_ascend.model_loader.netloader.executor.process_group import (
     CLIENT,
     SOURCE,
     form_group,
     host_store,
-    visit_store,
+    join_group,
 )
 
 from .support import DEVICE, HOST, PATIENCE, end, python, random_tensor, until
+
+SESSION = "0" * 32
+
+
+def join(port, progress, handshake=5.0, session=SESSION):
+    return join_group(DEVICE, HOST, port, session, HOST, handshake=handshake, progress=progress)
 
 
 class Pair:
@@ -21,16 +30,15 @@ class Pair:
     def __init__(self, progress):
         store = host_store(HOST, 5.0)
         self._progress = progress
-        thread = threading.Thread(target=self._form, args=("source", store, SOURCE))
+        thread = threading.Thread(target=self._form, args=(store,))
         thread.start()
-        self._form("client", visit_store(HOST, store.port, 5.0), CLIENT)
+        self.client = join(store.port, progress)
         thread.join()
 
-    def _form(self, name, store, rank):
-        group = form_group(
-            DEVICE, store, "0" * 32, rank, HOST, handshake=5.0, progress=self._progress
+    def _form(self, store):
+        self.source = form_group(
+            DEVICE, store, SESSION, SOURCE, HOST, handshake=5.0, progress=self._progress
         )
-        setattr(self, name, group)
 
 
 @pytest.fixture
@@ -91,34 +99,30 @@ def test_a_peer_that_leaves_is_noticed_at_once():
 
 SENDER = """
 import sys, torch
-from vllm_ascend.model_loader.netloader.executor.process_group import SOURCE, form_group, visit_store
-from tests.ut.model_loader.netloader.support import DEVICE, HOST
-store = visit_store(HOST, int(sys.argv[1]), 30.0)
-group = form_group(DEVICE, store, "0" * 32, SOURCE, HOST, handshake=30.0, progress=60.0)
-group.send(torch.ones(int(sys.argv[2]), dtype=torch.uint8))
+from tests.ut.model_loader.netloader.test_netloader_process_group import *
+store = host_store(HOST, 30.0)
+print(store.port, flush=True)
+group = form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=30.0, progress=60.0)
+group.send(torch.ones(int(sys.argv[1]), dtype=torch.uint8))
 group.wait()
 """
 
 
 def test_a_peer_that_is_killed_in_the_middle_of_a_message_is_noticed_at_once():
-    store = host_store(HOST, 30.0)
     received = torch.zeros(1 << 30, dtype=torch.uint8)
-    sender = python("-c", SENDER, store.port, received.numel())
-    client = form_group(
-        DEVICE, store, "0" * 32, CLIENT, HOST, handshake=30.0, progress=PATIENCE * 3
-    )
+    sender = python("-c", SENDER, received.numel(), cwd=Path(__file__).parents[4])
     try:
-        client.receive(received)
-        assert until(lambda: received[0] == 1)
-        sender.kill()
-        started = time.monotonic()
-        with pytest.raises(RuntimeError):
-            client.wait()
-        assert time.monotonic() - started < PATIENCE
-        assert received[-1] == 0  # it was the middle
+        with join(int(sender.stdout.readline()), PATIENCE * 3, handshake=30.0) as client:
+            client.receive(received)
+            assert until(lambda: received[0] == 1)
+            sender.kill()
+            started = time.monotonic()
+            with pytest.raises(RuntimeError):
+                client.wait()
+            assert time.monotonic() - started < PATIENCE
+            assert received[-1] == 0  # it was the middle
     finally:
         end(sender)
-        client.close()
 
 
 def test_nothing_is_written_after_the_group_was_left(pair):
@@ -138,28 +142,83 @@ def test_leaving_twice_is_harmless(pair):
         pass
 
 
-def test_a_peer_that_never_comes_is_an_error_when_the_deadline_passes():
+def test_a_client_that_never_comes_is_an_error_when_the_deadline_passes():
     store = host_store(HOST, 0.3)
     with pytest.raises(RuntimeError):
-        form_group(DEVICE, store, "0" * 32, SOURCE, HOST, handshake=0.3, progress=0.3)
+        form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=0.3, progress=0.3)
+
+
+def test_a_source_that_never_comes_is_an_error_when_the_deadline_passes():
+    store = host_store(HOST, 0.3)
+    with pytest.raises(RuntimeError):
+        join(store.port, 0.3, handshake=0.3)
+
+
+def test_a_store_that_never_answers_is_an_error_when_the_deadline_passes():
+    with socket.create_server((HOST, 0)) as mute:
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"no process group within 0\.3 s"):
+            join(mute.getsockname()[1], 0.3, handshake=0.3)
+        assert time.monotonic() - started < PATIENCE / 2
+        mute.close()
+    # The thread that was left behind ends with the connection.
+    assert until(lambda: "netloader-join" not in {t.name for t in threading.enumerate()})
+
+
+def test_a_group_that_is_formed_too_late_is_left(monkeypatch):
+    late = threading.Event()
+    made = []
+
+    class Late:
+        def create_group(self, *arguments):
+            late.wait(PATIENCE)
+            made.append(DEVICE.create_group(*arguments))
+            return made[-1]
+
+        def __getattr__(self, name):
+            return getattr(DEVICE, name)
+
+    store = host_store(HOST, 5.0)
+    source = threading.Thread(
+        target=lambda: form_group(
+            DEVICE, store, SESSION, SOURCE, HOST, handshake=PATIENCE, progress=1.0
+        ).close()
+    )
+    source.start()
+    with pytest.raises(RuntimeError, match="no process group"):
+        join_group(Late(), HOST, store.port, SESSION, HOST, handshake=0.3, progress=1.0)
+    late.set()
+    source.join(PATIENCE)
+    assert until(lambda: "netloader-join" not in {t.name for t in threading.enumerate()})
+    with pytest.raises(RuntimeError):
+        made[0].send([torch.zeros(1)], SOURCE, 0).wait()
+
+
+def test_a_peer_that_has_left_again_is_an_error_when_the_deadline_passes():
+    store = host_store(HOST, 5.0)
+    meeting = PrefixStore(SESSION, store)
+    meeting.set(f"rank {CLIENT} is here", "")
+    with pytest.raises(RuntimeError):  # publishes its address, and gives up
+        DEVICE.create_group(PrefixStore("group", meeting), CLIENT, HOST, 0.3)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError):
+        form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=1.0, progress=1.0)
+    # with all of the deadline for each of gloo's attempts it could be five
+    assert time.monotonic() - started < 3
 
 
 def test_sessions_on_one_store_do_not_meet():
     store = host_store(HOST, 5.0)
     failed = []
 
-    def form(session, store, rank):
-        try:
-            form_group(DEVICE, store, session, rank, HOST, handshake=0.5, progress=0.5).close()
-        except RuntimeError:
-            failed.append(session)
+    def form(session):
+        with pytest.raises(RuntimeError):
+            form_group(DEVICE, store, session, SOURCE, HOST, handshake=0.5, progress=0.5)
+        failed.append(session)
 
-    threads = [
-        threading.Thread(target=form, args=("a" * 32, store, SOURCE)),
-        threading.Thread(target=form, args=("b" * 32, visit_store(HOST, store.port, 5.0), CLIENT)),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(failed) == ["a" * 32, "b" * 32]
+    thread = threading.Thread(target=form, args=("a" * 32,))
+    thread.start()
+    with pytest.raises(RuntimeError):
+        join(store.port, 0.5, handshake=0.5, session="b" * 32)
+    thread.join(PATIENCE)
+    assert failed == ["a" * 32]

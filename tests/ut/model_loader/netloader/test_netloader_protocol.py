@@ -91,7 +91,7 @@ _replies = st.one_of(
         manifest=_manifests.map(msgspec.Raw),
     ),
     st.builds(JoinNack, _texts, st.none() | _identities),
-    st.builds(Sending, _chunks, st.lists(_hex, max_size=20)),
+    st.builds(Sending, _chunks, st.lists(_hex, max_size=20), _chunks),
     st.builds(Missing, _chunks, _texts),
     st.builds(Abort, _texts),
     st.builds(Status, st.lists(_identities, max_size=2), _counts, _counts, _counts),

@@ -1,16 +1,19 @@
 """Checksums of pieces, chunks and whole models.
 
 A chunk's digest is the hash of its pieces' hashes, and a model's digest the hash of its chunks'
-digests: so each tensor's part is known by itself, and can be named when it differs.
+digests and its manifest: so each tensor's part is known by itself, and can be named when it
+differs, and nobody can take a tensor for another one of its shape.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 import xxhash
 
 from .devices import Device
+from .manifest import Manifest
 from .pieces import contiguous_parts
 from .plan import Chunk, Plan
 
@@ -22,7 +25,7 @@ class Digests:
     Attributes:
         pieces: for each chunk the hash of each of its pieces.
         chunks: for each chunk its digest in hex.
-        model: digest of the whole model in hex; it depends on the chunk size.
+        model: digest of the whole model in hex, manifest included; it depends on the chunk size.
     """
 
     pieces: tuple[tuple[bytes, ...], ...]
@@ -42,19 +45,21 @@ def chunk_digest(hashes: Iterable[bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(hashes))
 
 
-def combine(pieces: Iterable[tuple[bytes, ...]]) -> Digests:
-    """Make all digests of a model from the hashes of its pieces."""
+def combine(manifest: Manifest, pieces: Iterable[tuple[bytes, ...]]) -> Digests:
+    """Make all digests of a model from its manifest and the hashes of its pieces."""
     hashes = tuple(pieces)
     chunks = tuple(map(chunk_digest, hashes))
-    return Digests(hashes, chunks, model_digest(chunks))
+    return Digests(hashes, chunks, model_digest(manifest, chunks))
 
 
-def model_digest(chunks: Iterable[str]) -> str:
-    """Return a model's digest from those of its chunks, in order."""
-    return xxhash.xxh3_128_hexdigest("".join(chunks).encode())
+def model_digest(manifest: Manifest, chunks: Iterable[str]) -> str:
+    """Return a model's digest from its manifest and the digests of its chunks, in order."""
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode([manifest, *chunks]))
 
 
-def digest_model(plan: Plan, tensors: Sequence[torch.Tensor], device: Device) -> Digests:
+def digest_model(
+    manifest: Manifest, plan: Plan, tensors: Sequence[torch.Tensor], device: Device
+) -> Digests:
     """Hash a whole model."""
     device.synchronize()
-    return combine(piece_hashes(chunk, tensors, device) for chunk in plan.chunks)
+    return combine(manifest, (piece_hashes(chunk, tensors, device) for chunk in plan.chunks))

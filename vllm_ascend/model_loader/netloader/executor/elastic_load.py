@@ -16,8 +16,8 @@ from .pieces import in_place, pack, unpack
 from .plan import Chunk, Plan, in_cache
 from .process_group import TransferGroup
 
-# Messages of one session that are under way. Each end has at most as many staging buffers of a chunk
-# each, and only for chunks that are packed.
+# Messages of one session that are under way. Each end has at most as many staging buffers of a
+# chunk each, and only for chunks that are packed.
 WINDOW = 6
 # Chunks asked for in one request, and asked for in all before they have arrived: enough that the
 # next ones are announced long before they are needed, since a round trip of the control plane can
@@ -36,6 +36,10 @@ class Answer(Protocol):
     @property
     def digests(self) -> list[str]:
         """Their digests."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Their numbers of bytes."""
 
 
 class Control(Protocol):
@@ -227,8 +231,12 @@ class P2PLoad:
     def _hear(self) -> None:
         answer = self._control.sending()
         wanted = self._requested[0]
-        if answer.chunks != wanted or len(answer.digests) != len(wanted):
+        if answer.chunks != wanted:
             raise ProtocolError(f"chunks {wanted} were asked for, {answer.chunks} announced")
+        sizes = [self._target.plan.chunks[chunk].nbytes for chunk in wanted]
+        if answer.sizes != sizes:
+            # Gloo would end this process if more came than there is room for.
+            raise ProtocolError(f"chunks {wanted} have {sizes} bytes here and {answer.sizes} there")
         self._requested.popleft()
         self._announced.extend(zip(wanted, answer.digests, strict=True))
 

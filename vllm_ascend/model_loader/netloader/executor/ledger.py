@@ -5,7 +5,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-
 # What a session may hold in any case: one chunk under way and one asked for.
 _LEAST_HELD = 2
 

@@ -125,6 +125,8 @@ def match(
         elif alias_of is None:
             matched.append(tensor)
     known = {entry.name for entry in manifest.tensors}
+    if len(known) < len(manifest.tensors):
+        differences.append("a name is there twice")
     differences += [f"{name} is only here" for name in sorted(set(required) - known)]
     if differences:
         raise LayoutUnsupported(f"tensors differ: {_first(differences)}")

@@ -1,6 +1,9 @@
 """A two-rank process group of one session, outside torch's global state."""
 
+import threading
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
@@ -109,22 +112,6 @@ def host_store(local_host: str, timeout: float) -> TCPStore:
     )
 
 
-def visit_store(host: str, port: int, timeout: float) -> TCPStore:
-    """Connect to the store that a source has opened.
-
-    Raises:
-        RuntimeError: it cannot be reached within `timeout` seconds.
-    """
-    return TCPStore(
-        host,
-        port,
-        world_size=2,
-        is_master=False,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-    )
-
-
 def form_group(
     device: Device,
     store: Store,
@@ -143,11 +130,84 @@ def form_group(
         session: the session's name, the prefix of its keys.
         rank: `CLIENT` or `SOURCE`.
         local_host: the address of this machine that the peer reaches.
-        handshake: seconds for forming it.
+        handshake: seconds for the peer to come, and then for forming the group.
         progress: seconds without a completed message after which the peer counts as lost.
 
     Raises:
         RuntimeError: the peer did not come in time, or went away.
     """
-    group = device.create_group(PrefixStore(session, store), rank, local_host, handshake)
+    peer = CLIENT if rank == SOURCE else SOURCE
+    meeting = PrefixStore(session, store)
+    meeting.set(f"rank {rank} is here", "")
+    meeting.wait([f"rank {peer} is here"], timedelta(seconds=handshake))
+    group = device.create_group(PrefixStore("group", meeting), rank, local_host, handshake)
     return TransferGroup(group, rank, device, progress)
+
+
+def join_group(
+    device: Device,
+    host: str,
+    port: int,
+    session: str,
+    local_host: str,
+    *,
+    handshake: float,
+    progress: float,
+) -> TransferGroup:
+    """Form a session's group as its client, at the store that the source has opened.
+
+    Args:
+        device: whose backend moves the bytes.
+        host: the source.
+        port: the store's.
+        session: see `form_group`.
+        local_host: see `form_group`.
+        handshake: seconds for all of it.
+        progress: see `form_group`.
+
+    Raises:
+        RuntimeError: the source did not answer in time, or went away.
+    """
+
+    def join() -> TransferGroup:
+        store = TCPStore(
+            host,
+            port,
+            world_size=2,
+            is_master=False,
+            timeout=timedelta(seconds=handshake),
+            wait_for_workers=False,
+        )
+        return form_group(
+            device, store, session, CLIENT, local_host, handshake=handshake, progress=progress
+        )
+
+    return _within(handshake, join)
+
+
+def _within(seconds: float, join: Callable[[], TransferGroup]) -> TransferGroup:
+    """Call `join` in a thread that is left behind when it takes too long.
+
+    A TCPStore reads some answers without a deadline: it waits for ever for one that is stopped.
+    """
+    future: Future[TransferGroup] = Future()
+
+    def run() -> None:
+        try:
+            group = join()
+        except BaseException as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result(group)
+            else:
+                group.close()
+
+    threading.Thread(target=run, name="netloader-join", daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.cancel():
+            raise RuntimeError(f"no process group within {seconds:g} s") from None
+        return future.result()

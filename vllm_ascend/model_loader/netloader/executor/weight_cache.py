@@ -132,7 +132,7 @@ def capture_loaded(
     tensors = {name: tensor for name, tensor in everything.items() if name in filled}
     manifest, distinct = describe(tensors, RAW, attributes)
     plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return RawWeights(manifest, distinct, plan, digest_model(plan, distinct, device))
+    return RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
 
 
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:

@@ -125,7 +125,9 @@ class ElasticClient:
         """
         with self._failures():
             reply = self._connection.receive_reply(self._progress)
-        if isinstance(reply, Sending) and len(reply.chunks) == len(reply.digests):
+        if isinstance(reply, Sending) and len(reply.chunks) == len(reply.digests) == len(
+            reply.sizes
+        ):
             return reply
         if isinstance(reply, Abort | Missing):
             raise SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")

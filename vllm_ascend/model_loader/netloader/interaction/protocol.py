@@ -11,7 +11,7 @@ A session::
       JOIN             ->
                        <-  JOIN_ACK | JOIN_NACK      (both build the process group)
       FETCH chunks     ->
-                       <-  SENDING chunks, digests   (and the bytes, in the process group)
+                       <-  SENDING chunks, digests, sizes    (the bytes in the process group)
       ...
       DONE | ABORT     ->
 
@@ -116,10 +116,17 @@ class Fetch(msgspec.Struct, frozen=True):
 
 
 class Sending(msgspec.Struct, frozen=True):
-    """The source sends chunks in this order; `digests` are those of their bytes."""
+    """The source sends chunks in this order.
+
+    Attributes:
+        chunks: which.
+        digests: those of their bytes.
+        sizes: their numbers of bytes.
+    """
 
     chunks: Chunks
     digests: Annotated[list[Digest], msgspec.Meta(max_length=4096)]
+    sizes: Chunks
 
 
 class Missing(msgspec.Struct, frozen=True):

@@ -14,6 +14,9 @@ from ..manifest import RAW
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14  # <sys/mman.h> of Linux
+# Gloo calls a peer that has published its address and does not answer as often, each time for as
+# long as its timeout says.
+_CONNECT_ATTEMPTS = 5
 _libc = CDLL(None)
 _madvise = _libc.madvise
 _madvise.argtypes = (c_void_p, c_size_t, c_int)
@@ -34,7 +37,7 @@ class CpuDevice:
     ) -> ProcessGroup:
         """Make a gloo group that talks over the interface of `local_host`."""
         options = ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout)
+        options._timeout = timedelta(seconds=timeout / _CONNECT_ATTEMPTS)
         with _batch_scheduling():
             options._devices = [ProcessGroupGloo.create_device(hostname=local_host)]
         return ProcessGroupGloo(store, rank, 2, options)
