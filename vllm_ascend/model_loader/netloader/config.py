@@ -68,7 +68,7 @@ class NetLoaderConfig:
     max_sessions: int = 4
     max_send_rate: int | None = None
     max_sources: int = 4
-    chunk_mib: int = 8
+    chunk_mib: int = 4
     verify: bool = True
     connect_timeout: float = 5.0
     handshake_timeout: float = 10.0

@@ -262,7 +262,7 @@ def test_the_host_listened_on_is_announced_unless_it_stands_for_all(host, announ
 def test_a_chunk_takes_half_of_the_progress_deadline_at_most_when_all_sessions_share_the_rate(
     rate, sessions, chunk_mib, largest_mib
 ):
-    config = parse_config({"MAX_SEND_RATE": rate, "MAX_SESSIONS": sessions})
+    config = parse_config({"MAX_SEND_RATE": rate, "MAX_SESSIONS": sessions, "CHUNK_MIB": 8})
     assert config.chunk_bytes == chunk_mib << 20
     assert config.max_chunk_bytes == largest_mib << 20
 

@@ -1,14 +1,17 @@
 """What is particular to CPUs."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from torch.distributed import HashStore, ProcessGroupGloo
 
-from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.devices import cpu, device_of
 
 DEVICE = device_of("cpu")
+HOST = "127.0.0.1"
 
 
 def asks_for_huge_pages(address: int) -> bool:
@@ -47,3 +50,28 @@ def test_a_hash_is_that_of_the_bytes(dtype, shape):
     tensor = torch.randint(0, 2, shape).to(dtype)
     expected = bytes(tensor.view(-1).view(torch.uint8).tolist())
     assert DEVICE.hash(tensor) == xxhash.xxh3_128_digest(expected)
+
+
+def test_threads_of_gloo_do_not_preempt_others_and_the_callers_policy_stays(monkeypatch):
+    made = []
+    create_device = ProcessGroupGloo.create_device
+
+    def noting(**arguments):
+        made.append(os.sched_getscheduler(0))
+        return create_device(**arguments)
+
+    monkeypatch.setattr(cpu.ProcessGroupGloo, "create_device", noting)
+    before = os.sched_getscheduler(0)
+    with pytest.raises(RuntimeError):  # nobody comes
+        DEVICE.create_group(HashStore(), 0, HOST, 0.1)
+    assert made == [os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == before
+
+
+def test_where_the_policy_may_not_be_changed_a_group_is_formed_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with pytest.raises(RuntimeError):  # nobody comes
+        DEVICE.create_group(HashStore(), 0, HOST, 0.1)

@@ -9,10 +9,9 @@ from vllm_ascend.model_loader.netloader.executor.digest import (
     combine,
     digest_model,
     model_digest,
-    piece_hashes,
 )
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW, Manifest, TensorEntry
-from vllm_ascend.model_loader.netloader.executor.pieces import size_of
+from vllm_ascend.model_loader.netloader.executor.pieces import piece_hashes, size_of
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
 
 from .support import DEVICE, MIB, assorted, blank_like, load, random_tensor, source, weights_of

@@ -14,8 +14,8 @@ import xxhash
 
 from .devices import Device
 from .manifest import Manifest
-from .pieces import contiguous_parts
-from .plan import Chunk, Plan
+from .pieces import piece_hashes
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,6 @@ class Digests:
     pieces: tuple[tuple[bytes, ...], ...]
     chunks: tuple[str, ...]
     model: str
-
-
-def piece_hashes(
-    chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
-) -> tuple[bytes, ...]:
-    """Hash each piece of a chunk as it stands in the tensors' memory."""
-    return tuple(map(device.hash, contiguous_parts(chunk, tensors)))
 
 
 def chunk_digest(hashes: Iterable[bytes]) -> str:

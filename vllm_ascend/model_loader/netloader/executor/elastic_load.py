@@ -10,10 +10,10 @@ import torch
 
 from ..errors import ProtocolError, TransferCorrupt
 from .devices import Device
-from .digest import chunk_digest, piece_hashes
+from .digest import chunk_digest
 from .ledger import Ledger
-from .pieces import in_place, pack, unpack
-from .plan import Chunk, Plan, in_cache
+from .pieces import in_place, pack, piece_hashes, unpack
+from .plan import Chunk, Plan
 from .process_group import TransferGroup
 
 # Messages of one session that are under way. Each end has at most as many staging buffers of a
@@ -254,19 +254,14 @@ class P2PLoad:
 
     def _land(self, arrival: _Arrival) -> tuple[bytes, ...] | None:
         target, device = self._target, self._device
-        hashes: list[bytes] = []
-        start = 0
-        for part in in_cache(target.plan.chunks[arrival.chunk]):
-            if arrival.buffer is not None:
-                message = arrival.buffer[start : start + part.nbytes]
-                unpack(part, target.tensors, message, device)
-                start += part.nbytes
-            if target.verify:
-                # Read back from the tensors, so that what was put in the wrong place is noticed.
-                hashes += piece_hashes(part, target.tensors, device)
-        if target.verify and chunk_digest(hashes) != arrival.digest:
-            return None
-        return tuple(hashes)
+        planned = target.plan.chunks[arrival.chunk]
+        if arrival.buffer is not None:
+            unpack(planned, target.tensors, arrival.buffer[: planned.nbytes], device)
+        if not target.verify:
+            return ()
+        # Read back from the tensors, so that a chunk put in the wrong place is noticed as well.
+        hashes = piece_hashes(planned, target.tensors, device)
+        return hashes if chunk_digest(hashes) == arrival.digest else None
 
     def _settle(self, arrival: _Arrival) -> None:
         hashes = self._land(arrival)

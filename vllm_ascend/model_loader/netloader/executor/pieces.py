@@ -85,6 +85,13 @@ def unpack(
         write(piece, tensors, data)
 
 
+def piece_hashes(
+    chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
+) -> tuple[bytes, ...]:
+    """Hash each piece of a chunk as it stands in the tensors' memory."""
+    return tuple(map(device.hash, contiguous_parts(chunk, tensors)))
+
+
 def contiguous_parts(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return a contiguous tensor of each piece's bytes: its own memory if possible, or a copy."""
     parts = _whole_tensors(chunk, tensors)

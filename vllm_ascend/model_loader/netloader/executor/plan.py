@@ -3,7 +3,7 @@
 It is a pure function of the tensors' sizes and the chunk size, so both sides make the same one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +12,6 @@ import msgspec
 # A tensor from this part of a chunk on travels in chunks of its own: copying it into a packed
 # chunk would cost more than the message that it saves.
 _OWN_CHUNK = 8
-# So much of a packed chunk is unpacked and hashed at once: it stays in a core's cache meanwhile.
-_IN_CACHE = 512 << 10
 # Cuts fall on multiples of the largest element (complex128), so that no element is torn.
 _ALIGN = 16
 
@@ -99,13 +97,3 @@ def make_plan(sizes: Sequence[int], chunk_bytes: int) -> Plan:
             packed_bytes += size
     flush()
     return Plan(chunk_bytes, tuple(chunks), sum(sizes))
-
-
-def in_cache(chunk: Chunk) -> Iterator[Chunk]:
-    """Cut a packed chunk, in order, into parts that a core's cache holds."""
-    first = nbytes = 0
-    for end, piece in enumerate(chunk.pieces, start=1):
-        nbytes += piece.nbytes
-        if nbytes >= _IN_CACHE or end == len(chunk.pieces):
-            yield Chunk(chunk.pieces[first:end], nbytes)
-            first, nbytes = end, 0

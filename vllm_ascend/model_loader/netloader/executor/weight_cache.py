@@ -16,9 +16,9 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..config import Int8Cache
 from ..errors import LayoutUnsupported
 from .devices import Device
-from .digest import Digests, digest_model, piece_hashes
+from .digest import Digests, digest_model
 from .manifest import RAW, Manifest, Scalar, describe
-from .pieces import read, size_of
+from .pieces import piece_hashes, read, size_of
 from .plan import Piece, Plan, make_plan
 
 # Scales and the like: copying all of them costs little, and quantization rewrites them in place.
