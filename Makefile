@@ -10,7 +10,7 @@ PYTEST_ARGS :=
 VENV := .venv/vllm-$(VLLM)
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test test-ut test-e2e lint docs bench clean
+.PHONY: help venv demo test test-ut test-e2e lint docs bench bench-serving clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      both languages of the documentation, warnings as errors"
 	@echo "make bench     the data plane beside what it is measured against (BENCH_JSON=FILE)"
+	@echo "make bench-serving  tokens of an instance while others pull from it (BENCH_JSON=FILE)"
 	@echo "make venv      only install"
 	@echo "make clean     remove everything that make made"
 	@echo
@@ -48,8 +49,14 @@ lint: venv
 docs:
 	$(MAKE) -C docs PYTHON=$(PYTHON)
 
+# NetLoader does not need the Run:ai Model Streamer and is only measured beside it: without a package
+# index, or where there is no wheel of it, its row stays empty.
 bench: venv
-	$(BIN)/python -m benchmarks.transfer $(if $(BENCH_JSON),--json $(BENCH_JSON))
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --no-input runai-model-streamer
+	$(BIN)/python -m benchmarks $(if $(BENCH_JSON),--json $(BENCH_JSON))
+
+bench-serving: venv
+	$(BIN)/python -m benchmarks.serving $(if $(BENCH_JSON),--json $(BENCH_JSON))
 
 # The older version gets the unit tests and the end-to-end tests that matter most.
 test:

@@ -2,22 +2,41 @@
 
 import argparse
 import json
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from . import transfer
+from tools.vllm_server import clean_up_when_interrupted
+
+from . import transfer, worker
 
 
-def main() -> None:
-    """Measure, print the tables and write the JSON object."""
+def main() -> int:
+    """Measure, print the tables, write the JSON object and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of the data plane alone")
+    parser.add_argument("--starts", type=int, default=3, help="of vLLM with each loader")
+    parser.add_argument("--only", choices=("transfer", "worker"), help="measure only this part")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    figures = transfer.measure(arguments.rounds)
-    transfer.show(figures)
+    clean_up_when_interrupted()
+    figures: dict[str, Any] = {}
+    try:
+        if arguments.only != "worker":
+            figures = transfer.measure(arguments.rounds)
+            transfer.show(figures)
+        if arguments.only != "transfer":
+            with tempfile.TemporaryDirectory(prefix="netloader-bench-") as folder:
+                figures["worker"] = worker.measure(arguments.starts, Path(folder))
+            worker.show(figures["worker"])
+    except KeyboardInterrupt:
+        print("\ninterrupted; no process is left")
+        return 130
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -156,6 +156,7 @@ class _Load:
         self._loaded: Loaded | None = None
         self._pulls: dict[Address, P2PLoad] = {}
         self._open: set[Address] = set()
+        self._preparing: threading.Thread | None = None
 
     def work(self) -> None:
         """Pull from one source after the other until the model is complete or none is left."""
@@ -169,6 +170,9 @@ class _Load:
                 if address is None:
                     return
                 self._try(address)
+                # Only now, with the session closed: a process may end right after its load.
+                if self._loaded is not None:
+                    self.over.set()
         finally:
             with self._lock:
                 self._working -= 1
@@ -182,11 +186,13 @@ class _Load:
             return received, self._target.plan.nbytes if self._target else 0
 
     def result(self) -> Loaded:
-        """Return the filled model.
+        """Return the filled model, once the load is over.
 
         Raises:
             LoadFailed: it is not complete.
         """
+        if self._preparing is not None:
+            self._preparing.join()  # the memory may go when this returns
         if self._loaded is None:
             raise LoadFailed("; ".join(self._reasons) or "there are no sources")
         return self._loaded
@@ -310,7 +316,11 @@ class _Load:
             tensors = match(manifest, self._tensors, self._required)
         except LayoutUnsupported as error:
             raise SourceRefused(f"{address}: {error}") from None
-        self._device.prepare(tensors)
+        if self._preparing is None:
+            self._preparing = threading.Thread(
+                target=self._prepare, args=(tensors,), name="netloader-prepare", daemon=True
+            )
+            self._preparing.start()
         plan = make_plan([size_of(tensor) for tensor in tensors], offer.chunk_bytes)
         names = [entry.name for entry in manifest.tensors if entry.alias_of is None]
         ledger = Ledger(len(plan.chunks))
@@ -318,6 +328,12 @@ class _Load:
         self._target = Target(names, tensors, plan, ledger, self._config.verify)
         self._pulls.clear()
         return self._target
+
+    def _prepare(self, tensors: Sequence[torch.Tensor]) -> None:
+        try:
+            self._device.prepare(tensors, self.over)
+        except Exception:  # only speed is lost
+            logger.debug("NetLoader: cannot prepare memory", exc_info=True)
 
     def _transfer(
         self, address: Address, client: ElasticClient, offer: JoinAck, target: Target
@@ -349,7 +365,6 @@ class _Load:
                 self._conclude(offer, target)
                 # Before anybody goes on to post-process, which would hold this thread up.
                 client.finish(Done(complete=True, model_digest=offer.model_digest))
-                self.over.set()
         finally:
             # Only now, with the group closed, can nothing of this session reach the tensors.
             if pull is not None:

@@ -1,6 +1,9 @@
 """What is particular to CPUs."""
 
+import itertools
 import os
+import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from vllm_ascend.model_loader.netloader.executor.devices import cpu, device_of
 
 DEVICE = device_of("cpu")
 HOST = "127.0.0.1"
+HUGE = 2 << 20
 
 
 def asks_for_huge_pages(address: int) -> bool:
@@ -27,20 +31,80 @@ def asks_for_huge_pages(address: int) -> bool:
     return False
 
 
-@pytest.mark.skipif(
+HUGE_PAGES = pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages"
 )
+GO_ON = threading.Event()
+
+
+@pytest.fixture
+def seconds_per_block(monkeypatch):
+    """A clock of the thread's time that says how long each block takes."""
+    clock = iter(())
+
+    def tell(*blocks):
+        nonlocal clock
+        clock = itertools.chain.from_iterable((0.0, seconds) for seconds in blocks)
+
+    monkeypatch.setattr(cpu.time, "thread_time", lambda: next(clock))
+    return tell
+
+
+def blocks_with_huge_pages(tensor):
+    first = -(-tensor.data_ptr() // HUGE) * HUGE
+    end = tensor.data_ptr() + tensor.nbytes
+    return [asks_for_huge_pages(start) for start in range(first, end - cpu._BLOCK, cpu._BLOCK)]
+
+
+@HUGE_PAGES
 def test_large_tensors_get_huge_pages_and_keep_their_contents():
     large = torch.arange(4 << 20, dtype=torch.int64)
-    DEVICE.prepare([large])
-    assert asks_for_huge_pages(large.data_ptr() + large.nbytes // 2)
+    DEVICE.prepare([large], GO_ON)
+    assert blocks_with_huge_pages(large)[0]
     assert torch.equal(large, torch.arange(4 << 20, dtype=torch.int64))
+
+
+@HUGE_PAGES
+def test_huge_pages_that_come_fast_are_all_asked_for(seconds_per_block):
+    large = torch.empty(50 << 20, dtype=torch.uint8)
+    seconds_per_block(*[0.0001] * 20)
+    DEVICE.prepare([large], GO_ON)
+    assert all(blocks_with_huge_pages(large))
+
+
+@HUGE_PAGES
+def test_huge_pages_that_come_slowly_are_asked_for_less_and_less(seconds_per_block):
+    large = torch.empty(50 << 20, dtype=torch.uint8)
+    seconds_per_block(*[1.0] * 20)
+    DEVICE.prepare([large], GO_ON)
+    asked = [number for number, huge in enumerate(blocks_with_huge_pages(large)) if huge]
+    assert asked == [0, 2, 5, 10]
+
+
+def test_memory_is_there_when_it_was_prepared():
+    large = torch.empty(32 << 20, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    DEVICE.prepare([large], GO_ON)
+    prepared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large.fill_(1)
+    # All but what lies before the first huge page's place and after the last one's.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - prepared < 1100
+    assert prepared > faults
+
+
+def test_nothing_is_prepared_once_it_is_stopped():
+    large = torch.empty(32 << 20, dtype=torch.uint8)
+    stop = threading.Event()
+    stop.set()
+    DEVICE.prepare([large], stop)
+    assert not any(blocks_with_huge_pages(large))
 
 
 def test_tensors_without_a_whole_huge_page_of_their_own_are_left_alone():
     base = torch.zeros(32 << 20, dtype=torch.uint8)
     strided = base.view(8, 4 << 20)[:, : 1 << 20]
-    DEVICE.prepare([strided, torch.zeros(()), torch.zeros(0), torch.zeros(1 << 10)])
+    small = [torch.zeros(()), torch.zeros(0), torch.zeros(1 << 10)]
+    DEVICE.prepare([strided, *small], GO_ON)
     assert not asks_for_huge_pages(base.data_ptr() + base.nbytes // 2)
 
 

@@ -23,11 +23,13 @@ from .support import (
     DEVICE,
     HOST,
     MIB,
+    PATIENCE,
     ROW,
     Proxy,
     assorted,
     blank_like,
     changing,
+    client_process,
     closed_port,
     dial,
     differing,
@@ -319,17 +321,47 @@ def test_all_reasons_stand_in_one_line_when_no_source_is_left(weights):
     assert len(reasons) == 4
 
 
-@pytest.mark.parametrize("call", ["prepare", "hash"])
-def test_an_error_on_this_side_is_a_failure_too_and_one_line(weights, log, call):
+def test_an_error_on_this_side_is_a_failure_too_and_one_line(weights, log):
     def fail(*_):
         raise RuntimeError("the device\n\tis out of order")
 
     broken = CpuDevice()
-    setattr(broken, call, fail)
+    broken.hash = fail
     with source(weights) as running:
         message = refusal(running, device=broken)
     assert "the device is out of" in message
     assert not any("\n" in line for line in log)
+
+
+def test_memory_that_cannot_be_prepared_costs_only_speed(weights):
+    def fail(*_):
+        raise RuntimeError("the device is out of order")
+
+    broken = CpuDevice()
+    broken.prepare = fail
+    blanks = blank_like(MODEL)
+    with source(weights) as running:
+        load([running], blanks, device=broken)
+    assert differing(blanks, MODEL) == []
+
+
+def test_memory_is_not_prepared_any_more_when_the_load_is_over(weights):
+    stopped = []
+
+    class Slow(CpuDevice):
+        def prepare(self, tensors, stop):
+            stopped.append(stop.wait(PATIENCE))
+
+    with source(weights) as running:
+        load([running], blank_like(MODEL), device=Slow())
+    assert stopped == [True]
+
+
+def test_a_process_may_end_right_after_its_load():
+    with source(rows()) as running:
+        for _ in range(4):
+            with client_process(running.address) as process:
+                assert process.wait(PATIENCE) == 0
 
 
 # A source that is lost on the way

@@ -1,5 +1,6 @@
 """What differs by accelerator, and nothing else: one module for each."""
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -54,8 +55,11 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return uninitialized uint8 memory for staging."""
 
-    def prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Get memory ready that is about to be written for the first time; contents stay."""
+    def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
+        """Get memory ready that is about to be written for the first time; contents stay.
+
+        Runs beside the transfer, in a thread of its own, until it is done or `stop` is set.
+        """
 
     def synchronize(self) -> None:
         """Return once everything queued on the device has happened."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from ctypes import CDLL, PYFUNCTYPE, c_char, c_int, c_size_t, c_void_p
 from datetime import timedelta
@@ -13,7 +15,10 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo, Store, Work
 from ..manifest import RAW
 
 _HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # <sys/mman.h> of Linux
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # <sys/mman.h> of Linux; 5.14 has the second
+# Pages are found in blocks, huge ones as long as that is done at so many bytes per second, twice
+# what small ones reach; else so many blocks at most have small ones before it is tried again.
+_BLOCK, _FAST, _LONGEST_WAIT = 2 * _HUGE_PAGE, 4e9, 64
 # Gloo calls a peer that has published its address and does not answer as often, each time for as
 # long as its timeout says.
 _CONNECT_ATTEMPTS = 5
@@ -73,24 +78,40 @@ class CpuDevice:
             start += nbytes
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Return host memory, in huge pages where that makes sense."""
-        if nbytes < _HUGE_PAGE:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        memory = torch.empty(nbytes + _HUGE_PAGE, dtype=torch.uint8)
-        self.prepare([memory])
-        start = -memory.data_ptr() % _HUGE_PAGE
-        return memory[start : start + nbytes]
+        """Return host memory."""
+        return torch.empty(nbytes, dtype=torch.uint8)
 
-    def prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Ask for huge pages: page faults of 4 KiB cost as much as the whole transfer."""
+    def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
+        """Have the kernel find the pages ahead of the transfer, huge ones where these come fast.
+
+        On a machine of one's own huge pages are many times as fast as small ones. On a virtual
+        machine whose host takes back free memory they can be four times as slow, as the host then
+        finds every one of their small pages anew. So each attempt is timed, and after slow ones
+        the next is further away.
+        """
+        wait, longest = 0, 1
         for tensor in tensors:
-            if tensor.nbytes < _HUGE_PAGE:
-                continue
-            start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-            end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
             # A view's bytes may be spread over more memory than it has, some of it not its own.
-            if start < end and tensor.is_contiguous():
-                _madvise(start, end - start, _MADV_HUGEPAGE)  # advice: refusing it does no harm
+            if tensor.nbytes < _HUGE_PAGE or not tensor.is_contiguous():
+                continue
+            first = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+            end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+            for start in range(first, end, _BLOCK):
+                if stop.is_set():
+                    return
+                nbytes = min(_BLOCK, end - start)
+                if wait:
+                    wait -= 1
+                    _madvise(start, nbytes, _MADV_POPULATE_WRITE)
+                    continue
+                # Both are advice: an older kernel refuses it, and no harm is done.
+                _madvise(start, nbytes, _MADV_HUGEPAGE)
+                begun = time.thread_time()
+                _madvise(start, nbytes, _MADV_POPULATE_WRITE)
+                if time.thread_time() - begun > nbytes / _FAST:
+                    wait, longest = longest, min(2 * longest, _LONGEST_WAIT)
+                else:
+                    longest = 1
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
