@@ -26,7 +26,8 @@ SEED_CORE, MEASURED_CORE = 0, 1
 # What JSON calls a loader -> vLLM's load format, and what people call it.
 LOADERS = {
     "default_loader": ("auto", "vLLM's default loader"),
-    "netloader": ("netloader", "NetLoader"),
+    "netloader": ("netloader", "NetLoader, to be a source as well"),
+    "netloader_no_source": ("netloader", "NetLoader, LISTEN_PORT 0"),
     "runai_streamer": ("runai_streamer", "Run:ai Model Streamer"),
 }
 # vLLM's own logs tell whole seconds.
@@ -84,8 +85,10 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         for _ in range(rounds):
             _warm(full)
             starts["default_loader"].append(_start("default_loader", full, folder))
-            starts["netloader"].append(
-                _start("netloader", bare, folder, {"MODEL": "bench", "SOURCE": source})
+            client = {"MODEL": "bench", "SOURCE": source}
+            starts["netloader"].append(_start("netloader", bare, folder, client))
+            starts["netloader_no_source"].append(
+                _start("netloader_no_source", bare, folder, client | {"LISTEN_PORT": 0})
             )
             if importlib.util.find_spec("runai_model_streamer"):
                 starts["runai_streamer"].append(_start("runai_streamer", full, folder))
@@ -137,7 +140,7 @@ def _start(
 
 def _weights_seconds(loader: str, log: str) -> float | None:
     """Return how long it took to fill the tensors, as the loader says; None: it does not say."""
-    if loader == "netloader":
+    if LOADERS[loader][0] == "netloader":
         loads = find_loads(log)
         return loads[0].seconds if loads else None
     if loader == "default_loader":
@@ -179,4 +182,7 @@ def show(figures: dict[str, Any]) -> None:
             cells.append(f"{seconds:5.2f} ({default / seconds:4.2f})")
         print(f"  {text:40} {cells[0]:>16} {cells[1]:>16}")
     print("weights: the loader's own account ('Loading weights took', 'loaded ... in', and for the")
-    print("streamer its progress bar); with all of vLLM: making the model and post-processing, too")
+    print(
+        "streamer its progress bar); with all of vLLM: making the model and post-processing, too."
+    )
+    print("A source keeps the raw weights, so that post-processing has to find new memory.")
