@@ -141,7 +141,7 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
             raise ConfigError(f"{key} is null; leave the key out instead")
         parsed[key.lower()] = _PARSERS[key](value)
     config = NetLoaderConfig(**parsed)
-    if config.chunk_bytes == 0:
+    if config.max_chunk_bytes == 0:
         raise _wrong(
             "MAX_SEND_RATE",
             values["MAX_SEND_RATE"],

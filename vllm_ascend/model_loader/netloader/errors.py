@@ -21,6 +21,10 @@ class SourceRefused(SourceError):
     """The source, or this client on seeing what it offers, declined before any transfer."""
 
 
+class ChunksRefused(SourceRefused):
+    """The source has the model, but not in chunks of the size that this load has begun with."""
+
+
 class SourceLost(SourceError):
     """The source could not be reached, or went away, stalled or failed on the way."""
 

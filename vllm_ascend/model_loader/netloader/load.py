@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .config import NetLoaderConfig
 from .errors import (
+    ChunksRefused,
     LayoutUnsupported,
     LoadFailed,
     ProtocolError,
@@ -86,9 +87,10 @@ def elastic_load(
         for index in range(count)
     ]
     for thread in threads:
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
+            thread.start()
     bar: tqdm[None] | None = None
-    while not load.over.wait(0.1):
+    while not load.over.wait(0.1) and any(thread.is_alive() for thread in threads):
         bar = _show(load, bar) if show_progress else None
     if show_progress and (bar := _show(load, bar)) is not None:
         bar.close()
@@ -160,24 +162,21 @@ class _Load:
 
     def work(self) -> None:
         """Pull from one source after the other until the model is complete or none is left."""
-        try:
-            while not self.over.is_set():
-                with self._lock:
-                    address = self._sources.popleft() if self._sources else None
-                    if address is None and self._working == 1 and self._put_off:
-                        address = self._put_off.popleft()
-                        self._offer = None  # begun with another source, and nobody else has it
-                if address is None:
-                    return
-                self._try(address)
-                # Only now, with the session closed: a process may end right after its load.
-                if self._loaded is not None:
-                    self.over.set()
-        finally:
-            with self._lock:
-                self._working -= 1
-                if self._working == 0:
-                    self.over.set()
+        while (turn := self._next_turn()) is not None:
+            self._try(*turn)
+
+    def _next_turn(self) -> tuple[Address, bool] | None:
+        """Return the next source and whether it is the last resort; None ends the thread."""
+        with self._lock:
+            if not self.over.is_set():
+                if self._sources:
+                    return self._sources.popleft(), False
+                if self._put_off and self._working == 1:
+                    return self._put_off.popleft(), True
+            self._working -= 1
+            if self._working == 0:
+                self.over.set()
+            return None
 
     def progress(self) -> tuple[int, int]:
         """Return the bytes received and the bytes to receive, 0 while that is not known."""
@@ -206,11 +205,13 @@ class _Load:
             return str(*gave)
         return ", ".join(f"{address} ({nbytes / 1e6:.1f} MB)" for address, nbytes in gave.items())
 
-    def _try(self, address: Address) -> None:
+    def _try(self, address: Address, last_resort: bool) -> None:
         try:
-            self._pull(address)
-        except _AskAgain:
-            pass
+            self._pull(address, last_resort)
+            # Only now, with the session closed: a process may end right after its load.
+            self.over.set()
+        except _AskAgain as error:
+            logger.info("NetLoader rank %d: source %s", self._identity.rank, error)
         except SourceError as error:
             self._note(str(error))
         except Exception as error:
@@ -219,14 +220,14 @@ class _Load:
             self._note(f"{address}: {type(error).__name__}: {error}")
 
     def _note(self, reason: str) -> None:
-        if self.over.is_set():
+        if self._loaded is not None:
             return  # nobody waits for this source any more
         line = " ".join(reason.split())
         logger.warning("NetLoader rank %d: source %s", self._identity.rank, line)
         with self._lock:
             self._reasons.append(line)
 
-    def _pull(self, address: Address) -> None:
+    def _pull(self, address: Address, last_resort: bool) -> None:
         config = self._config
         with ElasticClient.connect(
             address,
@@ -234,15 +235,16 @@ class _Load:
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
         ) as client:
-            join = self._join()
+            # A last resort may cut the model as it likes, at the price of beginning anew.
+            join = self._join(0 if last_resort else self._chunk_bytes())
             try:
                 offer = client.join(join, self._identity)
-            except SourceRefused as error:
+            except ChunksRefused as error:
                 if not join.chunk_bytes:
                     raise
-                with self._lock:  # to be asked for chunks of any size when the others have failed
+                with self._lock:
                     self._put_off.append(address)
-                raise _AskAgain(str(error)) from None
+                raise _AskAgain(f"{error}; asked again when the others have failed") from None
             try:
                 target = self._agree(address, join, offer)
                 try:
@@ -256,10 +258,12 @@ class _Load:
                     client.last_words()  # until the source has closed, and has room again
                 raise
 
-    def _join(self) -> Join:
-        identity = self._identity
+    def _chunk_bytes(self) -> int:
         with self._lock:
-            chunk_bytes = 0 if self._offer is None else self._offer.chunk_bytes
+            return 0 if self._offer is None else self._offer.chunk_bytes
+
+    def _join(self, chunk_bytes: int) -> Join:
+        identity = self._identity
         return Join(
             device_id=identity.rank,
             model_path=identity.model,
@@ -291,7 +295,7 @@ class _Load:
                 and join.chunk_bytes != agreed.chunk_bytes != offer.chunk_bytes
             ):
                 self._sources.appendleft(address)  # the next JOIN says which size it has to be
-                raise _AskAgain(f"asking again for chunks of {agreed.chunk_bytes} bytes")
+                raise _AskAgain(f"{address}: asked again for chunks of {agreed.chunk_bytes} bytes")
             if agreed is None or target is None or not _same(agreed, offer):
                 if self._open:
                     self._put_off.append(address)  # for when those have failed
@@ -317,10 +321,12 @@ class _Load:
         except LayoutUnsupported as error:
             raise SourceRefused(f"{address}: {error}") from None
         if self._preparing is None:
-            self._preparing = threading.Thread(
+            thread = threading.Thread(
                 target=self._prepare, args=(tensors,), name="netloader-prepare", daemon=True
             )
-            self._preparing.start()
+            with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
+                thread.start()
+                self._preparing = thread
         plan = make_plan([size_of(tensor) for tensor in tensors], offer.chunk_bytes)
         names = [entry.name for entry in manifest.tensors if entry.alias_of is None]
         ledger = Ledger(len(plan.chunks))

@@ -216,9 +216,11 @@ class WeightServer:
         if offer.declined:
             return JoinNack(offer.declined)
         if join.chunk_bytes % MIB or join.chunk_bytes > self._config.max_chunk_bytes:
+            largest = self._config.max_chunk_bytes
             return JoinNack(
                 f"chunks of {join.chunk_bytes} bytes are not made here, only multiples of {MIB} up "
-                f"to {self._config.max_chunk_bytes}"
+                f"to {largest}",
+                max_chunk_bytes=largest,
             )
         return None
 

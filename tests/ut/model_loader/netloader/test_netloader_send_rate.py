@@ -5,6 +5,7 @@ Every time here is a least one, which no busy machine makes shorter.
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -118,6 +119,19 @@ def test_a_load_may_take_longer_than_the_progress_deadline():
         client = settings(progress_timeout=1.0)
         assert seconds_of(lambda: load([running], blanks, config=client)) >= 1.5
     assert differing(blanks, weights) == []
+
+
+def test_clients_that_share_a_low_rate_do_not_count_as_stalled():
+    # Each chunk takes 0.6 s when both pull, so that eight of them take longer than the deadline.
+    weights = rows(count=10)
+    config = settings(max_send_rate=int(2 * ROW / 0.6), max_sessions=2)
+    client = settings(progress_timeout=2.0)
+    with source(weights, config=config) as running:
+        blanks = [blank_like(weights) for _ in range(2)]
+        with ThreadPoolExecutor() as pool:
+            for loading in [pool.submit(load, [running], b, config=client) for b in blanks]:
+                loading.result()
+    assert [differing(blank, weights) for blank in blanks] == [[], []]
 
 
 def test_what_was_hashed_in_larger_chunks_is_sent_in_smaller_ones(weights):

@@ -51,6 +51,10 @@ class Control(Protocol):
     def sending(self) -> Answer:
         """Return the answer to the oldest request not answered yet."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether `sending` has something to return, or at least the beginning of it."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -212,7 +216,7 @@ class P2PLoad:
         with self._target.ledger.session():
             while not self._target.ledger.finished:
                 self._request()
-                if self._requested and not self._announced:
+                if self._requested and not self._announced and self._may_hear():
                     self._hear()
                 self._receive()
                 if self._arriving:
@@ -227,6 +231,11 @@ class P2PLoad:
         if held <= AHEAD - BATCH and (chunks := self._target.ledger.take(BATCH, held)):
             self._requested.append(chunks)
             self._control.request(chunks)
+
+    def _may_hear(self) -> bool:
+        # A source with a rate to keep answers a request long after the first chunks of the one
+        # before it are here.
+        return not self._arriving or self._control.answered
 
     def _hear(self) -> None:
         answer = self._control.sending()

@@ -12,8 +12,6 @@ from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore, Work
 from .devices import Device
 
 CLIENT, SOURCE = 0, 1
-# Follows each message, see `TransferGroup`.
-_TRAILER = torch.zeros(1, dtype=torch.uint8)
 # Messages and trailers have tags of their own: gloo ends the process that gets more bytes under a
 # tag than it has room for.
 _TAGS = 1 << 30
@@ -42,6 +40,7 @@ class TransferGroup:
         self._device = device
         self._timeout = timeout
         self._tag = 0
+        self._trailer = device.empty(1)
         self._started: deque[tuple[Work, Work]] = deque()
 
     def __enter__(self) -> "TransferGroup":
@@ -60,14 +59,14 @@ class TransferGroup:
         assert self._group is not None
         send, tag = self._group.send, self._next_tag()
         work = send([message], self._peer, tag)
-        self._started.append((work, send([_TRAILER], self._peer, _TAGS + tag)))
+        self._started.append((work, send([self._trailer], self._peer, _TAGS + tag)))
 
     def receive(self, message: torch.Tensor) -> None:
         """Start receiving into contiguous uint8 memory."""
         assert self._group is not None
         receive, tag = self._group.recv, self._next_tag()
         work = receive([message], self._peer, tag)
-        self._started.append((work, receive([_TRAILER], self._peer, _TAGS + tag)))
+        self._started.append((work, receive([self._trailer], self._peer, _TAGS + tag)))
 
     def wait(self) -> None:
         """Return once the oldest message has happened.

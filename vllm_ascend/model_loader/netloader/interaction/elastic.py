@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from ..errors import ProtocolError, SourceLost, SourceRefused
+from ..errors import ChunksRefused, ProtocolError, SourceLost, SourceRefused
 from ..identity import ModelIdentity
 from ..utils import Address, logger, unmapped
 from .protocol import (
@@ -99,6 +99,7 @@ class ElasticClient:
             identity: this client's identity, to say what differs when the source declines.
 
         Raises:
+            ChunksRefused: the source does not make the chunks asked for, but others.
             SourceRefused: the source declined.
             SourceLost: it did not answer, or not with a valid message.
         """
@@ -107,6 +108,8 @@ class ElasticClient:
             return reply
         if isinstance(reply, JoinNack):
             reason = shortened(reply.reason)
+            if reply.max_chunk_bytes:
+                raise ChunksRefused(f"{self.address}: refused: {reason}")
             if reply.identity is not None:
                 reason += ": " + "; ".join(map(shortened, identity.differences(reply.identity)))
             raise SourceRefused(f"{self.address}: refused: {reason}")
@@ -132,6 +135,11 @@ class ElasticClient:
         if isinstance(reply, Abort | Missing):
             raise SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")
         raise self._unexpected(reply)
+
+    @property
+    def answered(self) -> bool:
+        """Whether something has come that `sending` has not returned yet."""
+        return self._connection.has_data
 
     def last_words(self) -> str:
         """Return why the source gave up, if it has said so; to be asked when a transfer failed."""

@@ -19,6 +19,7 @@ A session::
 """
 
 import contextlib
+import select
 import socket
 import time
 from typing import Annotated, TypeAlias, TypeVar
@@ -103,10 +104,12 @@ class JoinNack(msgspec.Struct, frozen=True):
     Attributes:
         reason: for people.
         identity: the source's identity where that is what differs.
+        max_chunk_bytes: the size up to which the source makes chunks where that is what is wrong.
     """
 
     reason: str
     identity: ModelIdentity | None = None
+    max_chunk_bytes: Count = 0
 
 
 class Fetch(msgspec.Struct, frozen=True):
@@ -333,6 +336,13 @@ class Connection:
             if not line.strip():  # the end of a first message that was complete without it
                 return self._line(deadline - time.monotonic(), limit, bare=False)
         return line
+
+    @property
+    def has_data(self) -> bool:
+        """Whether something has come that was not received yet."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(self._buffer or poll.poll(0))
 
     def cut(self) -> None:
         """End the connection; the thread that waits in it gets an OSError.

@@ -124,15 +124,14 @@ def _batch_scheduling() -> Iterator[None]:
     Gloo's thread has level-triggered events and only tries to lock a connection. When it wakes up
     on the core of the thread that has it locked, it spins until its time slice ends, some 3 ms.
     """
-    normal = os.sched_param(0)
-    if os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
-    # Where a sandbox forbids it, nothing changes but the speed.
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, normal)
+    before = None
+    with contextlib.suppress(OSError):  # where a sandbox forbids it, only speed is lost
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            before = os.sched_getparam(0)
+            os.sched_setscheduler(0, os.SCHED_BATCH, before)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, normal)
+        if before is not None:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(0, os.SCHED_OTHER, before)
