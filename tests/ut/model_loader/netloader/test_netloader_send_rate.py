@@ -42,6 +42,13 @@ def seconds_of(work):
     return time.monotonic() - started
 
 
+def run_all(threads):
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_without_a_rate_nobody_waits(monkeypatch):
     monkeypatch.setattr(NEVER, "wait", None)
     Pace(None).wait(1 << 60, NEVER)
@@ -57,13 +64,7 @@ def test_those_who_share_a_rate_share_it():
     pace = Pace(1000)
     threads = [threading.Thread(target=pace.wait, args=(100, NEVER)) for _ in range(4)]
 
-    def all_of_them():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    assert seconds_of(all_of_them) >= 0.3
+    assert seconds_of(lambda: run_all(threads)) >= 0.3
 
 
 def test_idle_time_earns_no_burst():
@@ -99,13 +100,7 @@ def test_all_clients_of_a_source_share_its_rate(weights):
         blanks = [blank_like(weights) for _ in range(3)]
         threads = [threading.Thread(target=load, args=([running], blank)) for blank in blanks]
 
-        def all_of_them():
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-        assert seconds_of(all_of_them) >= (3 * total - ROW) / (4 * total)
+        assert seconds_of(lambda: run_all(threads)) >= (3 * total - ROW) / (4 * total)
     assert [differing(blank, weights) for blank in blanks] == [[], [], []]
 
 

@@ -101,11 +101,15 @@ def host_store(local_host: str, timeout: float) -> TCPStore:
     Raises:
         RuntimeError: it cannot be opened.
     """
+    return _store(local_host, 0, timeout, hosted=True)
+
+
+def _store(host: str, port: int, timeout: float, *, hosted: bool) -> TCPStore:
     return TCPStore(
-        local_host,
-        0,
+        host,
+        port,
         world_size=2,
-        is_master=True,
+        is_master=hosted,
         timeout=timedelta(seconds=timeout),
         wait_for_workers=False,
     )
@@ -169,14 +173,7 @@ def join_group(
     """
 
     def join() -> TransferGroup:
-        store = TCPStore(
-            host,
-            port,
-            world_size=2,
-            is_master=False,
-            timeout=timedelta(seconds=handshake),
-            wait_for_workers=False,
-        )
+        store = _store(host, port, handshake, hosted=False)
         return form_group(
             device, store, session, CLIENT, local_host, handshake=handshake, progress=progress
         )
