@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader.executor.digest import digest_model
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW, describe
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
-from vllm_ascend.model_loader.netloader.executor.weight_cache import RawWeights
+from vllm_ascend.model_loader.netloader.executor.weights import Weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
@@ -123,9 +123,9 @@ class TimedDevice(CpuDevice):
 
     first_message = 0.0
 
-    def wait(self, work: Work, timeout: float) -> None:
+    def wait(self, transfer: tuple[Work, Work], timeout: float, gone: Callable[[], bool]) -> None:
         """See `devices.Device`."""
-        super().wait(work, timeout)
+        super().wait(transfer, timeout, gone)
         self.first_message = self.first_message or time.perf_counter()
 
 
@@ -174,9 +174,9 @@ def serve(named: dict[str, torch.Tensor]) -> WeightServer:
     for tensor in named.values():
         tensor.view(-1).view(torch.uint8).random_()
     config, device = NetLoaderConfig(source={}, model="bench"), CpuDevice()
-    manifest, distinct = describe(named, RAW, {})
+    manifest, distinct = describe(named, RAW, {}, device.format_of)
     plan = make_plan([size_of(tensor) for tensor in distinct], config.chunk_bytes)
-    weights = RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
+    weights = Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
     server = WeightServer(config, 0, HOST)
     server.offer(Offer(identity(), weights, device))
     return server

@@ -1,5 +1,8 @@
 """What differs between vLLM versions, and the vLLM internals that have no public name."""
 
+import contextlib
+import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -40,8 +43,10 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
         for field in fields(config)
         if isinstance(value := getattr(config, field.name, None), dict | list | set)
     }
+    experts_before = list(_experts_of_vllm_ascend())
 
     def restore() -> None:
+        _experts_of_vllm_ascend()[:] = experts_before
         for name, contents in before.items():
             container: Any = getattr(config, name)
             container.clear()
@@ -51,6 +56,15 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
                 container.update(contents)
 
     return restore
+
+
+def _experts_of_vllm_ascend() -> list[nn.Module]:
+    """Return the list in which vLLM Ascend's expert layers enter themselves, if it is there."""
+    adaptor = sys.modules.get("vllm_ascend.eplb.adaptor.vllm_adaptor")
+    found: list[nn.Module] = getattr(
+        getattr(adaptor, "VllmEplbAdaptor", None), "_registered_moe_layers", []
+    )
+    return found
 
 
 def identity_of(
@@ -88,17 +102,36 @@ def identity_of(
         quantization_config=digest_of_settings(quantization),
         config=digest_of_settings(settings),
         layout=layout,
-        vllm_version=None if layout == RAW else vllm.__version__,
+        vllm_version=None if layout == RAW else _post_processing(),
     )
 
 
-def why_no_reload(model: nn.Module) -> str:
+def _post_processing() -> str:
+    """Name the software that decides what post-processing makes of weights."""
+    versions = [f"vllm {vllm.__version__}"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions.append(f"vllm-ascend {importlib.metadata.version('vllm-ascend')}")
+    if torch.cuda.is_available():
+        # Which kernels there are, and with them the order of packed weights, depends on it.
+        major, minor = torch.cuda.get_device_capability()
+        versions.append(f"compute capability {major}.{minor}")
+    return ", ".join(versions)
+
+
+def can_reload_from_sources(device: torch.device) -> bool:
+    """Return whether a model in use can be filled from sources without being made anew."""
+    return device.type == "cpu"  # elsewhere vLLM's layerwise reload has not been tried
+
+
+def why_no_reload(model: nn.Module, device: torch.device) -> str:
     """Name a layer that vLLM cannot reload in place, if there is one.
 
     On CPUs, kernels of quantized layers and of experts hold packed copies of, or pointers to, their
     tensors. vLLM's layerwise reload leaves them as they are: the layer then computes with old
     weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader).
     """
+    if device.type != "cpu":
+        return ""
     safe = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, BaseKVCacheMethod)
     for path, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)

@@ -53,6 +53,7 @@ class NetLoaderConfig:
         max_sources: sources pulled from at once.
         chunk_mib: size of a chunk in MiB, the unit of transfer, verification and retry.
         verify: whether a client checks the digest of every chunk.
+        hccl_buffer_size: memory in MB that HCCL takes for each direction of a session, on NPUs.
         connect_timeout: seconds to reach a source.
         handshake_timeout: seconds for the answer to a JOIN and for building the process group.
         progress_timeout: seconds without a completed chunk after which a peer counts as lost.
@@ -70,6 +71,7 @@ class NetLoaderConfig:
     max_sources: int = 4
     chunk_mib: int = 4
     verify: bool = True
+    hccl_buffer_size: int = 16
     connect_timeout: float = 5.0
     handshake_timeout: float = 10.0
     progress_timeout: float = 10.0
@@ -328,6 +330,7 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "MAX_SOURCES": _integer("MAX_SOURCES", 1, 64),
     "CHUNK_MIB": _integer("CHUNK_MIB", 1, MAX_CHUNK_MIB),
     "VERIFY": _bool("VERIFY"),
+    "HCCL_BUFFER_SIZE": _integer("HCCL_BUFFER_SIZE", 1, 4096),
     "CONNECT_TIMEOUT": _seconds("CONNECT_TIMEOUT"),
     "HANDSHAKE_TIMEOUT": _seconds("HANDSHAKE_TIMEOUT"),
     "PROGRESS_TIMEOUT": _seconds("PROGRESS_TIMEOUT"),

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -69,7 +69,8 @@ def elastic_load(
     takes its place, and only the chunks that were on their way are fetched again.
 
     Args:
-        tensors: name -> tensor of the model; their memory is written.
+        tensors: name -> tensor of the model; their memory is written, and replaced where it has a
+            format of its own.
         required: names among them that a source must have.
         sources: where to look, in order of preference.
         identity: what the sources must be.
@@ -97,6 +98,8 @@ def elastic_load(
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes chunks from the ledger first, and there are none.
     loaded = load.result()
+    load.restore_formats()
+    device.synchronize()
     seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
@@ -159,11 +162,19 @@ class _Load:
         self._pulls: dict[Address, P2PLoad] = {}
         self._open: set[Address] = set()
         self._preparing: threading.Thread | None = None
+        # As they are when in use; while they are filled they have none.
+        self._formats = {
+            name: form
+            for name, tensor in tensors.items()
+            if (form := device.format_of(tensor)) is not None
+        }
+        self._restore: Callable[[], None] | None = None
 
     def work(self) -> None:
         """Pull from one source after the other until the model is complete or none is left."""
-        while (turn := self._next_turn()) is not None:
-            self._try(*turn)
+        with self._device.attached():
+            while (turn := self._next_turn()) is not None:
+                self._try(*turn)
 
     def _next_turn(self) -> tuple[Address, bool] | None:
         """Return the next source and whether it is the last resort; None ends the thread."""
@@ -195,6 +206,11 @@ class _Load:
         if self._loaded is None:
             raise LoadFailed("; ".join(self._reasons) or "there are no sources")
         return self._loaded
+
+    def restore_formats(self) -> None:
+        """Give the filled tensors the formats that inference uses."""
+        if self._restore is not None:
+            self._restore()
 
     def shares(self) -> str:
         """Return the sources with what each gave, for the log."""
@@ -317,7 +333,9 @@ class _Load:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(manifest, self._tensors, self._required)
+            tensors = match(manifest, self._tensors, self._required, self._formats)
+            if self._restore is None:
+                self._restore = self._device.writable(tensors)
         except LayoutUnsupported as error:
             raise SourceRefused(f"{address}: {error}") from None
         if self._preparing is None:
@@ -359,6 +377,7 @@ class _Load:
                     client.local_host,
                     handshake=config.handshake_timeout,
                     progress=config.progress_timeout,
+                    gone=client.hung_up,
                 ) as group,
             ):
                 pull = P2PLoad(

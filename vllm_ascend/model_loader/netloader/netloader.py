@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 
@@ -19,21 +19,34 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from .compat import feed_reload, identity_of, remember_registrations, why_no_reload
-from .config import NetLoaderConfig, parse_config
+from .compat import (
+    can_reload_from_sources,
+    feed_reload,
+    identity_of,
+    remember_registrations,
+    why_no_reload,
+)
+from .config import Int8Cache, NetLoaderConfig, parse_config
 from .errors import LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.devices import Device, device_of
 from .executor.digest import digest_model
-from .executor.manifest import RAW, Manifest, allocate
+from .executor.manifest import PROCESSED, RAW, Manifest, Scalar, allocate
+from .executor.processed import (
+    capture_processed,
+    changed_scalars,
+    defined_memory,
+    processed_tensors,
+)
 from .executor.weight_cache import (
-    RawWeights,
     after_processing,
     apply_attributes,
     before_loading,
     capture_loaded,
     copy_int8,
     raw_tensors,
+    scalars,
 )
+from .executor.weights import Weights
 from .identity import ModelIdentity
 from .load import Loaded, elastic_load
 from .serve import Offer, WeightServer
@@ -79,8 +92,10 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._disk = DefaultModelLoader(_disk_config(load_config))
         self._vllm_config: VllmConfig | None = None
         self._from_disk = False
+        self._to_fill = False
+        self._scalars: Mapping[str, Scalar] = {}
         self._manifest: Manifest | None = None
-        self._weights: RawWeights | None = None
+        self._weights: Weights | None = None
         self._copies: dict[int, torch.Tensor] = {}
         self._unserved = ""
 
@@ -106,7 +121,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         restore_registrations = remember_registrations(vllm_config)
         failure = ""
         try:
-            model = super().load_model(vllm_config, model_config, prefix)
+            model = self._load_from_sources(vllm_config, model_config, prefix)
         except NetLoaderError as error:
             failure = str(error)
         # Outside the handler: there the exception would keep the half-filled model alive.
@@ -136,12 +151,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
         device, identity = self._device(), self._identity(model_config)
         sources = () if self._from_disk else self._sources(identity.rank)
         serving = self._config.port_for(identity.rank) is not None
+        if identity.layout == PROCESSED:
+            self._scalars, self._to_fill = scalars(model), bool(sources)
+            if not sources:
+                self._disk.load_weights(model, model_config)
+            return
         if sources:
             tensors, required = raw_tensors(model)
             loaded = self._pull(tensors, required, sources, identity, device)
             apply_attributes(model, loaded.manifest.attributes)
             self._manifest = loaded.manifest
-            self._weights = _raw_weights(loaded, device) if serving else None
+            self._weights = _weights(loaded, device) if serving else None
         else:
             before = before_loading(model, device)
             self._disk.load_weights(model, model_config)
@@ -169,7 +189,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """
         if not self._supported():
             return self._disk.get_all_weights(model_config, model)
-        if self._device().layout == RAW and (reason := why_no_reload(model)):
+        if reason := why_no_reload(model, self._device_name()):
             raise LayoutUnsupported(reason)
         in_use = _in_use.get(model)
         if in_use is not None and in_use.path == model_config.model and in_use.manifest is not None:
@@ -198,7 +218,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
         device = self._device()
-        with torch.device(self._device_name()):
+        with self._device_name():
             tensors = allocate(manifest)
         loaded = self._pull(tensors, tensors.keys(), sources, in_use.identity, device)
         if in_use.server is not None:
@@ -208,10 +228,39 @@ class ModelNetLoaderElastic(BaseModelLoader):
             feed_reload(model, tensors)
             apply_attributes(model, loaded.manifest.attributes)
             if in_use.server is not None:
-                in_use.server.offer(Offer(in_use.identity, _raw_weights(loaded, device), device))
+                in_use.server.offer(Offer(in_use.identity, _weights(loaded, device), device))
             yield from ()
 
         return fill()
+
+    def _load_from_sources(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+    ) -> nn.Module:
+        """Load from the sources; where none are configured, vLLM's own steps load from disk.
+
+        In the processed layout `load_weights` has left the model empty. It has been post-processed
+        since, so that its tensors are those that inference uses, and they are filled now.
+        """
+        identity = self._identity(model_config)
+        sources = self._sources(identity.rank) if identity.layout == PROCESSED else ()
+        if not sources:
+            return super().load_model(vllm_config, model_config, prefix)
+        try:
+            with defined_memory():
+                model = super().load_model(vllm_config, model_config, prefix)
+        except Exception as error:
+            if not self._to_fill:
+                raise
+            # Loading from disk does not depend on what post-processing makes of an empty model.
+            raise LayoutUnsupported(
+                f"an empty model cannot be post-processed: {type(error).__name__}: {error}"
+            ) from None
+        device, tensors = self._device(), processed_tensors(model)
+        loaded = self._pull(tensors, tensors.keys(), sources, identity, device)
+        apply_attributes(model, loaded.manifest.attributes)
+        if self._config.port_for(identity.rank) is not None:
+            self._weights = _weights(loaded, device)
+        return model
 
     def _load_from_disk(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, failure: str
@@ -249,11 +298,15 @@ class ModelNetLoaderElastic(BaseModelLoader):
         device, identity = self._device(), self._identity(model_config)
         weights, copies = self._weights, self._copies
         self._weights, self._copies = None, {}
-        if weights is not None:
-            try:
-                weights = after_processing(weights, copies, device)
-            except LayoutUnsupported as error:
-                weights, self._unserved = None, str(error)
+        try:
+            if identity.layout == PROCESSED:
+                if weights is None and self._config.port_for(identity.rank) is not None:
+                    attributes = changed_scalars(self._scalars, scalars(model))
+                    weights = capture_processed(model, attributes, self._config.chunk_bytes, device)
+            elif weights is not None:
+                weights = after_processing(weights, copies, device, processed_tensors(model))
+        except LayoutUnsupported as error:
+            weights, self._unserved = None, str(error)
         if weights is None and self._unserved:
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s",
@@ -262,6 +315,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         server = _serve(self._config, Offer(identity, weights, device, self._unserved))
         manifest = self._manifest if weights is None else weights.manifest
+        if not can_reload_from_sources(self._device_name()):
+            manifest = None
         _in_use[model] = _InUse(server, identity, model_config.model, manifest)
         if server is not None:
             # At exit the server stops by itself, and in a forked child it is not to be stopped.
@@ -281,7 +336,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         vllm_config = self._vllm_config or get_current_vllm_config()
         config = self._config.with_model(model_config.model)
         assert config.model is not None
-        return identity_of(vllm_config, model_config, config.model, _rank(), self._device().layout)
+        layout = self._device().layout if self._config.int8_cache is Int8Cache.NO else RAW
+        return identity_of(vllm_config, model_config, config.model, _rank(), layout)
 
     def _supported(self) -> bool:
         try:
@@ -292,11 +348,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return True
 
     def _device(self) -> Device:
-        return device_of(torch.device(self._device_name()).type)
+        return device_of(self._device_name(), self._config.hccl_buffer_size)
 
-    def _device_name(self) -> str | torch.device:
+    def _device_name(self) -> torch.device:
         vllm_config = self._vllm_config or get_current_vllm_config()
-        return self.load_config.device or vllm_config.device_config.device
+        return torch.device(self.load_config.device or vllm_config.device_config.device)
 
 
 def _disk_config(load_config: LoadConfig) -> LoadConfig:
@@ -310,10 +366,10 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _raw_weights(loaded: Loaded, device: Device) -> RawWeights:
+def _weights(loaded: Loaded, device: Device) -> Weights:
     manifest, plan, tensors = loaded.manifest, loaded.plan, loaded.tensors
     digests = loaded.digests or digest_model(manifest, plan, tensors, device)
-    return RawWeights(manifest, tensors, plan, digests)
+    return Weights(manifest, tensors, plan, digests)
 
 
 def _retire(server: WeightServer, group: str) -> None:

@@ -18,7 +18,7 @@ from .executor.pace import Pace
 from .executor.pieces import size_of
 from .executor.plan import Plan, make_plan
 from .executor.process_group import SOURCE, form_group, host_store
-from .executor.weight_cache import RawWeights
+from .executor.weights import Weights
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticServer
 from .interaction.protocol import (
@@ -73,7 +73,7 @@ class Offer:
     def __init__(
         self,
         identity: ModelIdentity,
-        weights: RawWeights | None,
+        weights: Weights | None,
         device: Device,
         reason: str = "",
     ) -> None:
@@ -199,12 +199,13 @@ class WeightServer:
             connection.send(nack, self._config.handshake_timeout)
             return
         assert offer is not None
-        session = _Session(self._config, self._rank, offer, join, connection, self._pace)
-        try:
-            session.run()
-        finally:
-            with self._lock:
-                self._bytes_sent += session.bytes_sent
+        with offer.device.attached():
+            session = _Session(self._config, self._rank, offer, join, connection, self._pace)
+            try:
+                session.run()
+            finally:
+                with self._lock:
+                    self._bytes_sent += session.bytes_sent
 
     def _objection(self, join: Join, offer: Offer | None) -> JoinNack | None:
         if join.protocol != PROTOCOL:
@@ -303,6 +304,7 @@ class _Session:
             local_host,
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
+            gone=lambda: connection.hung_up,
         ) as group:
             sender = P2PSend(group, offer.weights.tensors, self._chunking.plan, offer.device)
             try:

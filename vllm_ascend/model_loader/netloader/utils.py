@@ -1,14 +1,19 @@
-"""Addresses, ports, rates and the logger."""
+"""Addresses, ports, rates, deadlines and the logger."""
 
 import ipaddress
 import logging
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 # A child of vLLM's own logger: its handlers, format and level apply without importing vLLM.
 logger = logging.getLogger("vllm.netloader")
 
 MIN_PORT, MAX_PORT = 1024, 65535
+T = TypeVar("T")
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 
@@ -76,3 +81,37 @@ def unmapped(host: str) -> str:
 def gigabytes_per_second(nbytes: int, seconds: float) -> float:
     """Return a rate in GB/s (1e9 bytes per second)."""
     return nbytes / max(seconds, 1e-9) / 1e9
+
+
+def within(seconds: float, call: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """Call what may block for ever, in a thread that is left behind when it takes too long.
+
+    Args:
+        seconds: how long it may take.
+        call: what to call; its exceptions are passed on.
+        undo: called in the thread with a result that has come too late.
+
+    Raises:
+        TimeoutError: the time is up.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result(result)
+            else:
+                undo(result)
+
+    threading.Thread(target=run, name="netloader-within", daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.cancel():
+            raise TimeoutError(f"nothing within {seconds:g} s") from None
+        return future.result()

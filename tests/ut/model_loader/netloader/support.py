@@ -23,7 +23,7 @@ from vllm_ascend.model_loader.netloader.executor.digest import digest_model
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW, describe
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
-from vllm_ascend.model_loader.netloader.executor.weight_cache import RawWeights
+from vllm_ascend.model_loader.netloader.executor.weights import Weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.interaction.protocol import PROTOCOL, Connection, Join
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -143,9 +143,9 @@ def differing(one, other):
 
 def weights_of(tensors, chunk_bytes=MIB, attributes=None):
     """Tensors as a source offers them."""
-    manifest, distinct = describe(tensors, RAW, attributes or {})
+    manifest, distinct = describe(tensors, RAW, attributes or {}, DEVICE.format_of)
     plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, DEVICE))
+    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, DEVICE))
 
 
 # Sources and clients
@@ -164,7 +164,7 @@ class Source:
 
 @contextlib.contextmanager
 def source(tensors, *, who=_IDENTITY, config=None, reason="", device=DEVICE):
-    """A running source of `tensors`: a dict of them, RawWeights, or None with a reason."""
+    """A running source of `tensors`: a dict of them, Weights, or None with a reason."""
     weights = weights_of(tensors) if isinstance(tensors, dict) else tensors
     server = WeightServer(config or settings(), who.rank, HOST)
     address = server.start(0)

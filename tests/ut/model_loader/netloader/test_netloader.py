@@ -145,7 +145,7 @@ def test_nothing_is_downloaded_where_there_are_sources(sources, downloads):
 
 def test_a_device_that_is_not_known_is_refused_by_name():
     with pytest.raises(LayoutUnsupported, match="'meta'"):
-        device_of("meta")
+        device_of("meta", 16)
 
 
 # Servers

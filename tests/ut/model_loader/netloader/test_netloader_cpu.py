@@ -13,7 +13,7 @@ from torch.distributed import HashStore, ProcessGroupGloo
 
 from vllm_ascend.model_loader.netloader.executor.devices import cpu, device_of
 
-DEVICE = device_of("cpu")
+DEVICE = device_of("cpu", 16)
 HOST = "127.0.0.1"
 HUGE = 2 << 20
 

@@ -109,8 +109,9 @@ def answer(sock):
 def group_of(client, ack):
     """The client's end of a session's process group, once it has taken the offer."""
     client.request([])
-    where = client.peer_host, ack.rendezvous_port, ack.session
-    with join_group(DEVICE, *where, HOST, handshake=5.0, progress=5.0) as group:
+    where = client.peer_host, ack.rendezvous_port, ack.session, HOST
+    deadlines = {"handshake": 5.0, "progress": 5.0, "gone": client.hung_up}
+    with join_group(DEVICE, *where, **deadlines) as group:
         assert client.sending().chunks == []
         yield group
 

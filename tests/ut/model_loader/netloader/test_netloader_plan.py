@@ -154,9 +154,9 @@ def test_a_chunk_smaller_than_an_element_is_refused():
 
 @given(_models(), _chunk_sizes)
 def test_packing_and_unpacking_is_the_identity_on_bits(model, chunk_bytes):
-    manifest, tensors = describe(model, RAW, {})
+    manifest, tensors = describe(model, RAW, {}, DEVICE.format_of)
     blanks = blank_like(model)
-    received = match(manifest, blanks, blanks.keys())
+    received = match(manifest, blanks, blanks.keys(), {})
     plan = make_plan([size_of(tensor) for tensor in tensors], chunk_bytes)
     staging = torch.empty(chunk_bytes, dtype=torch.uint8)
     for chunk in plan.chunks:
@@ -247,45 +247,47 @@ def _travelled(manifest):
 
 
 def test_a_manifest_survives_the_journey():
-    manifest, _ = describe(assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"})
+    manifest, _ = describe(
+        assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"}, DEVICE.format_of
+    )
     assert _travelled(manifest) == manifest
 
 
 def test_a_model_matches_one_like_it():
     model = assorted()
-    manifest, distinct = describe(model, RAW, {})
+    manifest, distinct = describe(model, RAW, {}, DEVICE.format_of)
     blanks = blank_like(model)
-    matched = match(_travelled(manifest), blanks, blanks.keys())
+    matched = match(_travelled(manifest), blanks, blanks.keys(), {})
     assert len(matched) == len(distinct) == len(model) - 1  # one is tied
     assert [tensor.shape for tensor in matched] == [tensor.shape for tensor in distinct]
 
 
 @given(_models())
 def test_any_model_matches_its_copy(model):
-    manifest, distinct = describe(model, RAW, {})
+    manifest, distinct = describe(model, RAW, {}, DEVICE.format_of)
     blanks = blank_like(model)
-    matched = match(_travelled(manifest), blanks, blanks.keys())
+    matched = match(_travelled(manifest), blanks, blanks.keys(), {})
     assert len(matched) == len(distinct)
 
 
 def test_only_whole_regions_are_ties():
     whole = torch.arange(20.0)
     tensors = {"whole": whole, "half": whole[:10], "view": whole.view(4, 5), "same": whole[:20]}
-    manifest, distinct = describe(tensors, RAW, {})
+    manifest, distinct = describe(tensors, RAW, {}, DEVICE.format_of)
     assert [entry.alias_of for entry in manifest.tensors] == [None, None, None, "whole"]
     assert len(distinct) == 3
 
 
 def test_empty_tensors_are_never_ties():
     empty = torch.empty(0)
-    manifest, _ = describe({"a": empty, "b": empty}, RAW, {})
+    manifest, _ = describe({"a": empty, "b": empty}, RAW, {}, DEVICE.format_of)
     assert [entry.alias_of for entry in manifest.tensors] == [None, None]
 
 
 def _refusal(there, here, required=None):
-    manifest, _ = describe(there, RAW, {})
+    manifest, _ = describe(there, RAW, {}, DEVICE.format_of)
     with pytest.raises(LayoutUnsupported) as error:
-        match(manifest, here, here.keys() if required is None else required)
+        match(manifest, here, here.keys() if required is None else required, {})
     return str(error.value)
 
 
@@ -321,8 +323,8 @@ def test_a_missing_tensor_is_named():
 
 
 def test_a_tensor_that_is_not_required_may_be_missing():
-    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {})
-    assert len(match(manifest, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"a"})) == 1
+    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {}, DEVICE.format_of)
+    assert len(match(manifest, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"a"}, {})) == 1
 
 
 def test_an_extra_tensor_is_named():
@@ -356,22 +358,22 @@ def test_many_differences_are_named_in_part_and_counted():
 )
 def test_a_source_has_no_tensors_without_memory(tensor):
     with pytest.raises(LayoutUnsupported, match="b has no memory"):
-        describe({"a": torch.zeros(1), "b": tensor}, RAW, {})
+        describe({"a": torch.zeros(1), "b": tensor}, RAW, {}, DEVICE.format_of)
 
 
 def test_a_client_has_no_tensors_without_memory():
-    manifest, _ = describe({"b": torch.zeros(3)}, RAW, {})
+    manifest, _ = describe({"b": torch.zeros(3)}, RAW, {}, DEVICE.format_of)
     with pytest.raises(LayoutUnsupported, match="b has no memory"):
-        match(manifest, {"b": torch.empty(3, device="meta")}, {"b"})
+        match(manifest, {"b": torch.empty(3, device="meta")}, {"b"}, {})
 
 
 def test_memory_is_made_for_every_name_of_a_manifest():
     model = assorted()
-    manifest, _ = describe(model, RAW, {})
+    manifest, _ = describe(model, RAW, {}, DEVICE.format_of)
     made = allocate(_travelled(manifest))
     assert made.keys() == model.keys()
     assert made["embed.weight"] is made["lm_head.weight"]
-    match(manifest, made, made.keys())
+    match(manifest, made, made.keys(), {})
 
 
 # The ledger

@@ -68,7 +68,7 @@ def processed(process, cache=Int8Cache.NO, parts=None):
     as_loaded = [tensor.clone() for tensor in raw.tensors]
     copies = copy_int8(raw, cache, parts)
     process(model)
-    return after_processing(raw, copies, DEVICE), as_loaded
+    return after_processing(raw, copies, DEVICE, {}), as_loaded
 
 
 def same(weights, as_loaded):
@@ -133,7 +133,7 @@ def test_a_replaced_parameter_is_kept_by_reference():
     memory = model.first.weight.data_ptr()
     copies = copy_int8(raw, Int8Cache.NO, None)
     model.first.weight = nn.Parameter(torch.empty(0))
-    weights = after_processing(raw, copies, DEVICE)
+    weights = after_processing(raw, copies, DEVICE, {})
     kept = weights.tensors[weights.names().index("first.weight")]
     assert kept.data_ptr() == memory
     assert kept.shape == LARGE
@@ -196,7 +196,7 @@ def test_a_large_tensor_changed_in_place_through_a_tie_is_refused():
     copies = copy_int8(raw, Int8Cache.NO, None)
     model.second.weight.data.mul_(2)
     with pytest.raises(LayoutUnsupported, match=r"first\.weight"):
-        after_processing(raw, copies, DEVICE)
+        after_processing(raw, copies, DEVICE, {})
 
 
 @pytest.mark.parametrize("cache", Int8Cache)
@@ -243,7 +243,7 @@ def test_the_cache_takes_int8_alone():
 def test_copies_of_what_has_not_changed_are_dropped():
     model = Model()
     raw = captured(model)
-    weights = after_processing(raw, copy_int8(raw, Int8Cache.DRAM, None), DEVICE)
+    weights = after_processing(raw, copy_int8(raw, Int8Cache.DRAM, None), DEVICE, {})
     assert all(
         kept.data_ptr() == loaded.data_ptr()
         for kept, loaded in zip(weights.tensors, raw.tensors, strict=True)
@@ -275,7 +275,7 @@ def test_part_of_a_memory_that_shrinks_is_refused_and_not_read():
     copies = copy_int8(raw, Int8Cache.NO, None)
     memory.untyped_storage().resize_(memory[1].nbytes)
     with pytest.raises(LayoutUnsupported, match=r"first\.weight"):
-        after_processing(raw, copies, DEVICE)
+        after_processing(raw, copies, DEVICE, {})
 
 
 # What else loading leaves behind
@@ -438,5 +438,5 @@ def test_a_model_made_under_inference_mode_is_captured():
         model = Model()
         model.table = torch.ones(3)
         raw = captured(model)
-        weights = after_processing(raw, copy_int8(raw, Int8Cache.DRAM, None), DEVICE)
+        weights = after_processing(raw, copy_int8(raw, Int8Cache.DRAM, None), DEVICE, {})
     assert set(weights.names()) == set(model.state_dict())

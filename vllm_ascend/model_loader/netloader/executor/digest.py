@@ -55,4 +55,5 @@ def digest_model(
 ) -> Digests:
     """Hash a whole model."""
     device.synchronize()
+    tensors = device.readable(tensors)
     return combine(manifest, (piece_hashes(chunk, tensors, device) for chunk in plan.chunks))

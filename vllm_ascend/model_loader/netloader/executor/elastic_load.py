@@ -108,7 +108,7 @@ class P2PSend:
         device: Device,
     ) -> None:
         self._group = group
-        self._tensors = tensors
+        self._tensors = device.readable(tensors)
         self._plan = plan
         self._device = device
         self._staging = _Staging(device, plan.chunk_bytes)
@@ -124,7 +124,7 @@ class P2PSend:
         while self._group.in_flight >= WINDOW:
             self._finish_oldest()
         planned = self._plan.chunks[chunk]
-        message, buffer = _own_memory(planned, self._tensors), None
+        message, buffer = _own_memory(planned, self._tensors, self._device), None
         if message is None:
             buffer = self._staging.take()
             message = pack(planned, self._tensors, buffer, self._device)
@@ -253,7 +253,7 @@ class P2PLoad:
         while self._announced and len(self._arriving) < WINDOW:
             chunk, digest = self._announced[0]
             planned = self._target.plan.chunks[chunk]
-            message, buffer = _own_memory(planned, self._target.tensors), None
+            message, buffer = _own_memory(planned, self._target.tensors, self._device), None
             if message is None:
                 buffer = self._staging.take()
                 message = buffer[: planned.nbytes]
@@ -294,8 +294,11 @@ class P2PLoad:
             self._control.sending()
 
 
-def _own_memory(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    return in_place(chunk.pieces[0], tensors) if len(chunk.pieces) == 1 else None
+def _own_memory(
+    chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
+) -> torch.Tensor | None:
+    memory = in_place(chunk.pieces[0], tensors) if len(chunk.pieces) == 1 else None
+    return memory if memory is not None and device.reachable(memory) else None
 
 
 def _names(target: Target, chunk: Chunk) -> str:

@@ -1,7 +1,7 @@
 """Which tensors travel, in which layout and order, and whether two sides mean the same ones."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import LayoutUnsupported
 
-RAW = "raw"
+RAW, PROCESSED = "raw", "processed"
 MAX_NAMED = 5  # how many differences a refusal spells out
 
 Scalar: TypeAlias = bool | int | float | str | None
@@ -25,20 +25,27 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         shape: its dimensions.
         alias_of: name of the earlier entry whose memory this one shares entirely (tied weights);
             such an entry has no bytes of its own.
+        stride: its strides in elements, in the processed layout, where inference goes by them;
+            None: those of row-major order without gaps.
+        format: how it lies in memory if strides do not tell it, as in `FRACTAL_NZ`.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     alias_of: str | None = None
+    stride: tuple[int, ...] | None = None
+    format: str | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):
     """What a source offers.
 
     Attributes:
-        layout: `raw`: tensors as the checkpoint fills them, before post-processing.
-        tensors: the tensors in the order of the plan. On the wire each one is its elements in
+        layout: `raw`: tensors as the checkpoint fills them, before post-processing; `processed`:
+            as inference uses them, after it.
+        tensors: the tensors in the order of the plan. On the wire each one is its elements: in the
+            order in which they lie in memory where `stride` tells it and there are no gaps, else in
             row-major order, whatever its strides in memory.
         attributes: dotted name -> value of the plain attributes that loading has set on modules.
     """
@@ -49,7 +56,10 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 def describe(
-    tensors: Mapping[str, torch.Tensor], layout: str, attributes: Mapping[str, Scalar]
+    tensors: Mapping[str, torch.Tensor],
+    layout: str,
+    attributes: Mapping[str, Scalar],
+    format_of: Callable[[torch.Tensor], str | None],
 ) -> tuple[Manifest, list[torch.Tensor]]:
     """Make the manifest of named tensors.
 
@@ -57,9 +67,11 @@ def describe(
         tensors: name -> tensor, any dtype, shape and strides.
         layout: the manifest's layout.
         attributes: the manifest's attributes.
+        format_of: the device's.
 
     Returns:
-        The manifest, and the tensors of its entries that are no aliases, in order.
+        The manifest, and the tensors of its entries that are no aliases, in order, as they are
+        sent.
 
     Raises:
         LayoutUnsupported: a tensor has no memory yet.
@@ -69,9 +81,11 @@ def describe(
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
         alias_of = _alias_of(name, tensors, seen)
-        entries.append(TensorEntry(name, _name_of(tensor.dtype), tuple(tensor.shape), alias_of))
+        dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
+        stride = _stride_of(tensor) if layout == PROCESSED else None
+        entries.append(TensorEntry(name, dtype, shape, alias_of, stride, format_of(tensor)))
         if alias_of is None:
-            distinct.append(tensor)
+            distinct.append(_as_sent(tensor, layout))
     return Manifest(layout, entries, dict(attributes)), distinct
 
 
@@ -88,7 +102,10 @@ def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
 
 
 def match(
-    manifest: Manifest, tensors: Mapping[str, torch.Tensor], required: Collection[str]
+    manifest: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    formats: Mapping[str, str],
 ) -> list[torch.Tensor]:
     """Find a manifest's tensors among a model's own.
 
@@ -96,9 +113,10 @@ def match(
         manifest: what the source offers.
         tensors: name -> tensor of this side.
         required: names among them that the manifest must have.
+        formats: name -> format of those of them that have one when they are in use.
 
     Returns:
-        This side's tensors of the entries that are no aliases, in order.
+        This side's tensors of the entries that are no aliases, in order, as they are received.
 
     Raises:
         LayoutUnsupported: the two differ; names the first differing tensors.
@@ -116,6 +134,11 @@ def match(
             there = _kind(entry.dtype, entry.shape)
             differences.append(f"{entry.name} is {here} here and {there} there")
             continue
+        stride = _stride_of(tensor) if manifest.layout == PROCESSED else None
+        here_stored = _stored(stride, formats.get(entry.name))
+        if here_stored != (there_stored := _stored(entry.stride, entry.format)):
+            differences.append(f"{entry.name} is {here_stored} here and {there_stored} there")
+            continue
         alias_of = _alias_of(entry.name, tensors, seen)
         if alias_of != entry.alias_of:
             differences.append(
@@ -123,7 +146,7 @@ def match(
                 f"{entry.alias_of or 'no other'} there"
             )
         elif alias_of is None:
-            matched.append(tensor)
+            matched.append(_as_sent(tensor, manifest.layout))
     known = {entry.name for entry in manifest.tensors}
     if len(known) < len(manifest.tensors):
         differences.append("a name is there twice")
@@ -154,6 +177,31 @@ def _alias_of(
 
 def _region(tensor: torch.Tensor) -> object:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stride_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    return None if tensor.is_contiguous() else tensor.stride()
+
+
+def _as_sent(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return a tensor, or all of its memory where both sides have the same strides."""
+    if layout == RAW or tensor.is_contiguous() or not _has_no_gaps(tensor):
+        return tensor
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _has_no_gaps(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _stored(stride: tuple[int, ...] | None, storage_format: str | None) -> str:
+    return storage_format or ("row-major" if stride is None else f"strided {list(stride)}")
 
 
 _name_of = functools.cache(str)

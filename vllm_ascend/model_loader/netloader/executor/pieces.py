@@ -89,7 +89,7 @@ def piece_hashes(
     chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
 ) -> tuple[bytes, ...]:
     """Hash each piece of a chunk as it stands in the tensors' memory."""
-    return tuple(map(device.hash, contiguous_parts(chunk, tensors)))
+    return device.hashes(contiguous_parts(chunk, tensors))
 
 
 def contiguous_parts(chunk: Chunk, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -16,10 +16,11 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..config import Int8Cache
 from ..errors import LayoutUnsupported
 from .devices import Device
-from .digest import Digests, digest_model
-from .manifest import RAW, Manifest, Scalar, describe
+from .digest import digest_model
+from .manifest import RAW, Scalar, describe
 from .pieces import piece_hashes, read, size_of
-from .plan import Piece, Plan, make_plan
+from .plan import Piece, make_plan
+from .weights import Weights
 
 # Scales and the like: copying all of them costs little, and quantization rewrites them in place.
 _SMALL = 64 << 10
@@ -42,31 +43,10 @@ class BeforeLoading:
     parameters: Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
-@dataclass(frozen=True)
-class RawWeights:
-    """The tensors as the checkpoint filled them, which is what a source sends.
-
-    Attributes:
-        manifest: their names, dtypes and shapes.
-        tensors: the tensors without aliases, in the manifest's order.
-        plan: the chunks they are hashed and sent in.
-        digests: checksums of all of them.
-    """
-
-    manifest: Manifest
-    tensors: Sequence[torch.Tensor]
-    plan: Plan
-    digests: Digests
-
-    def names(self) -> list[str]:
-        """Return the name of each tensor."""
-        return [entry.name for entry in self.manifest.tensors if entry.alias_of is None]
-
-
 def before_loading(model: nn.Module, device: Device) -> BeforeLoading:
     """Take note of what loading may change besides parameters and persistent buffers."""
     return BeforeLoading(
-        scalars=_scalars(model),
+        scalars=scalars(model),
         tensors=_plain_tensors(model),
         buffers=_hashes(_derived_buffers(model), device),
         parameters=_kinds(model),
@@ -93,7 +73,7 @@ def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
 
 def capture_loaded(
     model: nn.Module, before: BeforeLoading, chunk_bytes: int, device: Device
-) -> RawWeights:
+) -> Weights:
     """Keep references to what a checkpoint has just filled.
 
     Args:
@@ -120,19 +100,18 @@ def capture_loaded(
     if made := sorted(name for name in kinds if kinds[name] != before.parameters.get(name)):
         # Online quantization: a client's model has not been through it when it receives.
         raise LayoutUnsupported(f"{made[0]} was made by loading, not filled")
-    scalars = _scalars(model)
     attributes = {
         name: value
-        for name, value in scalars.items()
+        for name, value in scalars(model).items()
         if name not in before.scalars or before.scalars[name] != value
     }
     everything, required = raw_tensors(model)
     derived = _hashes(_derived_buffers(model), device)
     filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
     tensors = {name: tensor for name, tensor in everything.items() if name in filled}
-    manifest, distinct = describe(tensors, RAW, attributes)
+    manifest, distinct = describe(tensors, RAW, attributes, device.format_of)
     plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return RawWeights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
+    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
 
 
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
@@ -155,7 +134,7 @@ def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None
 
 
 def copy_int8(
-    raw: RawWeights, cache: Int8Cache, parts: Sequence[str] | None
+    raw: Weights, cache: Int8Cache, parts: Sequence[str] | None
 ) -> dict[int, torch.Tensor]:
     """Copy the tensors that post-processing may change in place, before it runs.
 
@@ -179,9 +158,21 @@ def copy_int8(
 
 
 def after_processing(
-    raw: RawWeights, copies: Mapping[int, torch.Tensor], device: Device
-) -> RawWeights:
-    """Put copies in the place of what post-processing has changed; the other copies are dropped.
+    raw: Weights,
+    copies: Mapping[int, torch.Tensor],
+    device: Device,
+    in_use: Mapping[str, torch.Tensor],
+) -> Weights:
+    """Put copies in the place of what post-processing has changed or what is to leave the device.
+
+    The other copies are dropped.
+
+    Args:
+        raw: the weights.
+        copies: see `copy_int8`.
+        device: where the tensors are.
+        in_use: the tensors that inference uses. What is not among them is kept in host memory
+            only, if it was copied there.
 
     Raises:
         LayoutUnsupported: a tensor has changed and there is no copy; names it.
@@ -195,13 +186,22 @@ def after_processing(
             + (f" and {len(lost) - 1} more tensors" if len(lost) > 1 else "")
             + ", and no copy was kept (INT8_CACHE hbm or dram keeps int8 tensors)"
         )
+    used = {tensor.untyped_storage().data_ptr() for tensor in in_use.values()}
     tensors = [
-        copies[index] if index in changed else tensor for index, tensor in enumerate(raw.tensors)
+        copies[index]
+        if index in changed
+        or (
+            index in copies
+            and copies[index].device != tensor.device
+            and tensor.untyped_storage().data_ptr() not in used
+        )
+        else tensor
+        for index, tensor in enumerate(raw.tensors)
     ]
     return replace(raw, tensors=tensors)
 
 
-def _changed(raw: RawWeights, device: Device) -> set[int]:
+def _changed(raw: Weights, device: Device) -> set[int]:
     gone = {
         index
         for index, tensor in enumerate(raw.tensors)
@@ -245,7 +245,7 @@ def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, bytes]:
     return {
-        name: device.hash(read(Piece(0, 0, size_of(tensor)), [tensor]))
+        name: device.hashes([read(Piece(0, 0, size_of(tensor)), [tensor])])[0]
         for name, tensor in tensors.items()
         if not tensor.is_meta and tensor.numel()
     }
@@ -265,7 +265,8 @@ def _is_scalar(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-def _scalars(model: nn.Module) -> dict[str, Scalar]:
+def scalars(model: nn.Module) -> dict[str, Scalar]:
+    """Return dotted name -> value of the plain attributes of all modules."""
     return {
         f"{path}.{name}" if path else name: value
         for path, module in model.named_modules(remove_duplicate=False)

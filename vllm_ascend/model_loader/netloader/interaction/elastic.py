@@ -141,6 +141,10 @@ class ElasticClient:
         """Whether something has come that `sending` has not returned yet."""
         return self._connection.has_data
 
+    def hung_up(self) -> bool:
+        """Return whether the source has closed the connection, or its process has ended."""
+        return self._connection.hung_up
+
     def last_words(self) -> str:
         """Return why the source gave up, if it has said so; to be asked when a transfer failed."""
         deadline = time.monotonic() + 1  # for all that was said before

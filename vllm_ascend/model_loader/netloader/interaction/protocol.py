@@ -344,6 +344,13 @@ class Connection:
         poll.register(self._sock, select.POLLIN)
         return bool(self._buffer or poll.poll(0))
 
+    @property
+    def hung_up(self) -> bool:
+        """Whether the peer has closed the connection, or its process has ended."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def cut(self) -> None:
         """End the connection; the thread that waits in it gets an OSError.
 

@@ -1,11 +1,12 @@
 """What differs by accelerator, and nothing else: one module for each."""
 
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
-from torch.distributed import ProcessGroup, Store, Work
+from torch.distributed import ProcessGroup, Store
 
 from ...errors import LayoutUnsupported
 
@@ -15,11 +16,17 @@ class Device(Protocol):
 
     @property
     def digest_algorithm(self) -> str:
-        """Name of the algorithm behind `hash`."""
+        """Name of the algorithm behind `hashes`."""
 
     @property
     def layout(self) -> str:
         """The layout in which instances on this device exchange weights with INT8_CACHE=no."""
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Enter in each thread that uses the device: chooses it, and a stream of the thread's own.
+
+        What the thread queues there waits for nothing that inference does, and the other way round.
+        """
 
     def create_group(
         self, store: Store, rank: int, local_host: str, timeout: float
@@ -36,15 +43,38 @@ class Device(Protocol):
             RuntimeError: the peer did not come, or went away.
         """
 
-    def wait(self, work: Work, timeout: float) -> None:
-        """Return once a transfer has happened, not merely been queued.
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:
+        """Start sending contiguous uint8 memory; return what to `wait` for.
 
-        Raises:
-            RuntimeError: it failed, or `timeout` seconds passed.
+        Messages of one group complete in the order in which they were started. Backends that may
+        match them out of order go by the tag.
         """
 
-    def hash(self, tensor: torch.Tensor) -> bytes:
-        """Return the checksum of a contiguous tensor's bytes, whatever its dtype and shape."""
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:
+        """Start receiving into contiguous uint8 memory; see `send`."""
+
+    def wait(self, transfer: Any, timeout: float, gone: Callable[[], bool]) -> None:
+        """Return once a transfer has happened, not merely been queued.
+
+        Args:
+            transfer: what `send` or `receive` has returned.
+            timeout: seconds after which the peer counts as lost.
+            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
+
+        Raises:
+            RuntimeError: it failed, the peer is gone, or `timeout` seconds passed.
+        """
+
+    def close(self, group: ProcessGroup, unfinished: Sequence[Any]) -> None:
+        """Leave a group, after which no byte is written to any tensor.
+
+        Args:
+            group: the group, which nobody uses any more.
+            unfinished: the transfers that were started and not waited for.
+        """
+
+    def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
+        """Return the checksum of each contiguous tensor's bytes, whatever its dtype and shape."""
 
     def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
         """Copy the bytes of contiguous tensors, one after the other, into a uint8 message."""
@@ -54,6 +84,28 @@ class Device(Protocol):
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return uninitialized uint8 memory for staging."""
+
+    def reachable(self, tensor: torch.Tensor) -> bool:
+        """Return whether messages can be sent from and received into a tensor's own memory."""
+
+    def format_of(self, tensor: torch.Tensor) -> str | None:
+        """Name the way a tensor's elements lie in memory if strides do not tell it."""
+
+    def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return tensors in which those with a `format_of` are copies without one.
+
+        Such copies are made when an item is asked for, and only the last one is kept.
+        """
+
+    def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Give tensors with a `format_of` memory without one, whose contents are undefined.
+
+        Returns:
+            What to call to bring all of them back into their format with their new contents.
+
+        Raises:
+            LayoutUnsupported: a tensor shares its memory with another one that would not follow.
+        """
 
     def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
         """Get memory ready that is about to be written for the first time; contents stay.
@@ -65,14 +117,27 @@ class Device(Protocol):
         """Return once everything queued on the device has happened."""
 
 
-def device_of(kind: str) -> Device:
-    """Return the device of a kind, as in `torch.device.type`.
+def device_of(device: torch.device | str, hccl_buffer_mb: int) -> Device:
+    """Return what moves tensors of a device.
+
+    Args:
+        device: as vLLM names it; without an index, the one that this thread has chosen.
+        hccl_buffer_mb: memory in MB that HCCL takes for each direction of a session.
 
     Raises:
-        LayoutUnsupported: NetLoader does not know that kind.
+        LayoutUnsupported: NetLoader does not know such devices.
     """
-    if kind == "cpu":
+    device = torch.device(device)
+    if device.type == "cpu":
         from .cpu import CpuDevice
 
         return CpuDevice()
-    raise LayoutUnsupported(f"NetLoader moves no tensors between devices of kind {kind!r}")
+    if device.type == "npu":
+        from .npu import npu_device
+
+        return npu_device(device.index, hccl_buffer_mb)
+    if device.type == "cuda":
+        from .cuda import cuda_device
+
+        return cuda_device(device.index)
+    raise LayoutUnsupported(f"NetLoader moves no tensors between devices of kind {device.type!r}")

@@ -4,7 +4,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from ctypes import CDLL, PYFUNCTYPE, c_char, c_int, c_size_t, c_void_p
 from datetime import timedelta
 
@@ -22,6 +23,10 @@ _BLOCK, _FAST, _LONGEST_WAIT = 2 * _HUGE_PAGE, 4e9, 64
 # Gloo calls a peer that has published its address and does not answer as often, each time for as
 # long as its timeout says.
 _CONNECT_ATTEMPTS = 5
+# Messages and trailers have tags of their own: gloo ends the process that gets more bytes under a
+# tag than it has room for.
+_TRAILER_TAGS = 1 << 30
+_trailer = torch.empty(1, dtype=torch.uint8)  # its content says nothing
 _libc = CDLL(None)
 _madvise = _libc.madvise
 _madvise.argtypes = (c_void_p, c_size_t, c_int)
@@ -47,9 +52,41 @@ class CpuDevice:
             options._devices = [ProcessGroupGloo.create_device(hostname=local_host)]
         return ProcessGroupGloo(store, rank, 2, options)
 
-    def wait(self, work: Work, timeout: float) -> None:
+    def attached(self) -> AbstractContextManager[object]:
+        """There is nothing to choose."""
+        return contextlib.nullcontext()
+
+    # A trailer of one byte follows each message. When a connection breaks, gloo wakes up those who
+    # wait for a message that has not begun, but not those who wait for one that is half here. So
+    # the trailer is waited for, and a peer that dies is noticed at once.
+
+    def send(
+        self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int
+    ) -> tuple[Work, Work]:
+        """Send with a trailer."""
+        work = group.send([message], peer, tag)
+        return work, group.send([_trailer], peer, _TRAILER_TAGS + tag)
+
+    def receive(
+        self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int
+    ) -> tuple[Work, Work]:
+        """Receive with a trailer."""
+        work = group.recv([message], peer, tag)
+        return work, group.recv([_trailer], peer, _TRAILER_TAGS + tag)
+
+    def wait(self, transfer: tuple[Work, Work], timeout: float, gone: Callable[[], bool]) -> None:
         """Wait for gloo, which closes the connection when the time is up."""
-        work.wait(timedelta(seconds=timeout))
+        message, trailer = transfer
+        trailer.wait(timedelta(seconds=timeout))
+        message.wait(timedelta(seconds=timeout))
+
+    def close(self, group: ProcessGroup, unfinished: Sequence[tuple[Work, Work]]) -> None:
+        """Abort; gloo closes a connection once nobody refers to an operation on it."""
+        group.abort()
+
+    def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
+        """See `hash`."""
+        return tuple(map(self.hash, tensors))
 
     def hash(self, tensor: torch.Tensor) -> bytes:
         """Return the XXH3 128-bit hash; the GIL is released for large data."""
@@ -80,6 +117,22 @@ class CpuDevice:
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return host memory."""
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def reachable(self, tensor: torch.Tensor) -> bool:
+        """All memory is a CPU's."""
+        return True
+
+    def format_of(self, tensor: torch.Tensor) -> str | None:
+        """Strides tell everything."""
+        return None
+
+    def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return them as they are."""
+        return tensors
+
+    def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Nothing has to be done."""
+        return lambda: None
 
     def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
         """Have the kernel find the pages ahead of the transfer, huge ones where these come fast.

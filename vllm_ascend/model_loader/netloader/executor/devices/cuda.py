@@ -1,0 +1,52 @@
+"""GPUs: NCCL."""
+
+import functools
+import os
+import threading
+from datetime import timedelta
+
+import torch
+from torch.distributed import ProcessGroup, Store
+
+from .streams import StreamDevice
+
+# NCCL's watchdog ends the process when an operation fails or takes longer than its group allows,
+# and what it does about it is read from here when a group is made.
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_NEVER = timedelta(days=365)
+_environment = threading.Lock()
+
+
+class CudaDevice(StreamDevice):
+    """See `devices.Device`."""
+
+    def create_group(
+        self, store: Store, rank: int, local_host: str, timeout: float
+    ) -> ProcessGroup:
+        """Make a NCCL group that leaves peers that die or stall to their session."""
+        from torch.distributed import ProcessGroupNCCL
+
+        store.set_timeout(timedelta(seconds=timeout))
+        options = ProcessGroupNCCL.Options()
+        options._timeout = _NEVER
+        options.group_name = "netloader"
+        with _environment:
+            before = os.environ.get(_ERROR_HANDLING)
+            os.environ[_ERROR_HANDLING] = "0"
+            try:
+                group = ProcessGroupNCCL(store, rank, 2, options)
+            finally:
+                if before is None:
+                    del os.environ[_ERROR_HANDLING]
+                else:
+                    os.environ[_ERROR_HANDLING] = before
+        self.connect(group, rank, timeout)
+        return group
+
+
+@functools.cache
+def cuda_device(index: int | None) -> CudaDevice:
+    """Return a GPU; without an index, the one that this thread has chosen."""
+    if index is None:
+        return cuda_device(torch.cuda.current_device())
+    return CudaDevice(torch.device("cuda", index), torch.cuda)

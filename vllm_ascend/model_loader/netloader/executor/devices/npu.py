@@ -1,0 +1,154 @@
+"""Ascend NPUs: HCCL, and the private format FRACTAL_NZ."""
+
+import functools
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, Store
+
+from ...errors import LayoutUnsupported
+from .streams import StreamDevice, Transfer
+
+_ND, _FRACTAL_NZ = 2, 29  # aclFormat
+_NEVER = timedelta(days=365)
+_WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
+# A watchdog that is stopped forgets no operation by itself; each one keeps an event.
+_FORGET_EVERY = 64
+
+
+class NpuDevice(StreamDevice):
+    """See `devices.Device`.
+
+    Args:
+        index: of the device among those that this process sees.
+        hccl_buffer_mb: memory in MB that HCCL takes for each direction of a session.
+    """
+
+    def __init__(self, index: int, hccl_buffer_mb: int) -> None:
+        # Importing torch_npu gives torch its `npu`.
+        import torch_npu
+
+        super().__init__(torch.device("npu", index), torch.npu)
+        self._torch_npu = torch_npu
+        self._hccl_buffer_mb = hccl_buffer_mb
+
+    def create_group(
+        self, store: Store, rank: int, local_host: str, timeout: float
+    ) -> ProcessGroup:
+        """Make a HCCL group that torch_npu's watchdog does not watch.
+
+        The watchdog ends the process when an operation fails or takes too long, and with it an
+        instance that serves. Here the session looks after its peer.
+        """
+        from torch_npu._C._distributed_c10d import ProcessGroupHCCL
+
+        store.set_timeout(timedelta(seconds=timeout))
+        options = ProcessGroupHCCL.Options()
+        options._timeout = _NEVER
+        options.group_name = "netloader"
+        options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
+        group = ProcessGroupHCCL(store, rank, 2, options)
+        group.set_watchdog_status(_WATCHDOG_STOPPED)
+        self.connect(group, rank, timeout)
+        return group
+
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Send as int8."""
+        _forget_the_finished(group, tag)
+        return super().send(group, message, peer, tag)
+
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Receive as int8."""
+        _forget_the_finished(group, tag)
+        return super().receive(group, message, peer, tag)
+
+    def format_of(self, tensor: torch.Tensor) -> str | None:
+        """Name FRACTAL_NZ, in which a tensor is stored in padded blocks of 16 rows."""
+        return "FRACTAL_NZ" if self._is_nz(tensor) else None
+
+    def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Cast FRACTAL_NZ to ND when asked for."""
+        if not any(map(self._is_nz, tensors)):
+            return tensors
+        return _CastToNd(tensors, self)
+
+    def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Replace FRACTAL_NZ memory by ND memory, and cast it when it has been filled."""
+        cast = [tensor for tensor in tensors if self._is_nz(tensor)]
+        storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        for tensor in cast:
+            if storages.count(tensor.untyped_storage().data_ptr()) > 1:
+                raise LayoutUnsupported(
+                    f"a FRACTAL_NZ tensor of shape {list(tensor.shape)} shares memory with another"
+                )
+        for tensor in cast:
+            dtype, stored = tensor.dtype, _packed(tensor).dtype
+            shape = _packed(tensor).shape
+            tensor.data = torch.empty(0, dtype=dtype, device=self.device)  # frees it first
+            tensor.data = torch.empty(shape, dtype=stored, device=self.device).view(dtype)
+
+        def restore() -> None:
+            for tensor in cast:
+                tensor.data = self._cast(tensor.data, _FRACTAL_NZ)
+
+        return restore
+
+    def to_nd(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor without a private format, a copy if it has one."""
+        return self._cast(tensor.detach(), _ND) if self._is_nz(tensor) else tensor
+
+    def _cast(self, tensor: torch.Tensor, acl_format: int) -> torch.Tensor:
+        cast: torch.Tensor = self._torch_npu.npu_format_cast(_packed(tensor), acl_format)
+        return cast.view(tensor.dtype)
+
+    def _is_nz(self, tensor: torch.Tensor) -> bool:
+        return (
+            tensor.device.type == "npu"
+            and tensor.numel() > 0
+            and self._torch_npu.get_npu_format(tensor) == _FRACTAL_NZ
+        )
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a FRACTAL_NZ tensor as the dtype that it was stored as.
+
+    An int32 one is vLLM Ascend's W4A8: eight int4 in each element, stored as int8.
+    """
+    return tensor.view(torch.int8) if tensor.dtype == torch.int32 else tensor
+
+
+class _CastToNd(Sequence[torch.Tensor]):
+    """Tensors, those in FRACTAL_NZ as ND copies, of which only the last one is kept."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: NpuDevice) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, index: Any) -> Any:  # an overload for slices is of no use here
+        if self._last is None or self._last[0] != index:
+            tensor = self._device.to_nd(self._tensors[index])
+            if tensor is self._tensors[index]:
+                return tensor
+            self._last = index, tensor
+        return self._last[1]
+
+
+def _forget_the_finished(group: ProcessGroup, tag: int) -> None:
+    if tag % _FORGET_EVERY == 0:
+        group.clear_workmeta_list()
+
+
+@functools.cache
+def npu_device(index: int | None, hccl_buffer_mb: int) -> NpuDevice:
+    """Return an NPU; without an index, the one that this thread has chosen."""
+    if index is None:
+        import torch_npu  # noqa: F401
+
+        return npu_device(torch.npu.current_device(), hccl_buffer_mb)
+    return NpuDevice(index, hccl_buffer_mb)

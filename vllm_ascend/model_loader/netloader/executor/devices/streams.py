@@ -1,0 +1,184 @@
+"""What accelerators whose work is queued on streams have in common."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch.distributed import ProcessGroup, Work
+
+from ...utils import logger, within
+from .. import manifest
+from . import rowsums
+
+_ON_HOST = "xxh3_128 of copies on the host"
+# How often a transfer is looked at: at first often, as a chunk takes a fraction of a millisecond.
+_FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
+# What a peer that has hung up may still have sent.
+_GRACE = 0.5
+# How long a backend is given to end what it was doing when its group is aborted.
+_DRAIN = 5.0
+
+
+class Transfer(NamedTuple):
+    """A message on its way.
+
+    Attributes:
+        work: the backend's operation.
+        message: the memory, which must not be used for anything else before the end of it.
+    """
+
+    work: Work
+    message: torch.Tensor
+
+
+# Messages of operations that did not end when their group was aborted. Nobody knows when they will,
+# so their memory is never used again.
+_abandoned: list[Transfer] = []
+
+
+class StreamDevice:
+    """What `devices.Device` asks for, as far as it is the same on all of them.
+
+    Args:
+        device: with its index.
+        api: `torch.npu` or `torch.cuda`.
+    """
+
+    # Post-processed weights are tensors here, and are sent as inference uses them.
+    layout = manifest.PROCESSED
+
+    def __init__(self, device: torch.device, api: ModuleType) -> None:
+        self.device = device
+        self._api = api
+        self._hashes_on_device = rowsums.agrees_with_host(device)
+        if not self._hashes_on_device:
+            logger.warning(
+                "NetLoader: %s computes other checksums than a CPU: %s", device, _ON_HOST
+            )
+
+    @property
+    def digest_algorithm(self) -> str:
+        """Row sums, unless the device gets them wrong."""
+        return rowsums.ALGORITHM if self._hashes_on_device else _ON_HOST
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Choose the device for this thread, and a stream of low priority."""
+        self._api.set_device(self.device)
+        with self._api.stream(self._api.Stream(self.device)):
+            yield
+
+    def connect(self, group: ProcessGroup, rank: int, timeout: float) -> None:
+        """Send a byte from the source to the client, which makes the backend connect the two.
+
+        It does so with a deadline of its own, of minutes, in the thread that sends first.
+
+        Raises:
+            RuntimeError: the two are not connected within `timeout` seconds.
+        """
+
+        def exchange() -> None:
+            with self.attached():
+                start = self.send if rank else self.receive
+                transfer = start(group, self.empty(1), 1 - rank, 0)
+                self.wait(transfer, timeout, lambda: False)
+
+        try:
+            within(timeout, exchange, lambda _: group.abort())
+        except TimeoutError:
+            raise RuntimeError(f"not connected within {timeout:g} s") from None
+
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Send as int8, which every version of HCCL and NCCL knows."""
+        return Transfer(group.send([message.view(torch.int8)], peer, 0), message)
+
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+        """Receive as int8."""
+        return Transfer(group.recv([message.view(torch.int8)], peer, 0), message)
+
+    def wait(self, transfer: Transfer, timeout: float, gone: Callable[[], bool]) -> None:
+        """Ask the operation's event until it has happened.
+
+        Its `wait` would only put streams in order, and synchronizing has no deadline.
+        """
+        deadline, pause, hung_up = time.monotonic() + timeout, _FIRST_PAUSE, False
+        while not transfer.work.is_completed():
+            now = time.monotonic()
+            if now > deadline:
+                reason = "the peer has hung up" if hung_up else f"nothing moved in {timeout:g} s"
+                raise RuntimeError(reason)
+            if not hung_up and gone():
+                hung_up, deadline = True, min(deadline, now + _GRACE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        if not transfer.work.is_success():
+            raise RuntimeError("the peer has hung up" if gone() else "the transfer failed")
+
+    def close(self, group: ProcessGroup, unfinished: Sequence[Transfer]) -> None:
+        """Abort, and wait until the operations that were under way have ended."""
+        group.abort()
+        deadline = time.monotonic() + _DRAIN
+        while unfinished and not unfinished[-1].work.is_completed():
+            if time.monotonic() > deadline:
+                logger.warning("NetLoader: %d transfers did not end when aborted", len(unfinished))
+                _abandoned.extend(unfinished)
+                return
+            time.sleep(_LONGEST_PAUSE)
+
+    def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
+        """See `rowsums`."""
+        if self._hashes_on_device:
+            return rowsums.hashes(tensors)
+        from .cpu import CpuDevice
+
+        return CpuDevice().hashes([tensor.cpu() for tensor in tensors])
+
+    def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+        """Copy in one operation where all of it is on the device."""
+        parts = [rowsums.bytes_of(tensor) for tensor in tensors]
+        if all(map(self.reachable, parts)):
+            torch.cat(parts, out=message)
+        else:
+            _copy(parts, message.split([part.numel() for part in parts]))
+
+    def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy to each tensor."""
+        parts = [rowsums.bytes_of(tensor) for tensor in tensors]
+        _copy(message.split([part.numel() for part in parts]), parts)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Return memory of the device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def reachable(self, tensor: torch.Tensor) -> bool:
+        """Host memory is not: backends take tensors of their device only."""
+        return tensor.device == self.device
+
+    def format_of(self, tensor: torch.Tensor) -> str | None:
+        """Strides tell everything."""
+        return None
+
+    def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return them as they are."""
+        return tensors
+
+    def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Nothing has to be done."""
+        return lambda: None
+
+    def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
+        """A device's memory has no pages to be found."""
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the device."""
+        self._api.synchronize(self.device)
+
+
+def _copy(sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> None:
+    """Copy tensors one by one, between device and host too."""
+    for source, destination in zip(sources, destinations, strict=True):
+        destination.copy_(source)
