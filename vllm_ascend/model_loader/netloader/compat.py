@@ -79,8 +79,8 @@ def identity_of(
         rank: global rank.
         layout: layout in which its tensors are exchanged.
     """
-    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    draft = speculative is not None and model_config is speculative.draft_model_config
+    parallel = vllm_config.parallel_config
+    draft = model_config is _draft_of(vllm_config)
     settings = {
         key: value
         for key, value in model_config.hf_config.to_dict().items()
@@ -104,6 +104,23 @@ def identity_of(
         layout=layout,
         vllm_version=None if layout == RAW else _post_processing(),
     )
+
+
+def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
+    """Return the groups of the models that this process loads after a model."""
+    has_draft = _draft_of(vllm_config) is not None
+    return [DRAFT_GROUP] if has_draft and loaded.group == TARGET_GROUP else []
+
+
+def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:
+    """Return the configuration of the draft model, if there is one.
+
+    Methods that draft without a model, such as ngram, have the target's in its place.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
+        return None
+    return speculative.draft_model_config
 
 
 def _post_processing() -> str:

@@ -22,6 +22,7 @@ from vllm.utils.network_utils import get_ip
 from .compat import (
     can_reload_from_sources,
     feed_reload,
+    groups_to_come,
     identity_of,
     remember_registrations,
     why_no_reload,
@@ -313,7 +314,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 identity.rank,
                 self._unserved,
             )
-        server = _serve(self._config, Offer(identity, weights, device, self._unserved))
+        assert self._vllm_config is not None
+        to_come = groups_to_come(self._vllm_config, identity)
+        server = _serve(self._config, Offer(identity, weights, device, self._unserved), to_come)
         manifest = self._manifest if weights is None else weights.manifest
         if not can_reload_from_sources(self._device_name()):
             manifest = None
@@ -384,7 +387,9 @@ def _retire(server: WeightServer, group: str) -> None:
             del _servers[key]
 
 
-def _serve(config: NetLoaderConfig, offer: Offer) -> WeightServer | None:
+def _serve(
+    config: NetLoaderConfig, offer: Offer, to_come: Iterable[str] = ()
+) -> WeightServer | None:
     """Offer a model on this process's server for a configuration, started if need be."""
     rank = offer.identity.rank
     port = config.port_for(rank)
@@ -401,6 +406,8 @@ def _serve(config: NetLoaderConfig, offer: Offer) -> WeightServer | None:
         return server
     server = WeightServer(config, rank, config.announced_host or get_ip())
     server.offer(offer)  # before anybody can ask for it
+    for group in to_come:
+        server.expect(group)
     try:
         server.start(port)
     except OSError as error:

@@ -128,9 +128,11 @@ class WeightServer:
         self._rank = rank
         self._host = host
         self._offers: dict[str, Offer] = {}
+        self._expected: set[str] = set()
         self._bytes_sent = 0
         self._pace = Pace(config.max_send_rate)
         self._lock = threading.Lock()
+        self._offered = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
         self._server = ElasticServer(
             self._serve,
@@ -159,8 +161,16 @@ class WeightServer:
     def offer(self, offer: Offer) -> None:
         """Offer a model, in the place of any earlier one of its group."""
         self.withdraw(offer.identity.group)
-        with self._lock:
+        with self._offered:
             self._offers[offer.identity.group] = offer
+            self._expected.discard(offer.identity.group)
+            self._offered.notify_all()
+
+    def expect(self, group: str) -> None:
+        """Let clients that ask for this group's model wait a little, as it is being loaded."""
+        with self._lock:
+            if group not in self._offers:
+                self._expected.add(group)
 
     def withdraw(self, group: str) -> None:
         """Offer a group's model no more; sessions that pull it end."""
@@ -175,6 +185,8 @@ class WeightServer:
             for offer in self._offers.values():
                 offer.withdraw("the source is shutting down")
             self._offers.clear()
+            self._expected.clear()
+            self._offered.notify_all()
         self._server.stop()
         if self._port_file is not None:
             self._port_file.remove()
@@ -186,8 +198,12 @@ class WeightServer:
         return Status(identities, sessions, self._config.max_sessions, sent)
 
     def _serve(self, join: Join, connection: Connection) -> None:
-        with self._lock:
-            offer = self._offers.get(join.group_name)
+        group = join.group_name
+        with self._offered:
+            # A client waits for its answer for as long as its own deadline says, likely the same.
+            patience = self._config.handshake_timeout / 2
+            self._offered.wait_for(lambda: group not in self._expected, patience)
+            offer = self._offers.get(group)
         nack = self._objection(join, offer)
         if nack is not None:
             logger.info(
@@ -211,7 +227,8 @@ class WeightServer:
         if join.protocol != PROTOCOL:
             return JoinNack(f"protocol {join.protocol} is not spoken here, only {PROTOCOL}")
         if offer is None:
-            return JoinNack(f"there is no model of group {join.group_name!r} here")
+            yet = " yet" if join.group_name in self._expected else ""
+            return JoinNack(f"there is no model of group {join.group_name!r} here{yet}")
         if join.identity != offer.identity.digest():
             return JoinNack("the models differ", offer.identity)
         if offer.declined:
