@@ -130,13 +130,14 @@ def defined_memory() -> AbstractContextManager[object]:
 def changed_scalars(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return the plain attributes that loading and post-processing have set.
 
-    Addresses are left out: a client has its own.
+    Addresses are left out, as a client has its own, and `training`, which `eval` sets.
     """
     return {
         name: value
         for name, value in after.items()
         if (name not in before or before[name] != value)
         and not (type(value) is int and abs(value) >= _LARGEST_INT)
+        and name.rpartition(".")[2] != "training"
     }
 
 

@@ -1,12 +1,15 @@
 """Ascend NPUs: HCCL, and the private format FRACTAL_NZ."""
 
+import contextlib
+import ctypes
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, Store
+from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 from ...errors import LayoutUnsupported
 from .streams import StreamDevice, Transfer
@@ -16,6 +19,8 @@ _NEVER = timedelta(days=365)
 _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
+_NPU = torch.device("npu")
+_PRIVATE_USE_1 = 20  # c10::DeviceType
 
 
 class NpuDevice(StreamDevice):
@@ -33,6 +38,8 @@ class NpuDevice(StreamDevice):
         super().__init__(torch.device("npu", index), torch.npu)
         self._torch_npu = torch_npu
         self._hccl_buffer_mb = hccl_buffer_mb
+        self._ring = self._pooled_streams()
+        self._sessions: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
     def create_group(
         self, store: Store, rank: int, local_host: str, timeout: float
@@ -51,8 +58,51 @@ class NpuDevice(StreamDevice):
         options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
         group = ProcessGroupHCCL(store, rank, 2, options)
         group.set_watchdog_status(_WATCHDOG_STOPPED)
+        self._skip_streams_in_use()
         self.connect(group, rank, timeout)
+        self._sessions.add(group)
         return group
+
+    def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
+        """Take what is under way off its stream, then destroy the communicator.
+
+        An operation whose peer is gone would stay on its stream until HCCL_EXEC_TIMEOUT, half an
+        hour, and fail then. torch_npu's streams stop at a failure, and with them the device's
+        context: inference would end.
+        """
+        ended = not unfinished or _abort_stream(self._stream_of(group))
+        # Its `abort` is that of torch's base class, which does nothing.
+        group.abort_hccl_comm("the session has ended")
+        return ended
+
+    def _pooled_streams(self) -> list[int]:
+        """Return the ids of the streams that torch_npu hands out, in turn, to all who ask."""
+        ring: list[int] = []
+        while (stream := torch.npu.Stream(self.device).stream_id) not in ring:
+            ring.append(stream)
+        return ring
+
+    def _skip_streams_in_use(self) -> None:
+        """Ask for streams until the next one is no other process group's.
+
+        A group takes the next one when it connects. A peer that stalls holds up all that comes
+        behind on the same stream, which must not be a collective of the instance's own.
+        """
+        groups = [*distributed_c10d._world.pg_map, *self._sessions]
+        in_use = {stream for group in groups for stream in _streams_of(group)}
+        for _ in self._ring:
+            last = self._ring.index(torch.npu.Stream(self.device).stream_id)
+            if self._ring[(last + 1) % len(self._ring)] not in in_use:
+                return
+
+    def _stream_of(self, group: ProcessGroup) -> int:
+        """Return the address of the stream on which a session's group has its operations."""
+        stream = group._get_stream_id(True, 1 - group.rank())
+        return int(
+            torch.npu.Stream(
+                stream_id=stream, device_index=self.device.index, device_type=_PRIVATE_USE_1
+            ).npu_stream
+        )
 
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
         """Send as int8."""
@@ -137,6 +187,27 @@ class _CastToNd(Sequence[torch.Tensor]):
                 return tensor
             self._last = index, tensor
         return self._last[1]
+
+
+def _streams_of(group: ProcessGroup) -> set[int]:
+    """Return the ids of the streams that a HCCL group has taken; of another group, none."""
+    with contextlib.suppress(RuntimeError):
+        backend = group if hasattr(group, "_get_stream_id") else group._get_backend(_NPU)
+        peers = range(backend.size())
+        streams = {backend._get_stream_id(False)}
+        streams |= {backend._get_stream_id(True, peer) for peer in peers if peer != backend.rank()}
+        return streams - {-1}
+    return set()
+
+
+def _abort_stream(stream: int) -> bool:
+    """Drop all that is queued on a stream; return whether that was possible."""
+    try:
+        abort = ctypes.CDLL("libascendcl.so").aclrtStreamAbort
+    except (OSError, AttributeError):  # an older CANN
+        return False
+    abort.argtypes = (ctypes.c_void_p,)
+    return int(abort(stream)) == 0
 
 
 def _forget_the_finished(group: ProcessGroup, tag: int) -> None:

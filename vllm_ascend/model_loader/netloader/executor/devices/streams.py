@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup, Work
@@ -54,6 +54,7 @@ class StreamDevice:
     def __init__(self, device: torch.device, api: ModuleType) -> None:
         self.device = device
         self._api = api
+        self._idle_streams: list[Any] = []
         self._hashes_on_device = rowsums.agrees_with_host(device)
         if not self._hashes_on_device:
             logger.warning(
@@ -67,10 +68,21 @@ class StreamDevice:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Choose the device for this thread, and a stream of low priority."""
+        """Choose the device for this thread, and a stream of low priority.
+
+        Streams are used again: torch hands out the same few of them in turn, and after a few dozen
+        sessions one would have been inference's.
+        """
         self._api.set_device(self.device)
-        with self._api.stream(self._api.Stream(self.device)):
-            yield
+        try:
+            stream = self._idle_streams.pop()
+        except IndexError:
+            stream = self._api.Stream(self.device)
+        try:
+            with self._api.stream(stream):
+                yield
+        finally:
+            self._idle_streams.append(stream)
 
     def connect(self, group: ProcessGroup, rank: int, timeout: float) -> None:
         """Send a byte from the source to the client, which makes the backend connect the two.
@@ -119,15 +131,28 @@ class StreamDevice:
             raise RuntimeError("the peer has hung up" if gone() else "the transfer failed")
 
     def close(self, group: ProcessGroup, unfinished: Sequence[Transfer]) -> None:
-        """Abort, and wait until the operations that were under way have ended."""
-        group.abort()
+        """Abort, and see to it that the operations that were under way have ended."""
+        ended = self.abort(group, bool(unfinished))
         deadline = time.monotonic() + _DRAIN
-        while unfinished and not unfinished[-1].work.is_completed():
+        while not ended and unfinished and not unfinished[-1].work.is_completed():
             if time.monotonic() > deadline:
                 logger.warning("NetLoader: %d transfers did not end when aborted", len(unfinished))
                 _abandoned.extend(unfinished)
                 return
             time.sleep(_LONGEST_PAUSE)
+
+    def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
+        """Destroy a group's communicator.
+
+        Args:
+            group: the group.
+            unfinished: whether operations may be under way.
+
+        Returns:
+            Whether they have certainly ended by now.
+        """
+        group.abort()
+        return False
 
     def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
         """See `rowsums`."""
