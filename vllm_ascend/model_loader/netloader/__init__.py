@@ -7,6 +7,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+__version__ = "0.1.0"
+
 LOAD_FORMAT = "netloader"
 
 _VLLM_LOADERS = "vllm.model_executor.model_loader"
