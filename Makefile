@@ -2,6 +2,7 @@
 # below .venv, made when first needed.
 NEWEST := 0.32.0
 OLDEST := 0.27.1
+ASCEND := 0.23.0
 VLLM := $(NEWEST)
 PYTHON := $(shell command -v python3.11 || echo python3)
 SIZE := small
@@ -9,19 +10,25 @@ PYTEST_ARGS :=
 
 VENV := .venv/vllm-$(VLLM)
 BIN := $(VENV)/bin
+VENV_NPU := .venv/ascend-$(ASCEND)
+BIN_NPU := $(VENV_NPU)/bin
 
-.PHONY: help venv demo test test-ut test-e2e lint docs bench bench-serving clean
+.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-e2e test-npu lint docs bench \
+	bench-serving clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
-	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST)"
+	@echo "make demo-npu  the same with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
+	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST),"
+	@echo "               and the tests on simulated NPUs"
 	@echo "make test-ut   unit tests"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
+	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      both languages of the documentation, warnings as errors"
 	@echo "make bench     the data plane beside what it is measured against (BENCH_JSON=FILE)"
 	@echo "make bench-serving  tokens of an instance while others pull from it (BENCH_JSON=FILE)"
-	@echo "make venv      only install"
+	@echo "make venv      only install (make venv-npu: vLLM Ascend)"
 	@echo "make clean     remove everything that make made"
 	@echo
 	@echo "VLLM=$(VLLM) chooses the version, PYTHON=$(PYTHON) the interpreter (3.11 or newer),"
@@ -32,6 +39,11 @@ venv: $(VENV)/installed
 $(VENV)/installed: setup.py tools/install.sh
 	tools/install.sh $(VENV) $(VLLM) $(PYTHON)
 
+venv-npu: $(VENV_NPU)/installed
+
+$(VENV_NPU)/installed: tools/install_ascend.sh tests/npu_sim/requirements.txt
+	tools/install_ascend.sh $(VENV_NPU) $(PYTHON)
+
 demo: venv
 	$(BIN)/python -m demo.demo --size $(SIZE)
 
@@ -40,6 +52,23 @@ test-ut: venv
 
 test-e2e: venv
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+demo-npu: overlay-npu
+	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) \
+		$(BIN_NPU)/python -m demo.demo --npu --size $(SIZE)
+
+# What runs there imports the installed vllm_ascend, so NetLoader's present files go over it first.
+overlay-npu: venv-npu
+	rm -rf $(VENV_NPU)/overlay
+	NETLOADER_OVERLAY=1 $(BIN_NPU)/python -m pip wheel -q --disable-pip-version-check --no-deps \
+		--no-build-isolation -w $(VENV_NPU)/overlay .
+	$(BIN_NPU)/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall \
+		$(VENV_NPU)/overlay/*.whl
+
+# The simulator is built before pytest, whose time limit is for tests.
+test-npu: overlay-npu
+	$(BIN_NPU)/python -m tests.npu_sim.simulator
+	$(BIN_NPU)/python -m pytest tests/npu_sim $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -63,6 +92,7 @@ test:
 	$(MAKE) lint docs test-ut test-e2e VLLM=$(NEWEST)
 	$(MAKE) test-ut VLLM=$(OLDEST)
 	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
+	$(MAKE) test-npu
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -1,13 +1,15 @@
 """Shows one instance feeding another: same tokens, no weight file at the second and the third.
 
-Run by ``make demo``. The exit status is 0 only if every instance generated the same tokens with the
-same log probabilities and the second and the third got their weights over the network.
+Run by ``make demo``, and by ``make demo-npu`` on vLLM Ascend with two simulated NPUs for each
+instance. The exit status is 0 only if every instance generated the same tokens with the same log
+probabilities and the second and the third got their weights over the network.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,24 @@ TOKENS = 40
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What the instances run on.
+
+    Attributes:
+        ranks: worker processes of an instance.
+        environment: of the instance with this number.
+    """
+
+    ranks: int
+    environment: Callable[[int], dict[str, str]]
+
+
+CPU = Machine(1, lambda _: {})
+
+
+@dataclass(frozen=True)
 class Row:
-    """One instance in the table at the end."""
+    """One instance in the table at the end, or one of its ranks."""
 
     instance: str
     source: str
@@ -41,11 +59,13 @@ def main() -> int:
     """Runs the demo and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
-    size = parser.parse_args().size
+    parser.add_argument("--npu", action="store_true", help="simulated NPUs (see tests/npu_sim)")
+    arguments = parser.parse_args()
+    machine = simulated_npus() if arguments.npu else CPU
     clean_up_when_interrupted()
     try:
         with tempfile.TemporaryDirectory(prefix="netloader-demo-") as folder:
-            rows = run(Path(folder), size)
+            rows = run(Path(folder), arguments.size, machine)
     except KeyboardInterrupt:
         print("\ninterrupted; no process is left")
         return 130
@@ -61,7 +81,20 @@ def main() -> int:
     return 1
 
 
-def run(folder: Path, size: str) -> list[Row]:
+def simulated_npus() -> Machine:
+    """Returns NPUs in pairs; this process needs simulated ones as well, as it imports torch."""
+    from tests.npu_sim.serving import npu_environment
+
+    def environment(number: int) -> dict[str, str]:
+        return npu_environment() | {
+            "ASCEND_RT_VISIBLE_DEVICES": f"{2 * number},{2 * number + 1}",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # what vLLM chooses by itself
+        }
+
+    return Machine(2, environment)
+
+
+def run(folder: Path, size: str, machine: Machine) -> list[Row]:
     """Runs the three instances, of which at most two at a time, and returns the table."""
     full, bare = folder / "model", folder / "model-without-weights"
     say(f"making a random Llama, size {size}")
@@ -71,48 +104,63 @@ def run(folder: Path, size: str) -> list[Row]:
 
     with ExitStack() as instances:
         say(f"starting the seed: reads {nbytes / 1e6:.0f} MB from disk")
-        seed = instances.enter_context(instance(folder, "seed", full))
+        seed = instances.enter_context(instance(folder, machine, "seed", full))
         expected = [seed.complete(prompt, TOKENS) for prompt in PROMPTS]
         took = seed.search_log(r"Loading weights took ([\d.]+) seconds")
         rows = [Row("seed", "disk", nbytes / 1e6, float(took[1]) if took else 0.0, "", "")]
 
         say("starting a second instance: has no weight file, its source is the seed")
-        second = instances.enter_context(instance(folder, "second", bare, feeder="seed"))
-        rows.append(network_row("second", second, expected))
+        second = instances.enter_context(instance(folder, machine, "second", bare, feeder="seed"))
+        rows += network_rows("second", second, machine, expected)
 
         say("stopping the seed")
         seed.stop()
 
         say("starting a third instance: has no weight file either, its source is the second")
-        third = instances.enter_context(instance(folder, "third", bare, feeder="second"))
-        rows.append(network_row("third", third, expected))
+        third = instances.enter_context(instance(folder, machine, "third", bare, feeder="second"))
+        rows += network_rows("third", third, machine, expected)
     return rows
 
 
-def instance(folder: Path, name: str, model: Path, feeder: str | None = None) -> VllmServer:
+def instance(
+    folder: Path, machine: Machine, name: str, model: Path, feeder: str | None = None
+) -> VllmServer:
     """Returns an instance, not yet started, that pulls its weights from a running one."""
     config: dict[str, object] = {"MODEL": "demo", "OUTPUT_PREFIX": str(folder / f"{name}-rank")}
     if feeder is not None:
-        config["SOURCE"] = source_list({0: [read_address(folder / f"{feeder}-rank")]})
-    return VllmServer(model, folder / f"{name}.log", extra_config=config)
+        prefix = folder / f"{feeder}-rank"
+        ranks = range(machine.ranks)
+        config["SOURCE"] = source_list({rank: [read_address(prefix, rank)] for rank in ranks})
+    return VllmServer(
+        model,
+        folder / f"{name}.log",
+        extra_config=config,
+        arguments=[f"--tensor-parallel-size={machine.ranks}"] if machine.ranks > 1 else [],
+        environment=machine.environment(("seed", "second", "third").index(name)),
+    )
 
 
-def network_row(name: str, server: VllmServer, expected: list[Completion]) -> Row:
-    """Asks an instance what the seed was asked and says where its weights came from.
+def network_rows(
+    name: str, server: VllmServer, machine: Machine, expected: list[Completion]
+) -> list[Row]:
+    """Asks an instance what the seed was asked and says where its ranks' weights came from.
 
     Raises:
         ServerError: They did not come over the network.
     """
     loads = find_loads(server.read_log())
-    if not loads:
+    if len(loads) < machine.ranks:
         reason = server.search_log(r"NetLoader rank \d+: loading from disk.*")
         raise ServerError(f"{name} got nothing over the network: {reason[0] if reason else ''}")
     same = [server.complete(prompt, TOKENS) for prompt in PROMPTS] == expected
-    load = loads[0]
-    return Row(
-        *(name, load.source, load.megabytes, load.seconds, load.digest[:16]),
-        "yes" if same else "NO",
-    )
+    return [
+        Row(
+            f"{name} r{load.rank}" if machine.ranks > 1 else name,
+            *(load.source, load.megabytes, load.seconds, load.digest[:16]),
+            "yes" if same else "NO",
+        )
+        for load in loads
+    ]
 
 
 def print_table(rows: list[Row]) -> None:

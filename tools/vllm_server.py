@@ -152,8 +152,11 @@ class VllmServer:
         """Returns all that the instance has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def complete(self, prompt: str, max_tokens: int = 32) -> Completion:
-        """Generates at temperature 0 and to full length, whatever the tokens are."""
+    def complete(self, prompt: str | Sequence[int], max_tokens: int = 32) -> Completion:
+        """Generates at temperature 0 and to full length, whatever the tokens are.
+
+        A prompt is text, or the numbers of its tokens.
+        """
         answer = self._post(
             "/v1/completions",
             {

@@ -28,6 +28,7 @@ KEYS = [
     "MAX_SOURCES",
     "CHUNK_MIB",
     "VERIFY",
+    "HCCL_BUFFER_SIZE",
     "CONNECT_TIMEOUT",
     "HANDSHAKE_TIMEOUT",
     "PROGRESS_TIMEOUT",
@@ -47,6 +48,7 @@ def test_nothing_given_is_a_valid_configuration():
     assert config.port_for(3) == 0
     assert config.verify
     assert config.int8_cache is Int8Cache.NO
+    assert config.hccl_buffer_size == 16
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,9 @@ def test_nothing_given_is_a_valid_configuration():
         ("CHUNK_MIB", 1, 1),
         ("CHUNK_MIB", 64, 64),
         ("VERIFY", False, False),
+        ("HCCL_BUFFER_SIZE", 1, 1),
+        ("HCCL_BUFFER_SIZE", 200, 200),
+        ("HCCL_BUFFER_SIZE", 4096, 4096),
         ("CONNECT_TIMEOUT", 1, 1.0),
         ("HANDSHAKE_TIMEOUT", 0.1, 0.1),
         ("PROGRESS_TIMEOUT", 3600, 3600.0),
@@ -139,6 +144,12 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         ("CHUNK_MIB", 0, "an integer from 1 to 64"),
         ("CHUNK_MIB", 65, "an integer from 1 to 64"),
         ("CHUNK_MIB", "8", "an integer from 1 to 64"),
+        ("HCCL_BUFFER_SIZE", 0, "an integer from 1 to 4096"),
+        ("HCCL_BUFFER_SIZE", 4097, "an integer from 1 to 4096"),
+        ("HCCL_BUFFER_SIZE", -16, "an integer from 1 to 4096"),
+        ("HCCL_BUFFER_SIZE", 16.0, "an integer from 1 to 4096"),
+        ("HCCL_BUFFER_SIZE", True, "an integer from 1 to 4096"),
+        ("HCCL_BUFFER_SIZE", "16", "an integer from 1 to 4096"),
         ("VERIFY", 1, "true or false"),
         ("VERIFY", "true", "true or false"),
         ("CONNECT_TIMEOUT", 0, "seconds, from 0.1 to 3600"),

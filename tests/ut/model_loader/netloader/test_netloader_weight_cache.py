@@ -1,3 +1,6 @@
+import dataclasses
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -276,6 +279,78 @@ def test_part_of_a_memory_that_shrinks_is_refused_and_not_read():
     memory.untyped_storage().resize_(memory[1].nbytes)
     with pytest.raises(LayoutUnsupported, match=r"first\.weight"):
         after_processing(raw, copies, DEVICE, {})
+
+
+# Originals that only clients want
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is an accelerator's, as there is none here."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+
+    def clone(self):
+        return super().clone().as_subclass(OnDevice)
+
+    def to(self, place, *, copy):
+        assert copy
+        return self.clone() if place == self.device else super().clone()
+
+
+def replaced(cache, *, in_use=()):
+    """What is served once post-processing has replaced the int8 tensors by others.
+
+    Returns:
+        The weights, those as loaded, and a weak reference to each tensor on the device by its name.
+    """
+    raw = captured(Model())
+    as_loaded = [tensor.clone() for tensor in raw.tensors]
+    raw = dataclasses.replace(raw, tensors=[one.as_subclass(OnDevice) for one in raw.tensors])
+    copies = copy_int8(raw, cache, None)
+    on_device = dict(zip(raw.names(), raw.tensors, strict=True))
+    used = {name: on_device[name].view(-1) for name in in_use}
+    weights = after_processing(raw, copies, DEVICE, used)
+    return weights, as_loaded, {name: weakref.ref(one) for name, one in on_device.items()}
+
+
+QWEIGHTS = {"first.qweight", "second.qweight"}
+
+
+def test_int8_that_inference_does_not_use_is_served_from_host_memory():
+    weights, as_loaded, on_device = replaced(Int8Cache.DRAM)
+    assert same(weights, as_loaded)
+    served = dict(zip(weights.names(), weights.tensors, strict=True))
+    assert {name for name, one in served.items() if one.device.type == "cpu"} == QWEIGHTS
+    assert {name for name, one in on_device.items() if one() is None} == QWEIGHTS
+
+
+def test_int8_that_inference_uses_stays_on_the_device():
+    """Also where it uses another view of the same memory."""
+    weights, as_loaded, on_device = replaced(Int8Cache.DRAM, in_use=["second.qweight"])
+    assert same(weights, as_loaded)
+    assert {name for name, one in on_device.items() if one() is None} == {"first.qweight"}
+
+
+@pytest.mark.parametrize("cache", [Int8Cache.HBM, Int8Cache.NO])
+def test_without_a_copy_in_host_memory_int8_stays_on_the_device(cache):
+    weights, as_loaded, on_device = replaced(cache)
+    assert same(weights, as_loaded)
+    if cache is Int8Cache.NO:
+        assert all(one() is not None for one in on_device.values())
+    served = dict(zip(weights.names(), weights.tensors, strict=True))
+    assert served["first.qweight"] is on_device["first.qweight"]()
+
+
+def test_on_a_cpu_no_copy_takes_the_place_of_what_has_not_changed():
+    model = Model()
+    raw = captured(model)
+    copies = copy_int8(raw, Int8Cache.DRAM, None)
+    served = after_processing(raw, copies, DEVICE, {}).tensors
+    assert all(one is other for one, other in zip(served, raw.tensors, strict=True))
 
 
 # What else loading leaves behind
