@@ -4,12 +4,15 @@ import contextlib
 import ctypes
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch_npu  # gives torch its `npu`
 from torch.distributed import ProcessGroup, Store, distributed_c10d
+from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
 from .streams import StreamDevice, Transfer
@@ -32,13 +35,8 @@ class NpuDevice(StreamDevice):
     """
 
     def __init__(self, index: int, hccl_buffer_mb: int) -> None:
-        # Importing torch_npu gives torch its `npu`.
-        import torch_npu
-
         super().__init__(torch.device("npu", index), torch.npu)
-        self._torch_npu = torch_npu
         self._hccl_buffer_mb = hccl_buffer_mb
-        self._ring = self._pooled_streams()
         self._sessions: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
     def create_group(
@@ -49,8 +47,6 @@ class NpuDevice(StreamDevice):
         The watchdog ends the process when an operation fails or takes too long, and with it an
         instance that serves. Here the session looks after its peer.
         """
-        from torch_npu._C._distributed_c10d import ProcessGroupHCCL
-
         store.set_timeout(timedelta(seconds=timeout))
         options = ProcessGroupHCCL.Options()
         options._timeout = _NEVER
@@ -75,8 +71,9 @@ class NpuDevice(StreamDevice):
         group.abort_hccl_comm("the session has ended")
         return ended
 
-    def _pooled_streams(self) -> list[int]:
-        """Return the ids of the streams that torch_npu hands out, in turn, to all who ask."""
+    @functools.cached_property
+    def _ring(self) -> list[int]:
+        """The ids of the streams that torch_npu hands out, in turn, to all who ask."""
         ring: list[int] = []
         while (stream := torch.npu.Stream(self.device).stream_id) not in ring:
             ring.append(stream)
@@ -127,9 +124,9 @@ class NpuDevice(StreamDevice):
     def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Replace FRACTAL_NZ memory by ND memory, and cast it when it has been filled."""
         cast = [tensor for tensor in tensors if self._is_nz(tensor)]
-        storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
         for tensor in cast:
-            if storages.count(tensor.untyped_storage().data_ptr()) > 1:
+            if storages[tensor.untyped_storage().data_ptr()] > 1:
                 raise LayoutUnsupported(
                     f"a FRACTAL_NZ tensor of shape {list(tensor.shape)} shares memory with another"
                 )
@@ -150,14 +147,14 @@ class NpuDevice(StreamDevice):
         return self._cast(tensor.detach(), _ND) if self._is_nz(tensor) else tensor
 
     def _cast(self, tensor: torch.Tensor, acl_format: int) -> torch.Tensor:
-        cast: torch.Tensor = self._torch_npu.npu_format_cast(_packed(tensor), acl_format)
+        cast: torch.Tensor = torch_npu.npu_format_cast(_packed(tensor), acl_format)
         return cast.view(tensor.dtype)
 
     def _is_nz(self, tensor: torch.Tensor) -> bool:
         return (
             tensor.device.type == "npu"
             and tensor.numel() > 0
-            and self._torch_npu.get_npu_format(tensor) == _FRACTAL_NZ
+            and torch_npu.get_npu_format(tensor) == _FRACTAL_NZ
         )
 
 
@@ -219,7 +216,5 @@ def _forget_the_finished(group: ProcessGroup, tag: int) -> None:
 def npu_device(index: int | None, hccl_buffer_mb: int) -> NpuDevice:
     """Return an NPU; without an index, the one that this thread has chosen."""
     if index is None:
-        import torch_npu  # noqa: F401
-
         return npu_device(torch.npu.current_device(), hccl_buffer_mb)
     return NpuDevice(index, hccl_buffer_mb)

@@ -1,6 +1,7 @@
 """What accelerators whose work is queued on streams have in common."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +56,15 @@ class StreamDevice:
         self.device = device
         self._api = api
         self._idle_streams: list[Any] = []
-        self._hashes_on_device = rowsums.agrees_with_host(device)
-        if not self._hashes_on_device:
+
+    @functools.cached_property
+    def _hashes_on_device(self) -> bool:
+        agrees = rowsums.agrees_with_host(self.device)
+        if not agrees:
             logger.warning(
-                "NetLoader: %s computes other checksums than a CPU: %s", device, _ON_HOST
+                "NetLoader: %s computes other checksums than a CPU: %s", self.device, _ON_HOST
             )
+        return agrees
 
     @property
     def digest_algorithm(self) -> str:
@@ -97,10 +102,14 @@ class StreamDevice:
             with self.attached():
                 start = self.send if rank else self.receive
                 transfer = start(group, self.empty(1), 1 - rank, 0)
-                self.wait(transfer, timeout, lambda: False)
+                try:
+                    self.wait(transfer, timeout, lambda: False)
+                except RuntimeError:
+                    self.close(group, [transfer])
+                    raise
 
         try:
-            within(timeout, exchange, lambda _: group.abort())
+            within(timeout, exchange, lambda _: self.close(group, []))
         except TimeoutError:
             raise RuntimeError(f"not connected within {timeout:g} s") from None
 
