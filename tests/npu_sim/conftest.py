@@ -1,0 +1,25 @@
+import pytest
+
+from .simulator import Simulator, why_not
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _needs_torch_npu():
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def simulator(tmp_path):
+    """Runs Python processes that have NPUs; each test's end at its end."""
+    made = Simulator(tmp_path)
+    yield made
+    made.kill_all()
+
+
+@pytest.fixture(scope="module")
+def module_simulator(tmp_path_factory):
+    """The same for a fixture that runs children for several tests."""
+    made = Simulator(tmp_path_factory.mktemp("npu"))
+    yield made
+    made.kill_all()

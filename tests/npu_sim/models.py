@@ -1,0 +1,169 @@
+"""Makes tiny models for vLLM Ascend, with what a CPU says to them.
+
+``python models.py FOLDER`` writes FOLDER/plain, FOLDER/w8a8 and FOLDER/w8a8_dynamic; the latter two
+in vLLM Ascend's quantized format (serve them with ``--quantization ascend``). Beside the weights of
+each lies reference.json: prompts as token ids, and the greedy tokens that follow them. Run it as a
+script of its own, as it imports torch.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PROMPTS = ([1, 2, 3, 4], [5, 6, 7], list(range(10, 40)))
+TOKENS = 8
+# With other seeds the two best tokens are close somewhere, and rounding may choose the other.
+SEED = 16
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "quant_model_description.json"
+REFERENCE = "reference.json"
+
+
+def make_plain(folder: Path) -> None:
+    """Writes a bfloat16 Llama of two layers."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.08,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    make_tokenizer(config.vocab_size).save_pretrained(folder)
+    write_reference(folder, load(folder))
+
+
+def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer whose text for token 7 is t7."""
+    names = [*SPECIAL_TOKENS, *(f"t{i}" for i in range(len(SPECIAL_TOKENS), size))]
+    unk, bos, eos = SPECIAL_TOKENS
+    words = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=unk)
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos
+    )
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """Returns the model on the CPU."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def generate(model: LlamaForCausalLM) -> list[list[int]]:
+    """Returns the greedy tokens after each prompt."""
+    outputs = (
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
+        )
+        for prompt in PROMPTS
+    )
+    return [out[0, len(prompt) :].tolist() for prompt, out in zip(PROMPTS, outputs, strict=True)]
+
+
+def write_reference(folder: Path, model: LlamaForCausalLM) -> None:
+    """Writes what the model says."""
+    tokens = generate(model)
+    assert all(len(set(said)) > 1 for said in tokens), "a wrong weight would hardly show"
+    (folder / REFERENCE).write_text(json.dumps({"prompts": PROMPTS, "tokens": tokens}))
+
+
+def projections(model: LlamaForCausalLM) -> dict[str, torch.nn.Module]:
+    """Returns the layers that are quantized."""
+    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+
+
+def calibrate(model: LlamaForCausalLM) -> dict[str, float]:
+    """Returns the largest input of each projection."""
+    largest = dict.fromkeys(projections(model), 0.0)
+    for name, module in projections(model).items():
+
+        def see(module, inputs, name=name):
+            largest[name] = max(largest[name], float(inputs[0].abs().max()))
+
+        module.register_forward_pre_hook(see)
+    generate(model)
+    return largest
+
+
+def make_quantized(plain: Path, folder: Path, kind: str) -> None:
+    """Writes an int8 version: W8A8 with scales of the activations, W8A8_DYNAMIC without."""
+    shutil.copytree(plain, folder)
+    largest = calibrate(load(plain))
+    tensors = {}
+    description = {"model_quant_type": kind, "version": "1.0.0", "group_size": 0}
+    for name, weight in load_file(plain / WEIGHTS).items():
+        layer = name.removesuffix(".weight")
+        if layer not in largest:
+            tensors[name], description[name] = weight, "FLOAT"
+            continue
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        made = {
+            "weight": (weight.float() / scale).round().clamp(-127, 127).to(torch.int8),
+            "weight_scale": scale.bfloat16(),
+            "weight_offset": torch.zeros_like(scale).bfloat16(),
+        }
+        if kind == "W8A8":
+            input_scale = torch.tensor([largest[layer] / 127]).bfloat16()
+            made |= {
+                "input_scale": input_scale,
+                "input_offset": torch.zeros(1, dtype=torch.int8),
+                "quant_bias": torch.zeros(len(weight), dtype=torch.int32),
+                "deq_scale": scale[:, 0].bfloat16().float() * input_scale.float(),
+            }
+        tensors |= {f"{layer}.{key}": tensor for key, tensor in made.items()}
+        description |= {f"{layer}.{key}": kind for key in made}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    write_reference(folder, int8_model(plain, tensors, kind))
+
+
+def int8_model(plain: Path, tensors: dict[str, torch.Tensor], kind: str) -> LlamaForCausalLM:
+    """Returns the model with projections that compute with int8, as the NPU's operators do."""
+    model = load(plain)
+
+    def forward(layer):
+        def multiply(x):
+            x = x.float()
+            weight = tensors[f"{layer}.weight"].double()
+            if kind == "W8A8":
+                quantized = (x / tensors[f"{layer}.input_scale"].float()).round().clamp(-128, 127)
+                return ((quantized.double() @ weight.T).float() * deq_scale(layer)).bfloat16()
+            input_scale = x.abs().amax(-1, keepdim=True) / 127
+            y = ((x / input_scale).round().double() @ weight.T).float()
+            return (y * tensors[f"{layer}.weight_scale"].float()[:, 0] * input_scale).bfloat16()
+
+        return multiply
+
+    def deq_scale(layer):
+        return tensors[f"{layer}.deq_scale"]
+
+    for name, module in projections(model).items():
+        module.forward = forward(name)
+    return model
+
+
+def make_all(folder: Path) -> None:
+    """Writes the three models."""
+    plain = folder / "plain"
+    make_plain(plain)
+    make_quantized(plain, folder / "w8a8", "W8A8")
+    make_quantized(plain, folder / "w8a8_dynamic", "W8A8_DYNAMIC")
+
+
+if __name__ == "__main__":
+    make_all(Path(sys.argv[1]))
