@@ -705,19 +705,18 @@ static int reduce(Communicator &c, const void *in, void *out, uint64_t count, Hc
   return 0;
 }
 
+// Counts as sends and receives, which is what it consists of: faults can be aimed at it.
 API HcclResult HcclBroadcast(void *buffer, uint64_t count, HcclDataType type, uint32_t root,
                              HcclComm handle, aclrtStream stream) {
   uint64_t bytes = count * type_size(type);
-  if (!on_device(buffer, bytes, "HcclBroadcast")) return HCCL_E_PARA;
-  return queue(stream, [=, c = get(handle)] {
-    std::vector<Transfer> transfers;
-    if (c->rank != root)
-      transfers.push_back({false, root, (char *)buffer, bytes, type});
-    else
-      for (uint32_t peer = 0; peer < c->ranks; peer++)
-        if (peer != root) transfers.push_back({true, peer, (char *)buffer, bytes, type});
-    return run_collective(*c, transfers);
-  });
+  auto c = get(handle);
+  std::vector<Transfer> transfers;
+  if (c->rank != root)
+    transfers.push_back({false, root, (char *)buffer, bytes, type});
+  else
+    for (uint32_t peer = 0; peer < c->ranks; peer++)
+      if (peer != root) transfers.push_back({true, peer, (char *)buffer, bytes, type});
+  return point_to_point(transfers, handle, stream, "HcclBroadcast");
 }
 API HcclResult HcclAllReduce(void *in, void *out, uint64_t count, HcclDataType type,
                              HcclReduceOp op, HcclComm handle, aclrtStream stream) {

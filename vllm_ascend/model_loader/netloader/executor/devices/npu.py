@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch_npu  # gives torch its `npu`
-from torch.distributed import ProcessGroup, Store, distributed_c10d
+from torch.distributed import BroadcastOptions, ProcessGroup, Store, distributed_c10d
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
@@ -94,22 +94,33 @@ class NpuDevice(StreamDevice):
 
     def _stream_of(self, group: ProcessGroup) -> int:
         """Return the address of the stream on which a session's group has its operations."""
-        stream = group._get_stream_id(True, 1 - group.rank())
+        stream = group._get_stream_id(False)
         return int(
             torch.npu.Stream(
                 stream_id=stream, device_index=self.device.index, device_type=_PRIVATE_USE_1
             ).npu_stream
         )
 
+    # Messages only go from the source to the client, and are broadcasts: what torch_npu makes for
+    # sends and receives takes no notice of `hccl_buffer_size`, only of an environment variable
+    # (P2P_HCCL_BUFFSIZE), which would also be for the instance's own groups.
+
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
-        """Send as int8."""
-        _forget_the_finished(group, tag)
-        return super().send(group, message, peer, tag)
+        """Broadcast to the only other rank."""
+        return self._broadcast(group, message, group.rank(), tag)
 
     def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
-        """Receive as int8."""
-        _forget_the_finished(group, tag)
-        return super().receive(group, message, peer, tag)
+        """Take part in the peer's broadcast."""
+        return self._broadcast(group, message, peer, tag)
+
+    def _broadcast(
+        self, group: ProcessGroup, message: torch.Tensor, root: int, tag: int
+    ) -> Transfer:
+        if tag % _FORGET_EVERY == 0:
+            group.clear_workmeta_list()
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        return Transfer(group.broadcast([message.view(torch.int8)], options), message)
 
     def format_of(self, tensor: torch.Tensor) -> str | None:
         """Name FRACTAL_NZ, in which a tensor is stored in padded blocks of 16 rows."""
@@ -205,11 +216,6 @@ def _abort_stream(stream: int) -> bool:
         return False
     abort.argtypes = (ctypes.c_void_p,)
     return int(abort(stream)) == 0
-
-
-def _forget_the_finished(group: ProcessGroup, tag: int) -> None:
-    if tag % _FORGET_EVERY == 0:
-        group.clear_workmeta_list()
 
 
 @functools.cache
