@@ -81,11 +81,7 @@ def identity_of(
     """
     parallel = vllm_config.parallel_config
     draft = model_config is _draft_of(vllm_config)
-    settings = {
-        key: value
-        for key, value in model_config.hf_config.to_dict().items()
-        if not key.startswith("_") and key != "transformers_version"
-    }
+    settings = model_config.hf_config.to_dict()
     quantization = settings.get("quantization_config") or settings.get("compression_config") or {}
     return ModelIdentity(
         group=DRAFT_GROUP if draft else TARGET_GROUP,

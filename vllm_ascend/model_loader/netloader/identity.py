@@ -59,6 +59,9 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def digest_of_settings(settings: Mapping[str, Any]) -> str:
     """Return 16 hex digits that depend on nested settings, but not on the order of their keys.
 
+    Keys that begin with an underscore are left out, and `transformers_version`: they say where
+    the settings come from, and who wrote them.
+
     Args:
         settings: JSON-like values; anything else counts by its `str`.
     """
@@ -69,7 +72,11 @@ def digest_of_settings(settings: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Return settings with text for keys, and sets in an order that is always the same."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {
+            str(key): _plain(item)
+            for key, item in value.items()
+            if not str(key).startswith("_") and key != "transformers_version"
+        }
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, set | frozenset):

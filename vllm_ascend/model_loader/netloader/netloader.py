@@ -1,5 +1,6 @@
 """`ModelNetLoaderElastic`: the face towards vLLM."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -49,6 +50,7 @@ from .executor.weight_cache import (
 )
 from .executor.weights import Weights
 from .identity import ModelIdentity
+from .interaction.protocol import DRAFT_GROUP
 from .load import Loaded, elastic_load
 from .serve import Offer, WeightServer
 from .utils import Address, logger
@@ -92,6 +94,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._config = parse_config(load_config.model_loader_extra_config)
         self._disk = DefaultModelLoader(_disk_config(load_config))
         self._vllm_config: VllmConfig | None = None
+        self._known: ModelIdentity | None = None
         self._from_disk = False
         self._to_fill = False
         self._scalars: Mapping[str, Scalar] = {}
@@ -118,7 +121,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._vllm_config = vllm_config
         if not self._supported():
             return self._disk.load_model(vllm_config, model_config, prefix)
-        self._identity(model_config)  # a wrong MODEL is an error, and no reason to go to disk
+        # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
+        # an error, and no reason to go to disk.
+        self._known = self._identify(model_config)
         restore_registrations = remember_registrations(vllm_config)
         failure = ""
         try:
@@ -245,7 +250,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         identity = self._identity(model_config)
         sources = self._sources(identity.rank) if identity.layout == PROCESSED else ()
         if not sources:
-            return super().load_model(vllm_config, model_config, prefix)
+            return self._follow_vllm(vllm_config, model_config, prefix)
         try:
             with defined_memory():
                 model = super().load_model(vllm_config, model_config, prefix)
@@ -268,7 +273,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     ) -> nn.Module:
         self._from_disk = True
         try:
-            return super().load_model(vllm_config, model_config, prefix)
+            return self._follow_vllm(vllm_config, model_config, prefix)
         except Exception as error:
             raise LoadFailed(
                 f"no source gave the weights ({failure}), and they cannot be loaded from disk "
@@ -276,6 +281,16 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ) from error
         finally:
             self._from_disk = False
+
+    def _follow_vllm(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+    ) -> nn.Module:
+        """Make, load and post-process a model in vLLM's own steps."""
+        # A draft may have tensors that no checkpoint fills, as it uses the target's in their place;
+        # what instances offer should be the same in all of them. A target would take longer for it.
+        draft = self._identity(model_config).group == DRAFT_GROUP
+        with defined_memory() if draft else contextlib.nullcontext():
+            return super().load_model(vllm_config, model_config, prefix)
 
     def _pull(
         self,
@@ -336,6 +351,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return sources
 
     def _identity(self, model_config: ModelConfig) -> ModelIdentity:
+        return self._known or self._identify(model_config)
+
+    def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
         config = self._config.with_model(model_config.model)
         assert config.model is not None
@@ -403,6 +421,8 @@ def _serve(
     key = (config.listen_port, config.output_prefix, rank)
     if (server := _servers.get(key)) is not None:
         server.offer(offer)
+        for group in to_come:
+            server.expect(group)
         return server
     server = WeightServer(config, rank, config.announced_host or get_ip())
     server.offer(offer)  # before anybody can ask for it

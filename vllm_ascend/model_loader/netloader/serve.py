@@ -137,6 +137,7 @@ class WeightServer:
         self._server = ElasticServer(
             self._serve,
             self._status,
+            self._await_offer,
             max_sessions=config.max_sessions,
             handshake_timeout=config.handshake_timeout,
         )
@@ -197,13 +198,16 @@ class WeightServer:
             sent = self._bytes_sent
         return Status(identities, sessions, self._config.max_sessions, sent)
 
-    def _serve(self, join: Join, connection: Connection) -> None:
-        group = join.group_name
+    def _await_offer(self, join: Join) -> None:
+        """Wait for a model that is being loaded."""
+        # A client waits for its answer for as long as its own deadline says, likely the same.
+        patience = self._config.handshake_timeout / 2
         with self._offered:
-            # A client waits for its answer for as long as its own deadline says, likely the same.
-            patience = self._config.handshake_timeout / 2
-            self._offered.wait_for(lambda: group not in self._expected, patience)
-            offer = self._offers.get(group)
+            self._offered.wait_for(lambda: join.group_name not in self._expected, patience)
+
+    def _serve(self, join: Join, connection: Connection) -> None:
+        with self._lock:
+            offer = self._offers.get(join.group_name)
         nack = self._objection(join, offer)
         if nack is not None:
             logger.info(

@@ -1,5 +1,6 @@
 """The processed layout: all tensors that inference uses, wherever post-processing has left them."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -26,9 +27,12 @@ _DEEPEST = 4
 # An integer beyond that is an address in this process.
 _LARGEST_INT = 1 << 31
 
+# All of `_FILLABLE` can hold it exactly.
+_LARGEST_FILL = 127
 _UNINITIALIZED = {
     torch.ops.aten.empty,
     torch.ops.aten.empty_like,
+    torch.ops.aten.empty_permuted,
     torch.ops.aten.empty_strided,
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
@@ -68,7 +72,7 @@ def processed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for name, tensor in found.items()
-        if not tensor.is_meta and not _OF_INFERENCE.intersection(name.split("."))
+        if not tensor.is_meta and not _OF_INFERENCE.intersection(re.split(r"[.\[]", name))
     }
 
 
@@ -104,17 +108,22 @@ def _is_none_of_ours(value: object) -> bool:
 
 
 class _Defined(TorchDispatchMode):
-    """Fills new memory with ones."""
+    """Fills the memory of each new tensor with a small number, the next one with the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _UNINITIALIZED and not result.is_meta:
+            self._count = self._count % _LARGEST_FILL + 1
             if result.dtype in _FILLABLE:
-                result.fill_(1)
+                result.fill_(self._count)
             else:
-                result.view(torch.uint8).zero_()
+                result.zero_()
         return result
 
 
@@ -122,7 +131,8 @@ def defined_memory() -> AbstractContextManager[object]:
     """Return a context in which the memory of new tensors has defined contents.
 
     What post-processing makes of an empty model can depend on what it finds there; this way it
-    does the same each time, and divides by no zero.
+    does the same each time, divides by no zero, and takes no two tensors for the same. What no
+    checkpoint fills, such as the embedding of an EAGLE draft, is the same in all instances.
     """
     return _Defined()
 

@@ -190,6 +190,7 @@ class ElasticServer:
         handle_session: called in the connection's thread with a valid JOIN, once one of the
             `max_sessions` places is free; the session is over when it returns or raises.
         status: makes the answer to STATUS from the number of sessions.
+        prepare: called before that, without a place, to wait for what the JOIN asks for.
         max_sessions: sessions at once; more are answered "busy".
         handshake_timeout: seconds in which a new connection has to send its first message.
     """
@@ -198,12 +199,14 @@ class ElasticServer:
         self,
         handle_session: Callable[[Join, Connection], None],
         status: Callable[[int], Status],
+        prepare: Callable[[Join], None],
         *,
         max_sessions: int,
         handshake_timeout: float,
     ) -> None:
         self._handle_session = handle_session
         self._status = status
+        self._prepare = prepare
         self._max_sessions = max_sessions
         self._handshake_timeout = handshake_timeout
         self._listener: socket.socket | None = None
@@ -305,11 +308,9 @@ class ElasticServer:
                 connection.send(self._status(self.sessions), self._handshake_timeout)
             elif not isinstance(request, Join):
                 raise ProtocolError(f"a {type(request).__name__} came before a JOIN")
-            elif self._admit(connection):
-                self._handle_session(request, connection)
             else:
-                busy = f"busy: {self._max_sessions} of {self._max_sessions} sessions are open"
-                connection.send(JoinNack(busy), self._handshake_timeout)
+                self._prepare(request)
+                self._admit_and_handle(request, connection)
         except ProtocolError as error:
             logger.warning("NetLoader: %s: %s", peer, error)
             with contextlib.suppress(OSError):
@@ -321,6 +322,13 @@ class ElasticServer:
             logger.exception("NetLoader: %s: the session failed", peer)
         finally:
             self._forget(connection)
+
+    def _admit_and_handle(self, join: Join, connection: Connection) -> None:
+        if self._admit(connection):
+            self._handle_session(join, connection)
+        else:
+            busy = f"busy: {self._max_sessions} of {self._max_sessions} sessions are open"
+            connection.send(JoinNack(busy), self._handshake_timeout)
 
     def _admit(self, connection: Connection) -> bool:
         with self._lock:

@@ -1,0 +1,137 @@
+"""Several clients, several sources and several groups at once, and collectives beside them."""
+
+import signal
+import threading
+import time
+
+from npusim_vllm import counts
+from transfer_support import (
+    COUNT,
+    IN_THE_TRANSFER,
+    MIB,
+    Process,
+    case,
+    check_inference,
+    end_inference,
+    here,
+    inferring,
+    load,
+    load_often,
+    rows,
+    sent_bytes,
+    serve,
+    signal_self_at,
+    until,
+    used,
+    wait_for_no_sessions,
+)
+
+
+@case
+def three_clients_at_once_while_the_source_infers():
+    source, mate = inferring(0, 3)
+    address = source.call(serve, rows)
+    clients = [Process(index) for index in (1, 2, 3)]
+    for client in clients:
+        client.start(load, [address], rows)
+    source.call(check_inference)
+    for client in clients:
+        client.result().check()
+    for process in (source, mate):
+        process.call(check_inference)
+    for process in (source, mate):
+        process.start(end_inference)
+    assert source.result() == mate.result()
+    source.call(wait_for_no_sessions)
+    assert source.call(sent_bytes) == 3 * COUNT * MIB
+
+
+@case
+def one_client_after_the_other_while_it_infers_itself():
+    source = Process(0)
+    address = source.call(serve, rows)
+    client, mate = inferring(1, 3)
+    for outcome in client.call(load_often, 5, [address], rows):
+        outcome.check()
+    for process in (client, mate):
+        process.call(check_inference)
+    for process in (client, mate):
+        process.start(end_inference)
+    assert client.result() == mate.result()
+
+
+@case
+def one_client_pulls_from_three_sources_at_once():
+    sources = [Process(index) for index in (0, 2, 3)]
+    addresses = [source.call(serve, rows, max_send_rate=64 * MIB) for source in sources]
+    client = Process(1)
+    client.call(watch_communicators)
+    client.call(load, addresses, rows, max_sources=3).check()
+    assert client.call(most_communicators) == 3
+    for source in sources:
+        source.call(wait_for_no_sessions)
+    sent = [source.call(sent_bytes) for source in sources]
+    assert all(sent) and sum(sent) == COUNT * MIB, sent
+
+
+def watch_communicators():
+    here.most = 0
+
+    def watch():
+        while True:
+            here.most = max(here.most, counts()["communicators"])
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def most_communicators():
+    return here.most
+
+
+def wait_for_sessions(count):
+    until(lambda: here.server._server.sessions == count)
+
+
+@case
+def a_process_loads_and_serves_at_once():
+    first, middle, last = Process(0), Process(1), Process(2)
+    address = first.call(serve, rows)
+    middle_address = middle.call(serve, rows)
+    last.start(load_often, 4, [middle_address], rows)
+    for outcome in middle.call(load_often, 4, [address], rows):
+        outcome.check()
+    for outcome in last.result():
+        outcome.check()
+
+
+@case
+def a_stopped_client_does_not_disturb_the_others():
+    source = Process(0)
+    address = source.call(serve, rows)
+    clients = [Process(index) for index in (1, 2, 3)]
+    clients[0].call(signal_self_at, IN_THE_TRANSFER, signal.SIGSTOP)
+    clients[0].start(load, [address], rows)
+    clients[0].wait_until_gone(signal.SIGSTOP)
+    for client in clients[1:]:
+        client.start(load_often, 3, [address], rows)
+    for client in clients[1:]:
+        for outcome in client.result():
+            outcome.check()
+    source.call(wait_for_no_sessions)
+    left = source.call(used)
+    assert left["communicators"] == left["pending"] == 0, left
+
+
+@case
+def more_clients_than_a_source_takes_are_refused_and_not_held_up():
+    source = Process(0)
+    address = source.call(serve, rows, max_sessions=1, max_send_rate=8 * MIB)
+    first, second = Process(1), Process(2)
+    first.start(load, [address], rows)
+    source.call(wait_for_sessions, 1)
+    outcome = second.call(load, [address], rows)
+    outcome.check_failed()
+    assert outcome.seconds < 2, outcome
+    first.result().check()
+    second.call(load, [address], rows).check()
