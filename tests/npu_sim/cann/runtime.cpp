@@ -249,6 +249,7 @@ void Stream::abort() {
     eventfd_read(abort_fd, &ignored);
     aborting = false;
   }
+  error = 0;
   idle_again.notify_all();
 }
 

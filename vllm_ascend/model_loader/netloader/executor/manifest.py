@@ -147,6 +147,9 @@ def match(
             )
         elif alias_of is None:
             matched.append(_as_sent(tensor, manifest.layout))
+        elif entry.format is not None and tensor is not tensors[alias_of]:
+            # Such memory is replaced while it is filled, and that of one tensor object only.
+            differences.append(f"{entry.name} shares memory in {entry.format} with {alias_of}")
     known = {entry.name for entry in manifest.tensors}
     if len(known) < len(manifest.tensors):
         differences.append("a name is there twice")

@@ -1,8 +1,8 @@
 """Ascend NPUs: HCCL, and the private format FRACTAL_NZ."""
 
-import contextlib
 import ctypes
 import functools
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch_npu  # gives torch its `npu`
-from torch.distributed import BroadcastOptions, ProcessGroup, Store, distributed_c10d
+from torch.distributed import BroadcastOptions, ProcessGroup, Store
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
@@ -22,8 +22,6 @@ _NEVER = timedelta(days=365)
 _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
-_NPU = torch.device("npu")
-_PRIVATE_USE_1 = 20  # c10::DeviceType
 
 
 class NpuDevice(StreamDevice):
@@ -37,7 +35,8 @@ class NpuDevice(StreamDevice):
     def __init__(self, index: int, hccl_buffer_mb: int) -> None:
         super().__init__(torch.device("npu", index), torch.npu)
         self._hccl_buffer_mb = hccl_buffer_mb
-        self._sessions: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakKeyDictionary[ProcessGroup, Any] = weakref.WeakKeyDictionary()
 
     def create_group(
         self, store: Store, rank: int, local_host: str, timeout: float
@@ -54,9 +53,13 @@ class NpuDevice(StreamDevice):
         options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
         group = ProcessGroupHCCL(store, rank, 2, options)
         group.set_watchdog_status(_WATCHDOG_STOPPED)
-        self._skip_streams_in_use()
+        with self._lock:
+            self._streams[group] = self._next_free_stream()
         self.connect(group, rank, timeout)
-        self._sessions.add(group)
+        with self._lock:
+            # Not the one expected if another session has connected meanwhile.
+            taken = group._get_stream_id(False)
+            self._streams[group] = self._ring.get(taken, self._streams[group])
         return group
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
@@ -66,40 +69,37 @@ class NpuDevice(StreamDevice):
         hour, and fail then. torch_npu's streams stop at a failure, and with them the device's
         context: inference would end.
         """
-        ended = not unfinished or _abort_stream(self._stream_of(group))
+        ended = not unfinished or _abort_stream(self._streams[group].npu_stream)
         # Its `abort` is that of torch's base class, which does nothing.
         group.abort_hccl_comm("the session has ended")
         return ended
 
+    # What torch_npu launches goes through one queue of the process, except on a few streams that it
+    # keeps apart for launching at once. Sessions use those: an error that HCCL returns stops that
+    # queue for inference, too; while HCCL connects, nothing else would be launched; and a peer that
+    # stalls holds up all that comes behind on its stream. Nobody else asks for these streams.
+
     @functools.cached_property
-    def _ring(self) -> list[int]:
-        """The ids of the streams that torch_npu hands out, in turn, to all who ask."""
-        ring: list[int] = []
-        while (stream := torch.npu.Stream(self.device).stream_id) not in ring:
-            ring.append(stream)
+    def _ring(self) -> dict[int, Any]:
+        """These streams by id, in the order in which torch_npu hands them out, in turn."""
+        ring: dict[int, Any] = {}
+        while (stream := torch.npu.SyncLaunchStream(self.device)).stream_id not in ring:
+            ring[stream.stream_id] = stream
         return ring
 
-    def _skip_streams_in_use(self) -> None:
-        """Ask for streams until the next one is no other process group's.
+    def _next_free_stream(self) -> Any:
+        """Ask for streams until the next one is no other session's, and return that one.
 
-        A group takes the next one when it connects. A peer that stalls holds up all that comes
-        behind on the same stream, which must not be a collective of the instance's own.
+        A group takes the next one when it connects.
         """
-        groups = [*distributed_c10d._world.pg_map, *self._sessions]
-        in_use = {stream for group in groups for stream in _streams_of(group)}
-        for _ in self._ring:
-            last = self._ring.index(torch.npu.Stream(self.device).stream_id)
-            if self._ring[(last + 1) % len(self._ring)] not in in_use:
-                return
-
-    def _stream_of(self, group: ProcessGroup) -> int:
-        """Return the address of the stream on which a session's group has its operations."""
-        stream = group._get_stream_id(False)
-        return int(
-            torch.npu.Stream(
-                stream_id=stream, device_index=self.device.index, device_type=_PRIVATE_USE_1
-            ).npu_stream
-        )
+        ids = list(self._ring)
+        in_use = {stream.stream_id for stream in self._streams.values()}
+        for _ in ids:
+            last = ids.index(torch.npu.SyncLaunchStream(self.device).stream_id)
+            coming = ids[(last + 1) % len(ids)]
+            if coming not in in_use:
+                break
+        return self._ring[coming]
 
     # Messages only go from the source to the client, and are broadcasts: what torch_npu makes for
     # sends and receives takes no notice of `hccl_buffer_size`, only of an environment variable
@@ -120,7 +120,11 @@ class NpuDevice(StreamDevice):
             group.clear_workmeta_list()
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        return Transfer(group.broadcast([message.view(torch.int8)], options), message)
+        data = [message.view(torch.int8)]
+        # The session's stream does not wait for the thread's: all has been done there already.
+        torch.npu.current_stream(self.device).synchronize()
+        with torch.npu.stream(self._streams[group]):
+            return Transfer(group.broadcast(data, options), message)
 
     def format_of(self, tensor: torch.Tensor) -> str | None:
         """Name FRACTAL_NZ, in which a tensor is stored in padded blocks of 16 rows."""
@@ -195,17 +199,6 @@ class _CastToNd(Sequence[torch.Tensor]):
                 return tensor
             self._last = index, tensor
         return self._last[1]
-
-
-def _streams_of(group: ProcessGroup) -> set[int]:
-    """Return the ids of the streams that a HCCL group has taken; of another group, none."""
-    with contextlib.suppress(RuntimeError):
-        backend = group if hasattr(group, "_get_stream_id") else group._get_backend(_NPU)
-        peers = range(backend.size())
-        streams = {backend._get_stream_id(False)}
-        streams |= {backend._get_stream_id(True, peer) for peer in peers if peer != backend.rank()}
-        return streams - {-1}
-    return set()
 
 
 def _abort_stream(stream: int) -> bool:
