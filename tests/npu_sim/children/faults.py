@@ -251,9 +251,8 @@ def an_operation_that_is_refused():
 
     def send():
         pair[SENDER].send([sent], RECEIVER, 0)
-        for _ in range(
-            100
-        ):  # torch_npu's queue may see the error later than this thread is through
+        # torch_npu's queue may see the error later than this thread is through.
+        for _ in range(1000):
             torch.npu.synchronize(0)
             time.sleep(0.02)
 
