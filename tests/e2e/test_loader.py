@@ -311,8 +311,8 @@ def test_on_a_device_that_netloader_does_not_know_it_loads_from_disk(
     path = on_disk(models, "llama")
     plain = load(make_config(path, load_format="auto"))
 
-    def unknown(kind: str) -> None:
-        raise LayoutUnsupported(f"no device of kind {kind!r}")
+    def unknown(device: torch.device, hccl_buffer_mb: int) -> None:
+        raise LayoutUnsupported(f"no device of kind {device.type!r}")
 
     monkeypatch.setattr(netloader, "device_of", unknown)
     source = [{"device_id": 0, "sources": ["127.0.0.1:1"]}]
