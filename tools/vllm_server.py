@@ -108,7 +108,7 @@ class VllmServer:
         ]
         if extra_config is not None:
             self._command.append(f"--model-loader-extra-config={json.dumps(extra_config)}")
-        # Where its ranks meet; vLLM's own choice is a port that somebody else may be given meanwhile.
+        # Where its ranks meet; vLLM's own choice is a port that others may be given meanwhile.
         meeting = {"VLLM_PORT": str(_free_port())}
         self._environment = os.environ | ENVIRONMENT | meeting | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
