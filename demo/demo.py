@@ -86,10 +86,8 @@ def simulated_npus() -> Machine:
     from tests.npu_sim.serving import npu_environment
 
     def environment(number: int) -> dict[str, str]:
-        return npu_environment() | {
-            "ASCEND_RT_VISIBLE_DEVICES": f"{2 * number},{2 * number + 1}",
-            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # what vLLM chooses by itself
-        }
+        devices = f"{2 * number},{2 * number + 1}"
+        return npu_environment() | {"ASCEND_RT_VISIBLE_DEVICES": devices}
 
     return Machine(2, environment)
 
