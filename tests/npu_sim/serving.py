@@ -36,9 +36,6 @@ ENVIRONMENT = {
     # the repository is a vllm_ascend.
     "PYTHONPATH": "",
     "PYTHONSAFEPATH": "1",
-    # The environment is installed uncompiled; compiling it again in each process takes half a
-    # minute.
-    "PYTHONDONTWRITEBYTECODE": "",
     # What vLLM finds out about a model's class is good for one version of it.
     "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
     # Half the imports of `vllm serve`'s own choice, spawn.

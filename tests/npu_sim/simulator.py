@@ -35,6 +35,9 @@ ENVIRONMENT = {
     "HCCL_EXEC_TIMEOUT": "20",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # The environment is installed uncompiled; compiling it again in each process takes half a
+    # minute.
+    "PYTHONDONTWRITEBYTECODE": "",
     "PYTHONUNBUFFERED": "1",
 }
 # Of the caller's environment, these would change what a child imports or which devices it sees.
