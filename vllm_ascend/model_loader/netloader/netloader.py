@@ -248,8 +248,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         since, so that its tensors are those that inference uses, and they are filled now.
         """
         identity = self._identity(model_config)
-        sources = self._sources(identity.rank) if identity.layout == PROCESSED else ()
-        if not sources:
+        sources = self._config.source.get(identity.rank, ())
+        if identity.layout == RAW or not sources:
             return self._follow_vllm(vllm_config, model_config, prefix)
         try:
             with defined_memory():
@@ -320,7 +320,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     attributes = changed_scalars(self._scalars, scalars(model))
                     weights = capture_processed(model, attributes, self._config.chunk_bytes, device)
             elif weights is not None:
-                weights = after_processing(weights, copies, device, processed_tensors(model))
+                dram = self._config.int8_cache is Int8Cache.DRAM
+                in_use = processed_tensors(model) if dram else {}
+                weights = after_processing(weights, copies, device, in_use)
         except LayoutUnsupported as error:
             weights, self._unserved = None, str(error)
         if weights is None and self._unserved:

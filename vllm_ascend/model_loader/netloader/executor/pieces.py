@@ -25,12 +25,16 @@ def in_place(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor | No
     Returns:
         A uint8 view of shape [piece.nbytes], or None where the tensor is not contiguous.
     """
-    tensor = tensors[piece.tensor].detach()
+    tensor = tensors[piece.tensor]
     if not tensor.is_contiguous():
         return None
+    return bytes_of(tensor)[piece.offset : piece.offset + piece.nbytes]
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor's memory as uint8 of shape [nbytes]."""
     # view(-1) keeps the stride of a single element, which another dtype's view does not take
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    return flat[piece.offset : piece.offset + piece.nbytes]
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def read(piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -11,10 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .devices import Device
-from .digest import digest_model
-from .manifest import PROCESSED, Scalar, describe
-from .plan import make_plan
-from .weights import Weights
+from .manifest import PROCESSED, Scalar
+from .weights import Weights, make_weights
 
 # Where torch keeps what `named_parameters` and the like return, and what has no tensors.
 _OF_TORCH = vars(nn.Module()).keys()
@@ -165,7 +163,4 @@ def capture_processed(
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
-    tensors = processed_tensors(model)
-    manifest, distinct = describe(tensors, PROCESSED, attributes, device.format_of)
-    plan = make_plan([tensor.nbytes for tensor in distinct], chunk_bytes)
-    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
+    return make_weights(processed_tensors(model), PROCESSED, attributes, chunk_bytes, device)

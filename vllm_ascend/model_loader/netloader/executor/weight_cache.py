@@ -16,11 +16,10 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..config import Int8Cache
 from ..errors import LayoutUnsupported
 from .devices import Device
-from .digest import digest_model
-from .manifest import RAW, Scalar, describe
+from .manifest import RAW, Scalar
 from .pieces import piece_hashes, read, size_of
-from .plan import Piece, make_plan
-from .weights import Weights
+from .plan import Piece
+from .weights import Weights, make_weights
 
 # Scales and the like: copying all of them costs little, and quantization rewrites them in place.
 _SMALL = 64 << 10
@@ -109,9 +108,7 @@ def capture_loaded(
     derived = _hashes(_derived_buffers(model), device)
     filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
     tensors = {name: tensor for name, tensor in everything.items() if name in filled}
-    manifest, distinct = describe(tensors, RAW, attributes, device.format_of)
-    plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
+    return make_weights(tensors, RAW, attributes, chunk_bytes, device)
 
 
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
@@ -171,8 +168,8 @@ def after_processing(
         raw: the weights.
         copies: see `copy_int8`.
         device: where the tensors are.
-        in_use: the tensors that inference uses. What is not among them is kept in host memory
-            only, if it was copied there.
+        in_use: the tensors that inference uses, which matter only if there are copies in host
+            memory: what was copied there and is not in use is kept there only.
 
     Raises:
         LayoutUnsupported: a tensor has changed and there is no copy; names it.

@@ -1,13 +1,14 @@
 """`Weights`: a model as a source sends it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .digest import Digests
-from .manifest import Manifest
-from .plan import Plan
+from .devices import Device
+from .digest import Digests, digest_model
+from .manifest import Manifest, Scalar, describe
+from .plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,27 @@ class Weights:
     def names(self) -> list[str]:
         """Return the name of each tensor."""
         return [entry.name for entry in self.manifest.tensors if entry.alias_of is None]
+
+
+def make_weights(
+    tensors: Mapping[str, torch.Tensor],
+    layout: str,
+    attributes: Mapping[str, Scalar],
+    chunk_bytes: int,
+    device: Device,
+) -> Weights:
+    """Describe, cut and hash named tensors as they are to be served.
+
+    Args:
+        tensors: name -> tensor.
+        layout: the manifest's layout.
+        attributes: the manifest's attributes.
+        chunk_bytes: chunk size in bytes.
+        device: where the tensors are.
+
+    Raises:
+        LayoutUnsupported: a tensor has no memory.
+    """
+    manifest, distinct = describe(tensors, layout, attributes, device.format_of)
+    plan = make_plan([tensor.nbytes for tensor in distinct], chunk_bytes)
+    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))

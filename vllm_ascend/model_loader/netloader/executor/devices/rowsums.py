@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 import xxhash
 
+from ..pieces import bytes_of
+
 ALGORITHM = "rowsums-xxh3_128"
 ROW_BYTES = 4096
 LANES = 4
@@ -74,12 +76,6 @@ def agrees_with_host(device: torch.device) -> bool:
     """Return whether a device computes what a CPU computes."""
     rows = _noise(_STEP // 2, ROW_BYTES // 2, torch.int16)
     return torch.equal(row_sums(rows.to(device)).cpu(), row_sums(rows))
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor's memory as uint8 of shape [nbytes]."""
-    # view(-1) keeps the stride of a single element, which another dtype's view does not take
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _rows_of(part: torch.Tensor, rows: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 from ...utils import logger, within
 from .. import manifest
+from ..pieces import bytes_of
 from . import rowsums
 
 _ON_HOST = "xxh3_128 of copies on the host"
@@ -173,7 +174,7 @@ class StreamDevice:
 
     def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
         """Copy in one operation where all of it is on the device."""
-        parts = [rowsums.bytes_of(tensor) for tensor in tensors]
+        parts = [bytes_of(tensor) for tensor in tensors]
         if all(map(self.reachable, parts)):
             torch.cat(parts, out=message)
         else:
@@ -181,7 +182,7 @@ class StreamDevice:
 
     def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Copy to each tensor."""
-        parts = [rowsums.bytes_of(tensor) for tensor in tensors]
+        parts = [bytes_of(tensor) for tensor in tensors]
         _copy(message.split([part.numel() for part in parts]), parts)
 
     def empty(self, nbytes: int) -> torch.Tensor:
