@@ -24,11 +24,9 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore, Work
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.digest import digest_model
-from vllm_ascend.model_loader.netloader.executor.manifest import RAW, describe
+from vllm_ascend.model_loader.netloader.executor.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
-from vllm_ascend.model_loader.netloader.executor.plan import make_plan
-from vllm_ascend.model_loader.netloader.executor.weights import Weights
+from vllm_ascend.model_loader.netloader.executor.weights import make_weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
@@ -174,9 +172,7 @@ def serve(named: dict[str, torch.Tensor]) -> WeightServer:
     for tensor in named.values():
         tensor.view(-1).view(torch.uint8).random_()
     config, device = NetLoaderConfig(source={}, model="bench"), CpuDevice()
-    manifest, distinct = describe(named, RAW, {}, device.format_of)
-    plan = make_plan([size_of(tensor) for tensor in distinct], config.chunk_bytes)
-    weights = Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, device))
+    weights = make_weights(named, RAW, {}, config.chunk_bytes, device)
     server = WeightServer(config, 0, HOST)
     server.offer(Offer(identity(), weights, device))
     return server

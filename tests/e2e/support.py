@@ -1,5 +1,6 @@
 """Running instances as the end-to-end tests speak of them."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,3 +71,9 @@ def running(
     )
     with server:
         yield Instance(server, prefix)
+
+
+def drafting(draft: Path) -> str:
+    """The argument of `vllm serve` for speculative decoding with a draft model."""
+    config = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    return f"--speculative-config={json.dumps(config)}"

@@ -13,7 +13,7 @@ from tools.netloader_view import source_list
 from tools.vllm_server import ServerError
 
 from .killing_proxy import killing_proxy
-from .support import running
+from .support import drafting, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -195,8 +195,3 @@ def test_draft_model_comes_from_the_source_too(tmp_path, llama, model):
             assert target.source == drafter.source == seed.address()
             assert target.digest != drafter.digest
             assert {target.digest, drafter.digest} <= seed.digests_sent()
-
-
-def drafting(draft):
-    config = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    return f"--speculative-config={json.dumps(config)}"

@@ -5,7 +5,6 @@ loaded and then not used: drafting needs `_C_ascend.npu_copy_and_expand_eagle_in
 Ascend's own kernels, which are not simulated.
 """
 
-import json
 import re
 import socket
 import sys
@@ -15,6 +14,7 @@ import pytest
 from tools.netloader_view import find_sent, source_list
 from tools.vllm_server import ServerError, clean_up_when_interrupted
 
+from ..e2e.support import drafting
 from .serving import TP2, Fleet, make_llama, make_models, run
 
 pytestmark = pytest.mark.timeout(900)
@@ -209,8 +209,3 @@ def test_draft_model_comes_from_the_source_too(fleet, llama, other_llama):
     assert target.source == drafter.source == seed.address()
     assert target.digest != drafter.digest
     assert {target.digest, drafter.digest} <= seed.digests_sent()
-
-
-def drafting(draft):
-    config = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
-    return f"--speculative-config={json.dumps(config)}"

@@ -19,11 +19,8 @@ import torch
 import vllm_ascend
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.digest import digest_model
-from vllm_ascend.model_loader.netloader.executor.manifest import RAW, describe
-from vllm_ascend.model_loader.netloader.executor.pieces import size_of
-from vllm_ascend.model_loader.netloader.executor.plan import make_plan
-from vllm_ascend.model_loader.netloader.executor.weights import Weights
+from vllm_ascend.model_loader.netloader.executor.manifest import RAW
+from vllm_ascend.model_loader.netloader.executor.weights import make_weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.interaction.protocol import PROTOCOL, Connection, Join
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -143,9 +140,7 @@ def differing(one, other):
 
 def weights_of(tensors, chunk_bytes=MIB, attributes=None):
     """Tensors as a source offers them."""
-    manifest, distinct = describe(tensors, RAW, attributes or {}, DEVICE.format_of)
-    plan = make_plan([size_of(tensor) for tensor in distinct], chunk_bytes)
-    return Weights(manifest, distinct, plan, digest_model(manifest, plan, distinct, DEVICE))
+    return make_weights(tensors, RAW, attributes or {}, chunk_bytes, DEVICE)
 
 
 # Sources and clients
