@@ -708,6 +708,7 @@ static int reduce(Communicator &c, const void *in, void *out, uint64_t count, Hc
 // Counts as sends and receives, which is what it consists of: faults can be aimed at it.
 API HcclResult HcclBroadcast(void *buffer, uint64_t count, HcclDataType type, uint32_t root,
                              HcclComm handle, aclrtStream stream) {
+  if (!count) return HCCL_SUCCESS;  // as in HCCL's published source
   uint64_t bytes = count * type_size(type);
   auto c = get(handle);
   std::vector<Transfer> transfers;

@@ -3,13 +3,18 @@
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from npusim_vllm import counts
+from torch.distributed import TCPStore
 from transfer_support import (
     COUNT,
+    HOST,
     IN_THE_TRANSFER,
     MIB,
+    PATIENCE,
     Process,
+    call_all,
     case,
     check_inference,
     end_inference,
@@ -25,6 +30,8 @@ from transfer_support import (
     used,
     wait_for_no_sessions,
 )
+
+from vllm_ascend.model_loader.netloader.executor.process_group import host_store
 
 
 @case
@@ -121,6 +128,50 @@ def a_stopped_client_does_not_disturb_the_others():
     source.call(wait_for_no_sessions)
     left = source.call(used)
     assert left["communicators"] == left["pending"] == 0, left
+
+
+def host_stores(count):
+    here.stores = [host_store(HOST, PATIENCE) for _ in range(count)]
+    return [store.port for store in here.stores]
+
+
+def connect_all(ports):
+    """Makes groups at the same time; returns how many streams they and those there are have."""
+
+    def connect(port):
+        store = TCPStore(HOST, port, world_size=2, wait_for_workers=False)
+        return here.device.create_group(store, 1 - here.index, HOST, PATIENCE)
+
+    with ThreadPoolExecutor(len(ports)) as threads:
+        here.kept += threads.map(connect, ports)
+    return len({group._get_stream_id(False) for group in here.kept})
+
+
+def close_last(count):
+    for group in here.kept[-count:]:
+        here.device.close(group, [])
+    del here.kept[-count:]
+
+
+STREAMS = 4  # that torch_npu has for launching at once
+
+
+@case
+def sessions_that_connect_at_once_get_streams_of_their_own():
+    both = source, _ = Process(0), Process(1)
+    call_all(both, connect_all, source.call(host_stores, 1))
+    for turn in range(12):
+        ports = source.call(host_stores, STREAMS - 1)
+        assert call_all(both, connect_all, ports) == [STREAMS, STREAMS], turn
+        call_all(both, close_last, len(ports))
+
+
+@case
+def more_sessions_than_streams_share_them():
+    both = source, _ = Process(0), Process(1)
+    ports = source.call(host_stores, STREAMS + 2)
+    assert call_all(both, connect_all, ports) == [STREAMS, STREAMS]
+    call_all(both, close_last, len(ports))
 
 
 @case

@@ -255,10 +255,14 @@ def test_the_memory_of_what_does_not_end_is_never_used_again(device, clock, monk
 # Connecting
 
 
+def connect(device, group, rank, timeout):
+    assert device.connect(timeout, lambda: device.exchange(group, rank, timeout)) is group
+
+
 @pytest.mark.parametrize(("rank", "way"), [(0, "receive"), (1, "send")])
 def test_connecting_moves_a_byte_from_the_source_to_the_client(device, api, rank, way):
     group = Group([Work(done=True)])
-    device.connect(group, rank, PATIENCE)
+    connect(device, group, rank, PATIENCE)
     [(started, message, peer)] = group.started
     assert (started, peer, message.nbytes) == (way, 1 - rank, 1)
     assert not group.aborted.is_set()
@@ -274,7 +278,7 @@ def test_a_connection_that_is_not_made_is_an_error_when_the_deadline_passes(devi
 
     group = Stuck()
     with pytest.raises(RuntimeError, match=r"not connected within 0\.1 s"):
-        device.connect(group, 1, 0.1)
+        connect(device, group, 1, 0.1)
     assert not group.aborted.is_set()
     stuck.set()
     # Nobody wants it any more.
@@ -307,7 +311,7 @@ def test_a_connection_made_too_late_is_ended_the_devices_way(api):
 
     device, group = Aborting(api), Late()
     with pytest.raises(RuntimeError, match="not connected"):
-        device.connect(group, 1, 0.1)
+        connect(device, group, 1, 0.1)
     late.set()
     assert group.aborted.wait(PATIENCE)
     assert device.ended.is_set()
@@ -317,14 +321,14 @@ def test_a_byte_that_does_not_arrive_in_time_does_not_stay_on_its_stream(api):
     """It would fail after half an hour, and inference with it; see `NpuDevice.abort`."""
     device = Aborting(api)
     with pytest.raises(RuntimeError):
-        device.connect(Group([Work()]), 1, 0.1)
+        connect(device, Group([Work()]), 1, 0.1)
     assert device.ended.wait(5)
 
 
 def test_a_connection_that_fails_is_an_error_with_its_reason(device):
     group = Group([Work(done=True, success=False)])
     with pytest.raises(RuntimeError, match="the transfer failed"):
-        device.connect(group, 0, PATIENCE)
+        connect(device, group, 0, PATIENCE)
 
 
 # Streams
@@ -475,8 +479,7 @@ class OverGloo(StreamDevice):
 
     def create_group(self, store, rank, local_host, timeout):
         group = _GlooGroup(CpuDevice().create_group(store, rank, local_host, timeout))
-        self.connect(group, rank, timeout)
-        return group
+        return self.connect(timeout, lambda: self.exchange(group, rank, timeout))
 
 
 def weights_on(device, tensors):

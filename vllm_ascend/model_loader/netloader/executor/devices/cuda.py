@@ -40,8 +40,7 @@ class CudaDevice(StreamDevice):
                     del os.environ[_ERROR_HANDLING]
                 else:
                     os.environ[_ERROR_HANDLING] = before
-        self.connect(group, rank, timeout)
-        return group
+        return self.connect(timeout, lambda: self.exchange(group, rank, timeout))
 
 
 @functools.cache

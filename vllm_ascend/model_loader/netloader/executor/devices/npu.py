@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,15 +12,18 @@ from typing import Any
 
 import torch
 import torch_npu  # gives torch its `npu`
-from torch.distributed import BroadcastOptions, ProcessGroup, Store
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Store
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
-from .streams import StreamDevice, Transfer
+from .streams import GRACE, StreamDevice, Transfer
 
 _ND, _FRACTAL_NZ = 2, 29  # aclFormat
 _NEVER = timedelta(days=365)
 _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
+# Attempts at a stream that no other session uses; the last one is taken as it comes.
+_ATTEMPTS = 8
+_GOOD, _BAD = "good", "bad"
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
 
@@ -47,20 +51,7 @@ class NpuDevice(StreamDevice):
         instance that serves. Here the session looks after its peer.
         """
         store.set_timeout(timedelta(seconds=timeout))
-        options = ProcessGroupHCCL.Options()
-        options._timeout = _NEVER
-        options.group_name = "netloader"
-        options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
-        group = ProcessGroupHCCL(store, rank, 2, options)
-        group.set_watchdog_status(_WATCHDOG_STOPPED)
-        with self._lock:
-            self._streams[group] = self._next_free_stream()
-        self.connect(group, rank, timeout)
-        with self._lock:
-            # Not the one expected if another session has connected meanwhile.
-            taken = group._get_stream_id(False)
-            self._streams[group] = self._ring.get(taken, self._streams[group])
-        return group
+        return self.connect(timeout, lambda: self._connected(store, rank, timeout))
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
         """Take what is under way off its stream, then destroy the communicator.
@@ -72,6 +63,8 @@ class NpuDevice(StreamDevice):
         ended = not unfinished or _abort_stream(self._streams[group].npu_stream)
         # Its `abort` is that of torch's base class, which does nothing.
         group.abort_hccl_comm("the session has ended")
+        with self._lock:
+            self._streams.pop(group, None)
         return ended
 
     # What torch_npu launches goes through one queue of the process, except on a few streams that it
@@ -87,19 +80,69 @@ class NpuDevice(StreamDevice):
             ring[stream.stream_id] = stream
         return ring
 
-    def _next_free_stream(self) -> Any:
-        """Ask for streams until the next one is no other session's, and return that one.
+    def _connected(self, store: Store, rank: int, timeout: float) -> ProcessGroup:
+        """Make groups until one has a stream, on both sides, that no other session there uses.
 
-        A group takes the next one when it connects.
+        A group takes the next one when HCCL has found the peer, whoever has taken some meanwhile.
         """
+        deadline = time.monotonic() + timeout
+        for attempt in range(_ATTEMPTS):
+            votes = PrefixStore(f"attempt {attempt}", store)
+            group = self._new_group(PrefixStore("group", votes), rank)
+            try:
+                good = self._take_stream(group) or attempt == _ATTEMPTS - 1
+                votes.set(f"rank {rank}", _GOOD if good else _BAD)
+                agreed = good and votes.get(f"rank {1 - rank}") == _GOOD.encode()
+            except RuntimeError:
+                self.close(group, [])
+                raise
+            if agreed:
+                return self.exchange(group, rank, deadline - time.monotonic())
+            self.close(group, [])
+        raise RuntimeError("the peer agreed to no stream")
+
+    def _new_group(self, store: Store, rank: int) -> ProcessGroup:
+        options = ProcessGroupHCCL.Options()
+        options._timeout = _NEVER
+        options.group_name = "netloader"
+        options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
+        group = ProcessGroupHCCL(store, rank, 2, options)
+        group.set_watchdog_status(_WATCHDOG_STOPPED)
+        return group
+
+    def _take_stream(self, group: ProcessGroup) -> bool:
+        """Have HCCL find the peer; return whether the group has a stream of its own.
+
+        An operation without bytes does it. Nothing of that would stay on another session's stream.
+        """
+        found = self._broadcast(group, self.empty(0), 0, self._next_free_stream())
+        with self._lock:
+            taken, in_use = group._get_stream_id(False), self._in_use()
+            self._streams[group] = self._ring[taken]
+        shared = taken in in_use
+        try:
+            self.wait(found, GRACE, lambda: False)
+        except RuntimeError:
+            # Another session has taken the stream it was started on, and is held up there.
+            if not shared:
+                _abort_stream(self._ring[taken].npu_stream)
+            return False
+        return not shared or len(in_use) == len(self._ring)
+
+    def _next_free_stream(self) -> Any:
+        """Ask for streams until the next one is no other session's, and return that one."""
         ids = list(self._ring)
-        in_use = {stream.stream_id for stream in self._streams.values()}
-        for _ in ids:
-            last = ids.index(torch.npu.SyncLaunchStream(self.device).stream_id)
-            coming = ids[(last + 1) % len(ids)]
-            if coming not in in_use:
-                break
+        with self._lock:
+            in_use = self._in_use()
+            for _ in ids:
+                last = ids.index(torch.npu.SyncLaunchStream(self.device).stream_id)
+                coming = ids[(last + 1) % len(ids)]
+                if coming not in in_use:
+                    break
         return self._ring[coming]
+
+    def _in_use(self) -> set[int]:
+        return {stream.stream_id for stream in self._streams.values()}
 
     # Messages only go from the source to the client, and are broadcasts: what torch_npu makes for
     # sends and receives takes no notice of `hccl_buffer_size`, only of an environment variable
@@ -107,23 +150,28 @@ class NpuDevice(StreamDevice):
 
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
         """Broadcast to the only other rank."""
-        return self._broadcast(group, message, group.rank(), tag)
+        return self._take_part(group, message, group.rank(), tag)
 
     def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
         """Take part in the peer's broadcast."""
-        return self._broadcast(group, message, peer, tag)
+        return self._take_part(group, message, peer, tag)
 
-    def _broadcast(
+    def _take_part(
         self, group: ProcessGroup, message: torch.Tensor, root: int, tag: int
     ) -> Transfer:
         if tag % _FORGET_EVERY == 0:
             group.clear_workmeta_list()
+        return self._broadcast(group, message, root, self._streams[group])
+
+    def _broadcast(
+        self, group: ProcessGroup, message: torch.Tensor, root: int, stream: Any
+    ) -> Transfer:
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         data = [message.view(torch.int8)]
         # The session's stream does not wait for the thread's: all has been done there already.
         torch.npu.current_stream(self.device).synchronize()
-        with torch.npu.stream(self._streams[group]):
+        with torch.npu.stream(stream):
             return Transfer(group.broadcast(data, options), message)
 
     def format_of(self, tensor: torch.Tensor) -> str | None:

@@ -19,8 +19,8 @@ from . import rowsums
 _ON_HOST = "xxh3_128 of copies on the host"
 # How often a transfer is looked at: at first often, as a chunk takes a fraction of a millisecond.
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
-# What a peer that has hung up may still have sent.
-_GRACE = 0.5
+# Seconds for what should have happened already, such as the end of what a peer sent and hung up.
+GRACE = 0.5
 # How long a backend is given to end what it was doing when its group is aborted.
 _DRAIN = 5.0
 
@@ -90,29 +90,38 @@ class StreamDevice:
         finally:
             self._idle_streams.append(stream)
 
-    def connect(self, group: ProcessGroup, rank: int, timeout: float) -> None:
-        """Send a byte from the source to the client, which makes the backend connect the two.
+    def connect(self, timeout: float, meet: Callable[[], ProcessGroup]) -> ProcessGroup:
+        """Return the group in which `meet` has found the peer.
 
-        It does so with a deadline of its own, of minutes, in the thread that sends first.
+        Backends look for it in the thread that asks, with a deadline of their own, of minutes.
 
         Raises:
-            RuntimeError: the two are not connected within `timeout` seconds.
+            RuntimeError: it took more than `timeout` seconds.
         """
 
-        def exchange() -> None:
+        def attached() -> ProcessGroup:
             with self.attached():
-                start = self.send if rank else self.receive
-                transfer = start(group, self.empty(1), 1 - rank, 0)
-                try:
-                    self.wait(transfer, timeout, lambda: False)
-                except RuntimeError:
-                    self.close(group, [transfer])
-                    raise
+                return meet()
 
         try:
-            within(timeout, exchange, lambda _: self.close(group, []))
+            return within(timeout, attached, lambda group: self.close(group, []))
         except TimeoutError:
             raise RuntimeError(f"not connected within {timeout:g} s") from None
+
+    def exchange(self, group: ProcessGroup, rank: int, timeout: float) -> ProcessGroup:
+        """Send a byte from the source to the client, which makes the backend connect the two.
+
+        Raises:
+            RuntimeError: it did not arrive.
+        """
+        start = self.send if rank else self.receive
+        transfer = start(group, self.empty(1), 1 - rank, 0)
+        try:
+            self.wait(transfer, timeout, lambda: False)
+        except RuntimeError:
+            self.close(group, [transfer])
+            raise
+        return group
 
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
         """Send as int8, which every version of HCCL and NCCL knows."""
@@ -134,7 +143,7 @@ class StreamDevice:
                 reason = "the peer has hung up" if hung_up else f"nothing moved in {timeout:g} s"
                 raise RuntimeError(reason)
             if not hung_up and gone():
-                hung_up, deadline = True, min(deadline, now + _GRACE)
+                hung_up, deadline = True, min(deadline, now + GRACE)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         if not transfer.work.is_success():
