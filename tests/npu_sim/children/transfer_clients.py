@@ -1,12 +1,12 @@
 """Several clients, several sources and several groups at once, and collectives beside them."""
 
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from npusim_vllm import counts
-from torch.distributed import TCPStore
 from transfer_support import (
     COUNT,
     HOST,
@@ -31,7 +31,8 @@ from transfer_support import (
     wait_for_no_sessions,
 )
 
-from vllm_ascend.model_loader.netloader.executor.process_group import host_store
+from vllm_ascend.model_loader.netloader.executor.process_group import CLIENT, SOURCE, form_group
+from vllm_ascend.model_loader.netloader.interaction.protocol import Connection, StoreSet
 
 
 @case
@@ -130,26 +131,52 @@ def a_stopped_client_does_not_disturb_the_others():
     assert left["communicators"] == left["pending"] == 0, left
 
 
-def host_stores(count):
-    here.stores = [host_store(HOST, PATIENCE) for _ in range(count)]
-    return [store.port for store in here.stores]
+def listen(count):
+    here.listeners = [socket.create_server((HOST, 0)) for _ in range(count)]
+    return [listener.getsockname()[1] for listener in here.listeners]
+
+
+class Channel:
+    """One end of a connection for building a group."""
+
+    def __init__(self, sock):
+        self._connection = Connection(sock)
+
+    def tell(self, key, value):
+        self._connection.send(StoreSet(key, value), PATIENCE)
+
+    def hear(self, timeout):
+        message = self._connection.receive_reply(timeout)
+        return message.key, message.value
 
 
 def connect_all(ports):
     """Makes groups at the same time; returns how many streams they and those there are have."""
 
-    def connect(port):
-        store = TCPStore(HOST, port, world_size=2, wait_for_workers=False)
-        return here.device.create_group(store, 1 - here.index, HOST, PATIENCE)
+    def connect(port, listener):
+        sock = listener.accept()[0] if listener else socket.create_connection((HOST, port))
+        channel = Channel(sock)
+        rank = SOURCE if listener else CLIENT
+        return form_group(
+            here.device,
+            channel.tell,
+            channel.hear,
+            rank,
+            HOST,
+            handshake=PATIENCE,
+            progress=PATIENCE,
+            gone=lambda: False,
+        )
 
+    listeners = here.listeners if here.index == 0 else [None] * len(ports)
     with ThreadPoolExecutor(len(ports)) as threads:
-        here.kept += threads.map(connect, ports)
-    return len({group._get_stream_id(False) for group in here.kept})
+        here.kept += threads.map(connect, ports, listeners)
+    return len({group._group._get_stream_id(False) for group in here.kept})
 
 
 def close_last(count):
     for group in here.kept[-count:]:
-        here.device.close(group, [])
+        group.close()
     del here.kept[-count:]
 
 
@@ -159,9 +186,9 @@ STREAMS = 4  # that torch_npu has for launching at once
 @case
 def sessions_that_connect_at_once_get_streams_of_their_own():
     both = source, _ = Process(0), Process(1)
-    call_all(both, connect_all, source.call(host_stores, 1))
+    call_all(both, connect_all, source.call(listen, 1))
     for turn in range(12):
-        ports = source.call(host_stores, STREAMS - 1)
+        ports = source.call(listen, STREAMS - 1)
         assert call_all(both, connect_all, ports) == [STREAMS, STREAMS], turn
         call_all(both, close_last, len(ports))
 
@@ -169,7 +196,7 @@ def sessions_that_connect_at_once_get_streams_of_their_own():
 @case
 def more_sessions_than_streams_share_them():
     both = source, _ = Process(0), Process(1)
-    ports = source.call(host_stores, STREAMS + 2)
+    ports = source.call(listen, STREAMS + 2)
     assert call_all(both, connect_all, ports) == [STREAMS, STREAMS]
     call_all(both, close_last, len(ports))
 

@@ -454,7 +454,7 @@ _WAITS = {IN_THE_FIRST_MESSAGE: 1, IN_THE_TRANSFER: COUNT // 3}
 def do_at(point, action):
     """Lets this process, a source or a client, do something when its session gets to a point."""
     if point == BEFORE_THE_GROUP:
-        _before(load_module, "join_group", action)
+        _before(load_module, "form_group", action)
         _before(serve_module, "form_group", action)
     elif point == AFTER_THE_LAST:
         _before(load_module._Load, "_conclude", action)

@@ -29,7 +29,7 @@ from .executor.ledger import Ledger
 from .executor.manifest import Manifest, match
 from .executor.pieces import size_of
 from .executor.plan import Plan, make_plan
-from .executor.process_group import join_group
+from .executor.process_group import CLIENT, form_group
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticClient
 from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck
@@ -369,11 +369,11 @@ class _Load:
         try:
             with (
                 _blaming(client),
-                join_group(
+                form_group(
                     self._device,
-                    client.peer_host,
-                    offer.rendezvous_port,
-                    offer.session,
+                    client.tell,
+                    client.hear,
+                    CLIENT,
                     client.local_host,
                     handshake=config.handshake_timeout,
                     progress=config.progress_timeout,

@@ -1,7 +1,6 @@
 """The source's story: a model offered, and sessions in which clients pull it."""
 
 import functools
-import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +16,7 @@ from .executor.elastic_load import P2PSend
 from .executor.pace import Pace
 from .executor.pieces import size_of
 from .executor.plan import Plan, make_plan
-from .executor.process_group import SOURCE, form_group, host_store
+from .executor.process_group import SOURCE, form_group
 from .executor.weights import Weights
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticServer
@@ -34,6 +33,7 @@ from .interaction.protocol import (
     Request,
     Sending,
     Status,
+    StoreSet,
     shortened,
 )
 from .port_file import PortFile
@@ -300,12 +300,7 @@ class _Session:
     def _transfer(self) -> None:
         offer, config, connection = self._offer, self._config, self._connection
         assert offer.weights is not None
-        local_host = unmapped(connection.local_host)
-        store = host_store(local_host, config.handshake_timeout)
-        session = secrets.token_hex(16)
         ack = JoinAck(
-            session,
-            store.port,
             self._chunking.plan.chunk_bytes,
             offer.device.digest_algorithm,
             self._chunking.digests.model,
@@ -319,10 +314,10 @@ class _Session:
             return
         with form_group(
             offer.device,
-            store,
-            session,
+            self._tell,
+            self._hear,
             SOURCE,
-            local_host,
+            unmapped(connection.local_host),
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
             gone=lambda: connection.hung_up,
@@ -336,6 +331,18 @@ class _Session:
                 self._note_end(request)
             finally:
                 self.bytes_sent = sender.bytes_sent
+
+    def _tell(self, key: str, value: bytes) -> None:
+        self._connection.send(StoreSet(key, value), self._config.handshake_timeout)
+
+    def _hear(self, timeout: float) -> tuple[str, bytes]:
+        request = self._connection.receive_request(timeout)
+        if isinstance(request, StoreSet):
+            return request.key, request.value
+        if isinstance(request, Abort):
+            self._note_end(request)
+            raise RuntimeError(self._end)
+        raise ProtocolError(f"a {type(request).__name__} came before the process group")
 
     def _next_request(self, sender: P2PSend) -> Request:
         try:

@@ -1,14 +1,8 @@
-import os
 import threading
 
 import hypothesis
 import pytest
 import torch
-
-# torch's TCPStore asks the DNS for the name of every address it connects to. Where the DNS loses a
-# packet now and then, that is five seconds each time; like this it is one second, once: torch asks
-# no more after a failure.
-os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
 # Threads of their own only get in each other's way: the tests bring enough of them.
 torch.set_num_threads(1)

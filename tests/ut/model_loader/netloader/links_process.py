@@ -55,8 +55,6 @@ class Link:
         run(f"ip link set {near} up")
         run(f"{self._inside} ip address add {self.address.host}/24 dev uplink")
         run(f"{self._inside} ip link set uplink up")
-        # A source is also a client of its own store.
-        run(f"{self._inside} ip link set lo up")
 
     def limit(self, rate):
         """Let the source send that many bytes per second."""

@@ -22,7 +22,12 @@ from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.weights import make_weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
-from vllm_ascend.model_loader.netloader.interaction.protocol import PROTOCOL, Connection, Join
+from vllm_ascend.model_loader.netloader.interaction.protocol import (
+    PROTOCOL,
+    Connection,
+    Join,
+    StoreSet,
+)
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -506,6 +511,34 @@ def tcp_pair():
         yield connection, far
     finally:
         connection.close()
+        far.close()
+
+
+class Channel:
+    """One end of a control connection, for building a process group."""
+
+    def __init__(self, sock):
+        self._connection = Connection(sock)
+        self.close = self._connection.close
+
+    def tell(self, key, value):
+        self._connection.send(StoreSet(key, value), PATIENCE)
+
+    def hear(self, timeout):
+        message = self._connection.receive_reply(timeout)
+        return message.key, message.value
+
+
+@contextlib.contextmanager
+def channels():
+    """Both ends of a control connection."""
+    with socket.create_server((HOST, 0)) as listener:
+        near = Channel(socket.create_connection(listener.getsockname()))
+        far = Channel(listener.accept()[0])
+    try:
+        yield near, far
+    finally:
+        near.close()
         far.close()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed import HashStore, ProcessGroupGloo
 
 from vllm_ascend.model_loader.netloader.executor.devices import cpu, device_of
@@ -139,3 +141,24 @@ def test_where_the_policy_may_not_be_changed_a_group_is_formed_all_the_same(monk
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     with pytest.raises(RuntimeError):  # nobody comes
         DEVICE.create_group(HashStore(), 0, HOST, 0.1)
+
+
+# Addresses
+
+
+def gloo_address(host, length=136, rest=bytes(136 + 16)):
+    """What gloo puts into the store: see `CpuDevice.acceptable`."""
+    return len(host).to_bytes(8, "little") + host + length.to_bytes(8, "little") + rest
+
+
+@given(st.binary(max_size=64), st.binary(max_size=64), st.binary(min_size=152, max_size=152))
+def test_an_address_of_any_host_is_acceptable(here, there, rest):
+    assert cpu.CpuDevice().acceptable(gloo_address(there, rest=rest), gloo_address(here))
+
+
+@given(st.binary(max_size=16), st.integers(0, 2**64 - 1), st.binary(max_size=200))
+def test_an_address_whose_lengths_are_wrong_is_not(host, length, rest):
+    right = length == 136 and len(rest) == 152
+    assert (
+        cpu.CpuDevice().acceptable(gloo_address(host, length, rest), gloo_address(b"here")) == right
+    )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost, SourceRefused
-from vllm_ascend.model_loader.netloader.executor.process_group import join_group
+from vllm_ascend.model_loader.netloader.executor.process_group import CLIENT, form_group
 from vllm_ascend.model_loader.netloader.interaction.elastic import MAX_HANDSHAKES, ElasticClient
 from vllm_ascend.model_loader.netloader.interaction.protocol import (
     MAX_JOIN_BYTES,
@@ -106,12 +106,11 @@ def answer(sock):
 
 
 @contextlib.contextmanager
-def group_of(client, ack):
+def group_of(client):
     """The client's end of a session's process group, once it has taken the offer."""
     client.request([])
-    where = client.peer_host, ack.rendezvous_port, ack.session, HOST
     deadlines = {"handshake": 5.0, "progress": 5.0, "gone": client.hung_up}
-    with join_group(DEVICE, *where, **deadlines) as group:
+    with form_group(DEVICE, client.tell, client.hear, CLIENT, HOST, **deadlines) as group:
         assert client.sending().chunks == []
         yield group
 
@@ -120,8 +119,8 @@ def group_of(client, ack):
 def session(source):
     """A client that has joined, and its group."""
     with client_of(source) as client:
-        ack = client.join(join_of(), identity())
-        with group_of(client, ack) as group:
+        client.join(join_of(), identity())
+        with group_of(client) as group:
             yield client, group
 
 
@@ -285,7 +284,7 @@ def test_chunks_of_the_size_asked_for_are_announced(running, chunk_bytes):
         ack = client.join(join_of(chunk_bytes=chunk_bytes), identity())
         assert ack.chunk_bytes == (chunk_bytes or MIB)
         assert ack.model_digest == running.offer.chunking(chunk_bytes).digests.model
-        with group_of(client, ack):
+        with group_of(client):
             client.finish(Abort("only asking"))
 
 
@@ -312,9 +311,9 @@ def test_target_and_draft_are_served_on_one_port(running):
 def test_a_busy_source_says_so_and_has_room_again_afterwards(weights):
     with source(weights, config=settings(max_sessions=1)) as running:
         with client_of(running) as first:
-            ack = first.join(join_of(), identity())
+            first.join(join_of(), identity())
             assert refusal(running) == "busy: 1 of 1 sessions are open"
-            with group_of(first, ack):
+            with group_of(first):
                 first.finish(Done(False))
         assert until(lambda: running.sessions == 0)
         assert loads_right_bytes(running, MODEL)

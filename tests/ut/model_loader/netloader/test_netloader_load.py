@@ -502,17 +502,6 @@ def test_a_source_that_falls_silent_is_lost_when_its_deadline_passes(weights, la
     assert differing(blanks, MODEL) == []
 
 
-def test_a_source_without_a_store_is_lost(weights):
-    def change(content):
-        content["rendezvous_port"] = 1
-
-    blanks = blank_like(MODEL)
-    config = settings(max_sources=1, handshake_timeout=1.5)
-    with source(weights) as one, Proxy(one.address, changing("JOIN_ACK", change)) as proxy:
-        load([proxy.address, one], blanks, config=config)
-    assert differing(blanks, MODEL) == []
-
-
 def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(weights):
     def withdraw(index, count):
         if count == 8:

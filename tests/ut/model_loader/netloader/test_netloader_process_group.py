@@ -7,26 +7,31 @@ import pytest
 import torch
 from torch.distributed import PrefixStore
 
+from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.process_group import (
     CLIENT,
     SOURCE,
     form_group,
-    host_store,
-    join_group,
 )
+from vllm_ascend.model_loader.netloader.executor.store import PeerStore
 
-from .support import DEVICE, HOST, PATIENCE, end, python, random_tensor, until
-
-SESSION = "0" * 32
+from .support import DEVICE, HOST, PATIENCE, Channel, channels, end, python, random_tensor, until
 
 
 def never():  # gloo notices by itself when its peer is gone
     return False
 
 
-def join(port, progress, handshake=5.0, session=SESSION):
-    return join_group(
-        DEVICE, HOST, port, session, HOST, handshake=handshake, progress=progress, gone=never
+def form(channel, rank, progress, handshake=5.0, device=DEVICE):
+    return form_group(
+        device,
+        channel.tell,
+        channel.hear,
+        rank,
+        HOST,
+        handshake=handshake,
+        progress=progress,
+        gone=never,
     )
 
 
@@ -34,17 +39,14 @@ class Pair:
     """Both ends of a session's group."""
 
     def __init__(self, progress):
-        store = host_store(HOST, 5.0)
-        self._progress = progress
-        thread = threading.Thread(target=self._form, args=(store,))
-        thread.start()
-        self.client = join(store.port, progress)
-        thread.join()
+        with channels() as (near, far):
+            thread = threading.Thread(target=self._form, args=(far, progress))
+            thread.start()
+            self.client = form(near, CLIENT, progress)
+            thread.join()
 
-    def _form(self, store):
-        self.source = form_group(
-            DEVICE, store, SESSION, SOURCE, HOST, handshake=5.0, progress=self._progress, gone=never
-        )
+    def _form(self, channel, progress):
+        self.source = form(channel, SOURCE, progress)
 
 
 @pytest.fixture
@@ -104,11 +106,12 @@ def test_a_peer_that_leaves_is_noticed_at_once():
 
 
 SENDER = """
-import sys, torch
+import socket, sys, torch
 from tests.ut.model_loader.netloader.test_netloader_process_group import *
-store = host_store(HOST, 30.0)
-print(store.port, flush=True)
-group = form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=30.0, progress=60.0, gone=never)
+with socket.create_server((HOST, 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    channel = Channel(listener.accept()[0])
+group = form(channel, SOURCE, 60.0, handshake=30.0)
 group.send(torch.ones(int(sys.argv[1]), dtype=torch.uint8))
 group.wait()
 """
@@ -118,7 +121,9 @@ def test_a_peer_that_is_killed_in_the_middle_of_a_message_is_noticed_at_once():
     received = torch.zeros(1 << 30, dtype=torch.uint8)
     sender = python("-c", SENDER, received.numel(), cwd=Path(__file__).parents[4])
     try:
-        with join(int(sender.stdout.readline()), PATIENCE * 3, handshake=30.0) as client:
+        port = int(sender.stdout.readline())
+        channel = Channel(socket.create_connection((HOST, port)))
+        with form(channel, CLIENT, PATIENCE * 3, handshake=30.0) as client:
             client.receive(received)
             assert until(lambda: received[0] == 1)
             sender.kill()
@@ -127,6 +132,7 @@ def test_a_peer_that_is_killed_in_the_middle_of_a_message_is_noticed_at_once():
                 client.wait()
             assert time.monotonic() - started < PATIENCE
             assert received[-1] == 0  # it was the middle
+        channel.close()
     finally:
         end(sender)
 
@@ -148,85 +154,73 @@ def test_leaving_twice_is_harmless(pair):
         pass
 
 
-def test_a_client_that_never_comes_is_an_error_when_the_deadline_passes():
-    store = host_store(HOST, 0.3)
-    with pytest.raises(RuntimeError):
-        form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=0.3, progress=0.3, gone=never)
+@pytest.mark.parametrize("rank", [CLIENT, SOURCE])
+def test_a_peer_that_never_comes_is_an_error_when_the_deadline_passes(rank):
+    with (
+        channels() as (near, _),
+        pytest.raises(RuntimeError, match=r"no process group within 0\.3"),
+    ):
+        form(near, rank, 0.3, handshake=0.3)
 
 
-def test_a_source_that_never_comes_is_an_error_when_the_deadline_passes():
-    store = host_store(HOST, 0.3)
-    with pytest.raises(RuntimeError):
-        join(store.port, 0.3, handshake=0.3)
-
-
-def test_a_store_that_never_answers_is_an_error_when_the_deadline_passes():
-    with socket.create_server((HOST, 0)) as mute:
-        started = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"no process group within 0\.3 s"):
-            join(mute.getsockname()[1], 0.3, handshake=0.3)
-        assert time.monotonic() - started < PATIENCE / 2
-        mute.close()
-    # The thread that was left behind ends with the connection.
-    assert until(lambda: "netloader-within" not in {t.name for t in threading.enumerate()})
-
-
-def test_a_group_that_is_formed_too_late_is_left(monkeypatch):
-    late = threading.Event()
-    made = []
-
-    class Late:
-        def create_group(self, *arguments):
-            late.wait(PATIENCE)
-            made.append(DEVICE.create_group(*arguments))
-            return made[-1]
-
-        def __getattr__(self, name):
-            return getattr(DEVICE, name)
-
-    store = host_store(HOST, 5.0)
-    source = threading.Thread(
-        target=lambda: form_group(
-            DEVICE, store, SESSION, SOURCE, HOST, handshake=PATIENCE, progress=1.0, gone=never
-        ).close()
-    )
-    source.start()
-    with pytest.raises(RuntimeError, match="no process group"):
-        join_group(Late(), HOST, store.port, SESSION, HOST, handshake=0.3, progress=1.0, gone=never)
-    late.set()
-    source.join(PATIENCE)
-    assert until(lambda: "netloader-within" not in {t.name for t in threading.enumerate()})
-    with pytest.raises(RuntimeError):
-        made[0].send([torch.zeros(1)], SOURCE, 0).wait()
+@pytest.mark.parametrize("rank", [CLIENT, SOURCE])
+def test_a_peer_that_leaves_before_there_is_a_group_is_noticed_at_once(rank):
+    with channels() as (near, far):
+        far.close()
+        with pytest.raises(RuntimeError, match=r"closed the connection|[Bb]roken pipe|reset"):
+            form(near, rank, PATIENCE * 3, handshake=PATIENCE * 3)
 
 
 def test_a_peer_that_has_left_again_is_an_error_when_the_deadline_passes():
-    store = host_store(HOST, 5.0)
-    meeting = PrefixStore(SESSION, store)
-    meeting.set(f"rank {CLIENT} is here", "")
-    with pytest.raises(RuntimeError):  # publishes its address, and gives up
-        DEVICE.create_group(PrefixStore("group", meeting), CLIENT, HOST, 0.3)
-    started = time.monotonic()
-    with pytest.raises(RuntimeError):
-        form_group(DEVICE, store, SESSION, SOURCE, HOST, handshake=1.0, progress=1.0, gone=never)
-    # with all of the deadline for each of gloo's attempts it could be five
-    assert time.monotonic() - started < 3
-
-
-def test_sessions_on_one_store_do_not_meet():
-    store = host_store(HOST, 5.0)
-    failed = []
-
-    def form(session):
+    with channels() as (near, far):
+        gone = PeerStore(near.tell, near.hear, PATIENCE)
+        gone.set(f"{CLIENT} is here", b"")
+        near.tell("group/0/0", address_of_nobody())
+        started = time.monotonic()
         with pytest.raises(RuntimeError):
-            form_group(
-                DEVICE, store, session, SOURCE, HOST, handshake=0.5, progress=0.5, gone=never
-            )
-        failed.append(session)
+            form(far, SOURCE, 1.0, handshake=1.0)
+        # with all of the deadline for each of gloo's attempts it could be five
+        assert time.monotonic() - started < 3
 
-    thread = threading.Thread(target=form, args=("a" * 32,))
-    thread.start()
-    with pytest.raises(RuntimeError):
-        join(store.port, 0.5, handshake=0.5, session="b" * 32)
-    thread.join(PATIENCE)
-    assert failed == ["a" * 32]
+
+def address_of_nobody():
+    """What a gloo group, which is not there any more, has set."""
+    values = {}
+
+    def hear(timeout):
+        raise TimeoutError("nobody else comes")
+
+    store = PeerStore(values.__setitem__, hear, 0.3)
+    with pytest.raises(TimeoutError):
+        DEVICE.create_group(PrefixStore("group", store), CLIENT, HOST, 0.3)
+    return values["group/0/0"]
+
+
+def test_a_group_is_left_when_the_peer_does_not_get_it():
+    class Leaving(CpuDevice):
+        """Its process ends once the group has been made."""
+
+        def create_group(self, *arguments):
+            group = super().create_group(*arguments)
+            near.close()
+            return group
+
+    class Seen(CpuDevice):
+        closed = 0
+
+        def close(self, group, unfinished):
+            self.closed += 1
+            super().close(group, unfinished)
+
+    def leave():
+        with pytest.raises(RuntimeError):
+            form(near, CLIENT, 1.0, device=Leaving())
+
+    seen = Seen()
+    with channels() as (near, far):
+        thread = threading.Thread(target=leave)
+        thread.start()
+        with pytest.raises(RuntimeError):
+            form(far, SOURCE, PATIENCE * 3, handshake=PATIENCE * 3, device=seen)
+        thread.join()
+    assert seen.closed == 1

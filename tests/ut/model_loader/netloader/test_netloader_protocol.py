@@ -25,6 +25,7 @@ from vllm_ascend.model_loader.netloader.interaction.protocol import (
     Sending,
     Status,
     StatusRequest,
+    StoreSet,
     decode_reply,
     decode_request,
     encode,
@@ -72,6 +73,7 @@ _requests = st.one_of(
         chunk_bytes=_counts,
         listen=st.none() | _texts,
     ),
+    st.builds(StoreSet, _texts, st.binary(max_size=100)),
     st.builds(Fetch, _chunks),
     st.builds(Done, st.booleans(), _hex),
     st.builds(Abort, _texts),
@@ -83,20 +85,19 @@ _manifests = st.sampled_from(
 _replies = st.one_of(
     st.builds(
         JoinAck,
-        session=st.text("0123456789abcdef", min_size=32, max_size=32),
-        rendezvous_port=st.integers(0, 65535),
         chunk_bytes=st.integers(1, 64 << 20),
         digest_algorithm=_texts,
         model_digest=_hex,
         manifest=_manifests.map(msgspec.Raw),
     ),
     st.builds(JoinNack, _texts, st.none() | _identities),
+    st.builds(StoreSet, _texts, st.binary(max_size=100)),
     st.builds(Sending, _chunks, st.lists(_hex, max_size=20), _chunks),
     st.builds(Missing, _chunks, _texts),
     st.builds(Abort, _texts),
     st.builds(Status, st.lists(_identities, max_size=2), _counts, _counts, _counts),
 )
-_ACK = JoinAck("0" * 32, 1, 1, "xxh3_128", "", msgspec.Raw(b"{}"))
+_ACK = JoinAck(1, "xxh3_128", "", msgspec.Raw(b"{}"))
 
 
 def comparable(message):

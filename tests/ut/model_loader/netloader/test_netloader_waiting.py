@@ -128,6 +128,7 @@ def test_clients_that_wait_for_a_draft_take_no_place_from_those_of_the_target(ta
         asked = asking(running, pool)
         try:
             assert ask(running, identity()).model_digest == target.digests.model
+            assert until(lambda: running.sessions == 0)
         finally:
             running.server.offer(Offer(DRAFTS, draft, DEVICE))
             asked.result(PATIENCE)

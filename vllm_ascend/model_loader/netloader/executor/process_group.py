@@ -2,14 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore
+from torch.distributed import PrefixStore, ProcessGroup
 
-from ..utils import within
 from .devices import Device
+from .store import Hear, PeerStore, Tell
 
 CLIENT, SOURCE = 0, 1
 _TAGS = 1 << 30
@@ -23,6 +22,7 @@ class TransferGroup:
 
     Args:
         group: the two-rank group, which this object owns.
+        store: the group's, which has to last as long as it: torch does not see to that.
         rank: `CLIENT` or `SOURCE`.
         device: whose backend moves the bytes.
         timeout: seconds without a completed message after which the peer counts as lost.
@@ -32,12 +32,14 @@ class TransferGroup:
     def __init__(
         self,
         group: ProcessGroup,
+        store: PeerStore,
         rank: int,
         device: Device,
         timeout: float,
         gone: Callable[[], bool],
     ) -> None:
         self._group: ProcessGroup | None = group
+        self._store = store
         self._peer = CLIENT if rank == SOURCE else SOURCE
         self._device = device
         self._timeout = timeout
@@ -94,30 +96,10 @@ class TransferGroup:
         return self._tag
 
 
-def host_store(local_host: str, timeout: float) -> TCPStore:
-    """Open a store on a port that the system chooses, for one session.
-
-    Raises:
-        RuntimeError: it cannot be opened.
-    """
-    return _store(local_host, 0, timeout, hosted=True)
-
-
-def _store(host: str, port: int, timeout: float, *, hosted: bool) -> TCPStore:
-    return TCPStore(
-        host,
-        port,
-        world_size=2,
-        is_master=hosted,
-        timeout=timedelta(seconds=timeout),
-        wait_for_workers=False,
-    )
-
-
 def form_group(
     device: Device,
-    store: Store,
-    session: str,
+    tell: Tell,
+    hear: Hear,
     rank: int,
     local_host: str,
     *,
@@ -129,69 +111,36 @@ def form_group(
 
     Args:
         device: whose backend moves the bytes.
-        store: where the two meet.
-        session: the session's name, the prefix of its keys.
+        tell: see `PeerStore`.
+        hear: see `PeerStore`.
         rank: `CLIENT` or `SOURCE`.
         local_host: the address of this machine that the peer reaches.
-        handshake: seconds for the peer to come, and then for forming the group.
+        handshake: seconds for all of it.
         progress: seconds without a completed message after which the peer counts as lost.
         gone: whether the peer has hung up.
 
     Raises:
         RuntimeError: the peer did not come in time, or went away.
+        Exception: what `hear` raises that is no OSError.
     """
-    peer = CLIENT if rank == SOURCE else SOURCE
-    meeting = PrefixStore(session, store)
-    meeting.set(f"rank {rank} is here", "")
-    meeting.wait([f"rank {peer} is here"], timedelta(seconds=handshake))
-    group = device.create_group(PrefixStore("group", meeting), rank, local_host, handshake)
-    return TransferGroup(group, rank, device, progress, gone)
-
-
-def join_group(
-    device: Device,
-    host: str,
-    port: int,
-    session: str,
-    local_host: str,
-    *,
-    handshake: float,
-    progress: float,
-    gone: Callable[[], bool],
-) -> TransferGroup:
-    """Form a session's group as its client, at the store that the source has opened.
-
-    Args:
-        device: whose backend moves the bytes.
-        host: the source.
-        port: the store's.
-        session: see `form_group`.
-        local_host: see `form_group`.
-        handshake: seconds for all of it.
-        progress: see `form_group`.
-        gone: see `form_group`.
-
-    Raises:
-        RuntimeError: the source did not answer in time, or went away.
-    """
-
-    def join() -> TransferGroup:
-        store = _store(host, port, handshake, hosted=False)
-        with device.attached():
-            return form_group(
-                device,
-                store,
-                session,
-                CLIENT,
-                local_host,
-                handshake=handshake,
-                progress=progress,
-                gone=gone,
-            )
-
+    store = PeerStore(tell, hear, handshake, device.acceptable)
     try:
-        # A TCPStore reads some answers without a deadline: it waits for ever for one that is
-        # stopped.
-        return within(handshake, join, TransferGroup.close)
-    except TimeoutError:
-        raise RuntimeError(f"no process group within {handshake:g} s") from None
+        # A peer that has left again would have five times its deadline from gloo.
+        store.meet(rank, "is here")
+        names = PrefixStore("group", store)
+        group = device.create_group(names, rank, local_host, store.remaining)
+        try:
+            store.meet(rank, "has the group")
+        except BaseException:
+            device.close(group, [])
+            raise
+    except Exception as error:
+        reason = store.failure or error
+        if isinstance(reason, TimeoutError):
+            raise RuntimeError(f"no process group within {handshake:g} s") from None
+        if isinstance(reason, OSError):
+            raise RuntimeError(str(reason)) from None
+        raise reason from None
+    finally:
+        store.close()
+    return TransferGroup(group, store, rank, device, progress, gone)

@@ -11,6 +11,7 @@ from ..identity import ModelIdentity
 from ..utils import Address, logger, unmapped
 from .protocol import (
     MAX_JOIN_BYTES,
+    MAX_REQUEST_BYTES,
     Abort,
     Connection,
     Done,
@@ -24,6 +25,7 @@ from .protocol import (
     Sending,
     Status,
     StatusRequest,
+    StoreSet,
     shortened,
 )
 
@@ -132,8 +134,23 @@ class ElasticClient:
             reply.sizes
         ):
             return reply
-        if isinstance(reply, Abort | Missing):
-            raise SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")
+        raise self._unexpected(reply)
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Set a value in the store of the process group that is being built."""
+        self._connection.send(StoreSet(key, value), self._handshake)
+
+    def hear(self, timeout: float) -> tuple[str, bytes]:
+        """Return the key and the value that the source has set next.
+
+        Raises:
+            OSError: the connection failed or ended, or the time was up.
+            ProtocolError: what came is not a valid message.
+            SourceLost: the source gave up.
+        """
+        reply = self._connection.receive_reply(timeout, MAX_REQUEST_BYTES)
+        if isinstance(reply, StoreSet):
+            return reply.key, reply.value
         raise self._unexpected(reply)
 
     @property
@@ -180,6 +197,8 @@ class ElasticClient:
             raise SourceLost(f"{self.address}: {_reason(error)}") from None
 
     def _unexpected(self, reply: Reply) -> SourceLost:
+        if isinstance(reply, Abort | Missing):
+            return SourceLost(f"{self.address}: gave up: {shortened(reply.reason)}")
         return SourceLost(f"{self.address}: a {type(reply).__name__} does not belong here")
 
 

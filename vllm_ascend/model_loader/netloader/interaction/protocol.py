@@ -9,7 +9,10 @@ A session::
 
     client                                source
       JOIN             ->
-                       <-  JOIN_ACK | JOIN_NACK      (both build the process group)
+                       <-  JOIN_ACK | JOIN_NACK
+      FETCH nothing    ->
+      STORE_SET        <->  STORE_SET            (both build the process group)
+                       <-  SENDING nothing
       FETCH chunks     ->
                        <-  SENDING chunks, digests, sizes    (the bytes in the process group)
       ...
@@ -21,6 +24,7 @@ A session::
 import contextlib
 import select
 import socket
+import threading
 import time
 from typing import Annotated, TypeAlias, TypeVar
 
@@ -53,7 +57,7 @@ class Join(msgspec.Struct, frozen=True):
         model_path: name of the model.
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
-        port: port of the client's store; unused in protocol 2, where the source hosts it.
+        port: port of the client's store; unused in protocol 2.
         group_name: which model of the instance, the target or the draft.
         int8_cache: the client's INT8_CACHE.
         protocol: 2; absent from a client that speaks the NetLoader protocol of vLLM Ascend.
@@ -82,16 +86,12 @@ class JoinAck(msgspec.Struct, frozen=True):
     """The source accepts.
 
     Attributes:
-        session: name of the session, the prefix of its keys in the store.
-        rendezvous_port: port of the store, at the address that the client reached.
         chunk_bytes: chunk size of this session in bytes.
         digest_algorithm: algorithm of all digests of this session.
         model_digest: digest of the whole model; sources with equal ones are interchangeable.
         manifest: a `manifest.Manifest`, which the control plane passes on unread.
     """
 
-    session: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-    rendezvous_port: Port
     chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 << 20)]
     digest_algorithm: ShortText
     model_digest: Digest
@@ -110,6 +110,18 @@ class JoinNack(msgspec.Struct, frozen=True):
     reason: str
     identity: ModelIdentity | None = None
     max_chunk_bytes: Count = 0
+
+
+class StoreSet(msgspec.Struct, frozen=True):
+    """What one side tells the other while they build the process group.
+
+    Attributes:
+        key: name of a value in the group's store.
+        value: at most 16 KiB; JSON has it in base64.
+    """
+
+    key: ShortText
+    value: Annotated[bytes, msgspec.Meta(max_length=16 << 10)]
 
 
 class Fetch(msgspec.Struct, frozen=True):
@@ -177,13 +189,14 @@ class Status(msgspec.Struct, frozen=True):
     bytes_sent: Count
 
 
-Request: TypeAlias = Join | Fetch | Done | Abort | StatusRequest
-Reply: TypeAlias = JoinAck | JoinNack | Sending | Missing | Abort | Status
+Request: TypeAlias = Join | StoreSet | Fetch | Done | Abort | StatusRequest
+Reply: TypeAlias = JoinAck | JoinNack | StoreSet | Sending | Missing | Abort | Status
 Message: TypeAlias = Request | Reply
 M = TypeVar("M", bound=Message)
 
 _REQUESTS: dict[str, type[Request]] = {
     "JOIN": Join,
+    "STORE_SET": StoreSet,
     "FETCH": Fetch,
     "DONE": Done,
     "ABORT": Abort,
@@ -192,6 +205,7 @@ _REQUESTS: dict[str, type[Request]] = {
 _REPLIES: dict[str, type[Reply]] = {
     "JOIN_ACK": JoinAck,
     "JOIN_NACK": JoinNack,
+    "STORE_SET": StoreSet,
     "SENDING": Sending,
     "MISSING": Missing,
     "ABORT": Abort,
@@ -266,12 +280,13 @@ def shortened(text: str, limit: int = _MAX_REASON) -> str:
 class Connection:
     """Messages over a connected TCP socket, every read and write under a deadline.
 
-    One thread sends, receives and closes; `cut` may be called by any other.
+    One thread sends and receives at a time; any other may `cut` or `close` it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._in_use = threading.Lock()
         self._newline_due = False
         self.local_host = sock.getsockname()[0]
         self.peer_host, self.peer_port = sock.getpeername()[:2]
@@ -283,8 +298,9 @@ class Connection:
             OSError: the connection failed, or `timeout` seconds did not suffice.
         """
         line = encode(message)
-        self._sock.settimeout(timeout)
-        self._sock.sendall(line)
+        with self._in_use:
+            self._sock.settimeout(timeout)
+            self._sock.sendall(line)
 
     def receive_request(
         self, timeout: float, limit: int = MAX_REQUEST_BYTES, *, first: bool = False
@@ -300,11 +316,15 @@ class Connection:
             OSError: the connection failed or ended, or the time was up.
             ProtocolError: what came is not a valid message.
         """
-        return decode_request(self._line(timeout, limit, bare=first))
+        with self._in_use:
+            line = self._line(timeout, limit, bare=first)
+        return decode_request(line)
 
     def receive_reply(self, timeout: float, limit: int = MAX_MESSAGE_BYTES) -> Reply:
         """Receive one message of a source; see `receive_request`."""
-        return decode_reply(self._line(timeout, limit, bare=False))
+        with self._in_use:
+            line = self._line(timeout, limit, bare=False)
+        return decode_reply(line)
 
     def _line(self, timeout: float, limit: int, *, bare: bool) -> bytearray:
         deadline = time.monotonic() + timeout
@@ -361,9 +381,10 @@ class Connection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, once no other thread is in it any more."""
         self.cut()
-        self._sock.close()
+        with self._in_use:
+            self._sock.close()
 
 
 def _is_json(data: bytearray) -> bool:

@@ -43,6 +43,14 @@ class Device(Protocol):
             RuntimeError: the peer did not come, or went away.
         """
 
+    def acceptable(self, theirs: bytes, ours: bytes) -> bool:
+        """Return whether a value that the peer has put into the store can be given to the backend.
+
+        Args:
+            theirs: what the peer has set.
+            ours: what this side has set in its place.
+        """
+
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:
         """Start sending contiguous uint8 memory; return what to `wait` for.
 

@@ -52,6 +52,14 @@ class CpuDevice:
             options._devices = [ProcessGroupGloo.create_device(hostname=local_host)]
         return ProcessGroupGloo(store, rank, 2, options)
 
+    def acceptable(self, theirs: bytes, ours: bytes) -> bool:
+        """Compare the lengths in an address with those in this side's.
+
+        gloo believes them, and would read beyond the end of the message. A host name comes first,
+        then the address and two numbers; the length of either text is in eight bytes before it.
+        """
+        return _lengths(theirs) == _lengths(ours)
+
     def attached(self) -> AbstractContextManager[object]:
         """There is nothing to choose."""
         return contextlib.nullcontext()
@@ -188,3 +196,9 @@ def _batch_scheduling() -> Iterator[None]:
         if before is not None:
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(0, os.SCHED_OTHER, before)
+
+
+def _lengths(address: bytes) -> tuple[int, int]:
+    """Return the length of what gloo sets, without the host's name, and the length inside of it."""
+    host = 8 + int.from_bytes(address[:8], "little")
+    return len(address) - host, int.from_bytes(address[host : host + 8], "little")

@@ -1,0 +1,115 @@
+"""Where the two ranks of a session meet: a store whose values go over their control connection."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch.distributed import Store
+
+from ..errors import ProtocolError
+
+# What backends set is one or two values of at most 4 KiB.
+_MOST_VALUES = 64
+
+Tell = Callable[[str, bytes], object]
+Hear = Callable[[float], tuple[str, bytes]]
+
+
+class PeerStore(Store):
+    """A key-value store of two ranks, each of which sends the other whatever it sets.
+
+    torch's `TCPStore` would be one more port for each session to reach. It also asks the DNS for
+    the name of every client's address, which can take longer than a handshake may, and waits
+    without a deadline for a server that is stopped.
+
+    Args:
+        tell: sends the peer a key and its value.
+        hear: returns the key and the value that the peer has sent next, within so many seconds.
+        timeout: seconds for all that has to be said.
+        acceptable: whether a value of the peer's can be given to torch, given the last one of this
+            side's.
+
+    Attributes:
+        failure: what `tell` or `hear` has raised. torch passes it on in words of its own.
+    """
+
+    def __init__(
+        self,
+        tell: Tell,
+        hear: Hear,
+        timeout: float,
+        acceptable: Callable[[bytes, bytes], bool] = lambda theirs, ours: True,
+    ) -> None:
+        super().__init__()
+        self._tell = tell
+        self._hear = hear
+        self._acceptable = acceptable
+        self._deadline = time.monotonic() + timeout
+        self._values: dict[str, bytes] = {}
+        self._last = b""  # that this side has set
+        self._closed = False
+        self.failure: Exception | None = None
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def meet(self, rank: int, where: str) -> None:
+        """Return once the other of the ranks 0 and 1 has called this, too.
+
+        Everything that it has set before has been heard by then.
+        """
+        self.set(f"{rank} {where}", b"")
+        self.get(f"{1 - rank} {where}")
+
+    def close(self) -> None:
+        """Say and hear nothing more: the connection is for other messages now."""
+        self._closed = True
+
+    # What torch calls
+
+    def set(self, key: str, value: bytes) -> None:
+        """Set a value, here and there."""
+        try:
+            if not self._closed:
+                self._tell(key, bytes(value))
+        except Exception as error:
+            self.failure = error
+            raise
+        self._values[key] = self._last = bytes(value)
+
+    def get(self, key: str) -> bytes:
+        """Return a value once it has been set.
+
+        Raises:
+            TimeoutError: it was not in time.
+            ProtocolError: the peer sets more than any backend does, or not what a backend does.
+        """
+        try:
+            while key not in self._values:
+                if self._closed:
+                    raise RuntimeError(f"{key!r} was not set while the group was built")
+                name, value = self._hear(self.remaining)
+                if len(self._values) >= _MOST_VALUES:
+                    raise ProtocolError(f"more than {_MOST_VALUES} values for a process group")
+                self._values[name] = value
+            if not self._acceptable(self._values[key], self._last):
+                raise ProtocolError(f"the value of {key!r} is not what a process group sets")
+        except Exception as error:
+            self.failure = error
+            raise
+        return self._values[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Return once all have been set; this store's deadline is the one that counts."""
+        for key in keys:
+            self.get(key)
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether all have been set, as far as that is known here."""
+        return all(key in self._values for key in keys)
+
+    def has_extended_api(self) -> bool:
+        """Appending and the like are not there."""
+        return False
