@@ -8,6 +8,7 @@ from npusim_vllm import fault
 from transfer_support import (
     AFTER_THE_LAST,
     BEFORE_THE_GROUP,
+    BEFORE_THE_VOTE,
     COUNT,
     IN_THE_FIRST_MESSAGE,
     IN_THE_TRANSFER,
@@ -54,11 +55,13 @@ def check_survivors(*processes):
 def client_goes(point, number):
     source, mate = inferring(0, 2)
     address = source.call(serve, rows)
+    before = source.call(used)["communicators"]
     client = Process(1)
     client.call(signal_self_at, point, number)
     client.start(load, [address], rows)
     client.wait_until_gone(number)
     assert source.call(wait_for_no_sessions) < LONGEST
+    assert source.call(used)["communicators"] == before
     Process(1).call(load, [address], rows).check()
     check_survivors(source, mate)
     if number == STOP:
@@ -71,6 +74,11 @@ def client_goes(point, number):
 @case
 def a_client_is_killed_before_the_group():
     client_goes(BEFORE_THE_GROUP, KILL)
+
+
+@case
+def a_client_is_killed_before_the_vote():
+    client_goes(BEFORE_THE_VOTE, KILL)
 
 
 @case
@@ -128,6 +136,11 @@ def source_goes(point, number):
 @case
 def a_source_is_killed_before_the_group():
     source_goes(BEFORE_THE_GROUP, KILL)
+
+
+@case
+def a_source_is_stopped_before_the_vote():
+    source_goes(BEFORE_THE_VOTE, STOP)
 
 
 @case

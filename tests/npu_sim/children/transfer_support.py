@@ -445,10 +445,11 @@ def end_inference():
 
 # Where a session can be cut.
 BEFORE_THE_GROUP = "before the group"
+BEFORE_THE_VOTE = "before the vote on a stream"
 IN_THE_FIRST_MESSAGE = "in the first message"
 IN_THE_TRANSFER = "in the transfer"
 AFTER_THE_LAST = "after the last message"
-_WAITS = {IN_THE_FIRST_MESSAGE: 1, IN_THE_TRANSFER: COUNT // 3}
+_WAITS = {BEFORE_THE_VOTE: 1, IN_THE_FIRST_MESSAGE: 2, IN_THE_TRANSFER: COUNT // 3}
 
 
 def do_at(point, action):

@@ -96,7 +96,7 @@ def within(seconds: float, call: Callable[[], T], undo: Callable[[T], object]) -
     """
     future: Future[T] = Future()
 
-    def run() -> None:
+    def run(future: Future[T]) -> None:
         try:
             result = call()
         except BaseException as error:
@@ -108,10 +108,12 @@ def within(seconds: float, call: Callable[[], T], undo: Callable[[T], object]) -
             else:
                 undo(result)
 
-    threading.Thread(target=run, name="netloader-within", daemon=True).start()
+    threading.Thread(target=run, args=(future,), name="netloader-within", daemon=True).start()
     try:
         return future.result(seconds)
     except TimeoutError:
         if future.cancel():
             raise TimeoutError(f"nothing within {seconds:g} s") from None
         return future.result()
+    finally:
+        del future  # else the traceback of its exception refers to it, and it to that

@@ -57,6 +57,7 @@ def test_both_go_on_once_both_have_come(pair):
 
     thread = threading.Thread(target=meet)
     thread.start()
+    assert one.get("1 is here") == b""
     assert not met
     one.meet(0, "is here")
     thread.join(PATIENCE)

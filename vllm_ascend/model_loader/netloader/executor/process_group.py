@@ -115,12 +115,13 @@ def form_group(
         hear: see `PeerStore`.
         rank: `CLIENT` or `SOURCE`.
         local_host: the address of this machine that the peer reaches.
-        handshake: seconds for all of it.
+        handshake: seconds for what the two have to say, and as much again for gloo to connect.
         progress: seconds without a completed message after which the peer counts as lost.
         gone: whether the peer has hung up.
 
     Raises:
         RuntimeError: the peer did not come in time, or went away.
+        ProtocolError: it has set what it must not.
         Exception: what `hear` raises that is no OSError.
     """
     store = PeerStore(tell, hear, handshake, device.acceptable)
@@ -135,12 +136,13 @@ def form_group(
             device.close(group, [])
             raise
     except Exception as error:
-        reason = store.failure or error
-        if isinstance(reason, TimeoutError):
-            raise RuntimeError(f"no process group within {handshake:g} s") from None
-        if isinstance(reason, OSError):
-            raise RuntimeError(str(reason)) from None
-        raise reason from None
+        raise _reason(store.failure or error, handshake) from None
     finally:
         store.close()
     return TransferGroup(group, store, rank, device, progress, gone)
+
+
+def _reason(error: Exception, handshake: float) -> Exception:
+    if isinstance(error, TimeoutError):
+        return RuntimeError(f"no process group within {handshake:g} s")
+    return RuntimeError(str(error)) if isinstance(error, OSError) else error

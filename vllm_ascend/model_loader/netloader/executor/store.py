@@ -8,7 +8,7 @@ from torch.distributed import Store
 
 from ..errors import ProtocolError
 
-# What backends set is one or two values of at most 4 KiB.
+# A backend sets one or two values, and another pair for each attempt on NPUs.
 _MOST_VALUES = 64
 
 Tell = Callable[[str, bytes], object]
@@ -26,8 +26,7 @@ class PeerStore(Store):
         tell: sends the peer a key and its value.
         hear: returns the key and the value that the peer has sent next, within so many seconds.
         timeout: seconds for all that has to be said.
-        acceptable: whether a value of the peer's can be given to torch, given the last one of this
-            side's.
+        acceptable: see `devices.Device`.
 
     Attributes:
         failure: what `tell` or `hear` has raised. torch passes it on in words of its own.
@@ -66,6 +65,7 @@ class PeerStore(Store):
     def close(self) -> None:
         """Say and hear nothing more: the connection is for other messages now."""
         self._closed = True
+        self.failure = None  # whose traceback has frames that refer to this
 
     # What torch calls
 
@@ -83,8 +83,9 @@ class PeerStore(Store):
         """Return a value once it has been set.
 
         Raises:
-            TimeoutError: it was not in time.
+            OSError: the connection failed, or the time is up.
             ProtocolError: the peer sets more than any backend does, or not what a backend does.
+            RuntimeError: it had not been set when the store was closed.
         """
         try:
             while key not in self._values:

@@ -78,11 +78,6 @@ class ElasticClient:
         """The address of this machine that the source sees."""
         return unmapped(self._connection.local_host)
 
-    @property
-    def peer_host(self) -> str:
-        """The address that the source was reached at."""
-        return unmapped(self._connection.peer_host)
-
     def __enter__(self) -> "ElasticClient":
         return self
 

@@ -48,7 +48,7 @@ class Device(Protocol):
 
         Args:
             theirs: what the peer has set.
-            ours: what this side has set in its place.
+            ours: what this side has set last.
         """
 
     def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:

@@ -47,9 +47,12 @@ class CpuDevice:
     ) -> ProcessGroup:
         """Make a gloo group that talks over the interface of `local_host`."""
         options = ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout / _CONNECT_ATTEMPTS)
+        # Gloo takes less than a millisecond for no deadline at all.
+        options._timeout = timedelta(seconds=max(timeout / _CONNECT_ATTEMPTS, 0.01))
         with _batch_scheduling():
-            options._devices = [ProcessGroupGloo.create_device(hostname=local_host)]
+            # Not lazily, with the first message: the store is only there for now.
+            device = ProcessGroupGloo.create_device(hostname=local_host, lazy_init=False)
+        options._devices = [device]
         return ProcessGroupGloo(store, rank, 2, options)
 
     def acceptable(self, theirs: bytes, ours: bytes) -> bool:

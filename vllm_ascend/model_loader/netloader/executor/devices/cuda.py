@@ -26,7 +26,6 @@ class CudaDevice(StreamDevice):
         """Make a NCCL group that leaves peers that die or stall to their session."""
         from torch.distributed import ProcessGroupNCCL
 
-        store.set_timeout(timedelta(seconds=timeout))
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
         options.group_name = "netloader"

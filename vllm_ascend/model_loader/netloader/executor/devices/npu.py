@@ -50,7 +50,6 @@ class NpuDevice(StreamDevice):
         The watchdog ends the process when an operation fails or takes too long, and with it an
         instance that serves. Here the session looks after its peer.
         """
-        store.set_timeout(timedelta(seconds=timeout))
         return self.connect(timeout, lambda: self._connected(store, rank, timeout))
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
@@ -92,12 +91,13 @@ class NpuDevice(StreamDevice):
             try:
                 good = self._take_stream(group) or attempt == _ATTEMPTS - 1
                 votes.set(f"rank {rank}", _GOOD if good else _BAD)
-                agreed = good and votes.get(f"rank {1 - rank}") == _GOOD.encode()
-            except RuntimeError:
+                # Before the group is closed, which the peer may still be connecting.
+                theirs = votes.get(f"rank {1 - rank}")
+            except Exception:
                 self.close(group, [])
                 raise
-            if agreed:
-                return self.exchange(group, rank, deadline - time.monotonic())
+            if good and theirs == _GOOD.encode():
+                return self.exchange(group, rank, max(0.0, deadline - time.monotonic()))
             self.close(group, [])
         raise RuntimeError("the peer agreed to no stream")
 
@@ -106,6 +106,8 @@ class NpuDevice(StreamDevice):
         options._timeout = _NEVER
         options.group_name = "netloader"
         options.hccl_config = {"hccl_buffer_size": self._hccl_buffer_mb}
+        # Without ranks it would take the place of the instance's world in torch_npu's books.
+        options.global_ranks_in_group = [0, 1]
         group = ProcessGroupHCCL(store, rank, 2, options)
         group.set_watchdog_status(_WATCHDOG_STOPPED)
         return group
@@ -131,8 +133,8 @@ class NpuDevice(StreamDevice):
 
     def _next_free_stream(self) -> Any:
         """Ask for streams until the next one is no other session's, and return that one."""
-        ids = list(self._ring)
         with self._lock:
+            ids = list(self._ring)
             in_use = self._in_use()
             for _ in ids:
                 last = ids.index(torch.npu.SyncLaunchStream(self.device).stream_id)

@@ -106,20 +106,21 @@ class StreamDevice:
         try:
             return within(timeout, attached, lambda group: self.close(group, []))
         except TimeoutError:
-            raise RuntimeError(f"not connected within {timeout:g} s") from None
+            raise RuntimeError(f"not connected within {timeout:.1f} s") from None
 
     def exchange(self, group: ProcessGroup, rank: int, timeout: float) -> ProcessGroup:
         """Send a byte from the source to the client, which makes the backend connect the two.
 
         Raises:
-            RuntimeError: it did not arrive.
+            RuntimeError: it did not arrive; the group is closed.
         """
-        start = self.send if rank else self.receive
-        transfer = start(group, self.empty(1), 1 - rank, 0)
+        started: list[Transfer] = []
         try:
-            self.wait(transfer, timeout, lambda: False)
+            start = self.send if rank else self.receive
+            started.append(start(group, self.empty(1), 1 - rank, 0))
+            self.wait(started[0], timeout, lambda: False)
         except RuntimeError:
-            self.close(group, [transfer])
+            self.close(group, started)
             raise
         return group
 
