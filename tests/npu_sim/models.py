@@ -1,9 +1,9 @@
 """Makes tiny models for vLLM Ascend, with what a CPU says to them.
 
-``python models.py FOLDER`` writes FOLDER/plain, FOLDER/w8a8 and FOLDER/w8a8_dynamic; the latter two
-in vLLM Ascend's quantized format (serve them with ``--quantization ascend``). Beside the weights of
-each lies reference.json: prompts as token ids, and the greedy tokens that follow them. Run it as a
-script of its own, as it imports torch.
+``python models.py FOLDER`` writes FOLDER/plain, FOLDER/mla_moe, FOLDER/w8a8 and
+FOLDER/w8a8_dynamic; the last two in vLLM Ascend's quantized format (serve them with
+``--quantization ascend``). Beside the weights of each lies reference.json: prompts as token ids,
+and the greedy tokens that follow them. Run it as a script of its own, as it imports torch.
 """
 
 import json
@@ -14,12 +14,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 PROMPTS = ([1, 2, 3, 4], [5, 6, 7], list(range(10, 40)))
 TOKENS = 8
-# With other seeds the two best tokens are close somewhere, and rounding may choose the other.
+# With other seeds the two best tokens or experts are close somewhere, and rounding may choose the
+# other.
 SEED = 16
+MLA_MOE_SEED = 1759
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "quant_model_description.json"
@@ -42,8 +52,49 @@ def make_plain(folder: Path) -> None:
         eos_token_id=2,
         dtype="bfloat16",
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    make_tokenizer(config.vocab_size).save_pretrained(folder)
+    save(LlamaForCausalLM(config), folder)
+
+
+def make_mla_moe(folder: Path) -> None:
+    """Writes a bfloat16 DeepSeek V2 of three layers, the last two of which have experts."""
+    torch.manual_seed(MLA_MOE_SEED)
+    config = DeepseekV2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=48,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        # Without it the experts say little beside the rest, and wrong ones would hardly show.
+        routed_scaling_factor=4.0,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=256,
+        initializer_range=0.08,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
+    model = DeepseekV2ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # ones would be there in a client, too, that did not get them
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    save(model, folder)
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes a model with its tokenizer and its reference."""
+    model.bfloat16().save_pretrained(folder)
+    make_tokenizer(model.config.vocab_size).save_pretrained(folder)
     write_reference(folder, load(folder))
 
 
@@ -59,12 +110,12 @@ def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def load(folder: Path) -> LlamaForCausalLM:
+def load(folder: Path) -> PreTrainedModel:
     """Returns the model on the CPU."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
-def generate(model: LlamaForCausalLM) -> list[list[int]]:
+def generate(model: PreTrainedModel) -> list[list[int]]:
     """Returns the greedy tokens after each prompt."""
     outputs = (
         model.generate(
@@ -75,19 +126,19 @@ def generate(model: LlamaForCausalLM) -> list[list[int]]:
     return [out[0, len(prompt) :].tolist() for prompt, out in zip(PROMPTS, outputs, strict=True)]
 
 
-def write_reference(folder: Path, model: LlamaForCausalLM) -> None:
+def write_reference(folder: Path, model: PreTrainedModel) -> None:
     """Writes what the model says."""
     tokens = generate(model)
     assert all(len(set(said)) > 1 for said in tokens), "a wrong weight would hardly show"
     (folder / REFERENCE).write_text(json.dumps({"prompts": PROMPTS, "tokens": tokens}))
 
 
-def projections(model: LlamaForCausalLM) -> dict[str, torch.nn.Module]:
+def projections(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     """Returns the layers that are quantized."""
     return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
 
 
-def calibrate(model: LlamaForCausalLM) -> dict[str, float]:
+def calibrate(model: PreTrainedModel) -> dict[str, float]:
     """Returns the largest input of each projection."""
     largest = dict.fromkeys(projections(model), 0.0)
     for name, module in projections(model).items():
@@ -132,7 +183,7 @@ def make_quantized(plain: Path, folder: Path, kind: str) -> None:
     write_reference(folder, int8_model(plain, tensors, kind))
 
 
-def int8_model(plain: Path, tensors: dict[str, torch.Tensor], kind: str) -> LlamaForCausalLM:
+def int8_model(plain: Path, tensors: dict[str, torch.Tensor], kind: str) -> PreTrainedModel:
     """Returns the model with projections that compute with int8, as the NPU's operators do."""
     model = load(plain)
 
@@ -158,9 +209,10 @@ def int8_model(plain: Path, tensors: dict[str, torch.Tensor], kind: str) -> Llam
 
 
 def make_all(folder: Path) -> None:
-    """Writes the three models."""
+    """Writes the four models."""
     plain = folder / "plain"
     make_plain(plain)
+    make_mla_moe(folder / "mla_moe")
     make_quantized(plain, folder / "w8a8", "W8A8")
     make_quantized(plain, folder / "w8a8_dynamic", "W8A8_DYNAMIC")
 

@@ -125,6 +125,18 @@ def test_int8_model_in_each_cache_mode_says_what_seed_and_cpu_say(fleet, models,
         source = client
 
 
+def test_client_of_mla_and_experts_says_what_seed_and_cpu_say(fleet, models):
+    """What is sent was made from the checkpoint: MLA's W_UV and W_UK_T, and transposed experts."""
+    model = models["mla_moe"]
+    seed = fleet.start("seed", model, {"INT8_CACHE": "no"}).wait()
+    said = seed.say()
+    assert_as_on_cpu(said, model)
+    config = {"INT8_CACHE": "no", "SOURCE": source_list(seed.addresses())}
+    client = fleet.start("client", model, config, bare=True).wait()
+    assert client.say() == said
+    client.assert_loaded_from(seed)
+
+
 def test_with_all_sources_dead_it_loads_from_disk(fleet, models, dead_address):
     """The model is made twice: once for the sources, and anew for the disk."""
     config = {"SOURCE": source_list({0: [dead_address]})}

@@ -79,6 +79,13 @@ def after_block_table(module: ModuleType) -> None:
     module._compute_slot_mapping_kernel = ops.SlotMapping()  # type: ignore[attr-defined]
 
 
+def after_device_op(module: ModuleType) -> None:
+    """Defines operators that vLLM Ascend's own library would have."""
+    from . import ops
+
+    ops.install_custom()
+
+
 BEFORE = {
     "torch_npu": before_torch_npu,
     "torchvision._meta_registrations": before_torchvision,
@@ -86,6 +93,7 @@ BEFORE = {
 AFTER = {
     "torch_npu": after_torch_npu,
     "torch_npu.op_plugin.atb._atb_ops": after_atb,
+    "vllm_ascend.device.device_op": after_device_op,
     "vllm_ascend.worker.block_table": after_block_table,
 }
 

@@ -1,41 +1,43 @@
-"""CPU kernels for the operators of torch_npu that a dense vLLM Ascend model calls.
+"""CPU kernels for the operators that vLLM Ascend calls for a dense model, for MoE and for MLA.
 
 They follow the operators' documented meaning, for the arguments that such a model passes.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # A registration lasts as long as its Library.
 npu = torch.library.Library("npu", "IMPL")
 atb: torch.library.Library
 aten: torch.library.Library
+custom: torch.library.Library
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function of CPU tensors as the operator's kernel."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def kernel(*args: Any, **kwargs: Any) -> Any:
-            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            device = tensors[0].device
-            result = function(*map(_to_cpu, args), **{k: _to_cpu(v) for k, v in kwargs.items()})
-            if isinstance(result, tuple):
-                return tuple(x.to(device) for x in result)
-            return result.to(device)
-
-        npu.impl(name, kernel, "PrivateUse1", allow_override=True)
+        npu.impl(name, on_cpu(function), "PrivateUse1", allow_override=True)
         return function
 
     return register
 
 
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the kernel for a device's tensors of a function of CPU tensors."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        device = next(x.device for x in leaves if isinstance(x, torch.Tensor))
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x.cpu(), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda x: x.to(device), function(*args, **kwargs))
+
+    return kernel
 
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,6 +95,14 @@ def rotary_embedding(
     cos, sin = cos_sin_cache.cpu()[positions.cpu()].float().chunk(2, -1)
     for x in map(host, (query, key)):
         x.copy_(_rotate(x, cos, sin, head_size, is_neox_style))
+
+
+@op("npu_interleave_rope")
+def npu_interleave_rope(x: Any, cos: Any, sin: Any) -> Any:
+    """Rotary embeddings of neighbours, the first ones of which then come before the second ones."""
+    a, b = x[..., ::2].float(), x[..., 1::2].float()
+    rotated = torch.cat([a, b], -1) * cos.float() + torch.cat([-b, a], -1) * sin.float()
+    return rotated.to(x.dtype)
 
 
 @op("npu_swiglu")
@@ -167,11 +177,19 @@ def attention(
     input_layout: str = "BSH",
     num_key_value_heads: int = 0,
     block_size: int = 0,
+    query_rope: Any = None,
+    key_rope: Any = None,
+    sparse_mode: int = 0,
+    softmax_lse_flag: bool = False,
     **unused: Any,
 ) -> Any:
     """Causal attention of sequences one after another, their keys and values in blocks or not."""
     assert input_layout == "TND", input_layout
-    out = torch.empty_like(query)
+    if query_rope is not None:
+        assert block_table is None and sparse_mode == 3, sparse_mode
+        query, key = torch.cat([query, query_rope], -1), torch.cat([key, key_rope], -1)
+    head_size = query.shape[-1] if block_table is not None else value.shape[-1]
+    out = torch.empty(*query.shape[:-1], head_size, dtype=query.dtype)
     start, kv_start = 0, 0
     for i, end in enumerate(actual_seq_lengths):
         end = min(int(end), query.shape[0])
@@ -188,7 +206,9 @@ def attention(
         if end > start and len(k):
             out[start:end] = _attend(query[start:end], k, v, num_heads, num_key_value_heads, scale)
         start = end
-    return out, torch.zeros(1)
+    # MLA asks for the sums in case that a prefill comes in parts, and such a one is not simulated.
+    lse = torch.full((*query.shape[:-1], 1), torch.nan) if softmax_lse_flag else torch.zeros(1)
+    return out, lse
 
 
 def _attend(q: Any, k: Any, v: Any, heads: int, kv_heads: int, scale: float) -> Any:
@@ -226,6 +246,78 @@ def paged_attention(
         key_cache.shape[1],
     )
     host(out).copy_(result.view(out.shape))
+
+
+def npu_kv_rmsnorm_rope_cache(
+    kv: Any,
+    gamma: Any,
+    cos: Any,
+    sin: Any,
+    index: Any,
+    k_cache: Any,
+    ckv_cache: Any,
+    *,
+    epsilon: float = 1e-5,
+    cache_mode: str = "Norm",
+    is_output_kv: bool = False,
+    **others: Any,
+) -> Any:
+    """Norms MLA's latents and rotates its keys, and writes both to their slots."""
+    assert cache_mode == "PA" and not others, (cache_mode, others)
+    latents, keys = kv.cpu().split([gamma.shape[0], cos.shape[-1]], -1)
+    latents, _ = npu_rms_norm(latents, gamma.cpu(), epsilon)
+    keys = npu_interleave_rope(keys, cos.cpu(), sin.cpu())
+    reshape_and_cache(keys, latents, k_cache, ckv_cache, index)
+    return k_cache, ckv_cache, keys.to(kv.device), latents.to(kv.device)
+
+
+npu.impl("npu_kv_rmsnorm_rope_cache", npu_kv_rmsnorm_rope_cache, "PrivateUse1", allow_override=True)
+
+
+def latent_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    query_rope: Any,
+    key_rope: Any,
+    actual_seq_kvlen: Sequence[int],
+    block_table: Any,
+    num_query_heads: int,
+    num_key_value_heads: int,
+    softmax_scale: float,
+    input_layout: str,
+    block_size: int,
+    **others: Any,
+) -> Any:
+    """MLA's attention of one new token per sequence, all heads to the same latents in blocks."""
+    assert input_layout == "BNSD_NBSD" and query.shape[2] == 1, (input_layout, query.shape)
+    assert num_key_value_heads == 1 and not others, (num_key_value_heads, others)
+    queries = torch.cat([query.cpu(), query_rope.cpu()], -1).transpose(1, 2)
+    table = block_table.cpu().long()
+    out = torch.empty(num_query_heads, len(queries), 1, value.shape[-1], dtype=query.dtype)
+    for i, q in enumerate(queries):
+        length = int(actual_seq_kvlen[i])
+        blocks = table[i, : (length + block_size - 1) // block_size]
+        latents, ropes, v = (
+            host(x)[blocks].reshape(-1, 1, x.shape[-1])[:length] for x in (key, key_rope, value)
+        )
+        k = torch.cat([latents, ropes], -1)
+        out[:, i] = _attend(q, k, v, num_query_heads, 1, softmax_scale).transpose(0, 1)
+    return out.to(query.device), torch.empty(0, device=query.device)
+
+
+npu.impl("npu_fused_infer_attention_score_v2", latent_attention, "PrivateUse1", allow_override=True)
+
+
+@op("npu_transpose_batchmatmul")
+def npu_transpose_batchmatmul(
+    input: Any, weight: Any, *, perm_y: Sequence[int], **others: Any
+) -> Any:
+    """Multiplies matrices by matrices and permutes the dimensions of what comes out."""
+    assert not others, others
+    y = (input.float() @ weight.float()).to(input.dtype)
+    return y.permute(*perm_y).contiguous()
 
 
 def install_atb(module: ModuleType) -> None:
@@ -274,6 +366,89 @@ class SlotMapping:
             out.copy_(torch.tensor(slots, dtype=out.dtype))
 
         return run
+
+
+# ------------------------------------------------------------------------------------ experts
+
+
+def moe_gating_top_k(
+    x: torch.Tensor,
+    k: int,
+    k_group: int,
+    group_count: int,
+    group_select_mode: int,
+    renorm: int,
+    norm_type: int,
+    out_flag: bool,
+    routed_scaling_factor: float,
+    eps: float,
+    bias_opt: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best experts of each token, and their shares of the softmax over all."""
+    assert (k_group, group_count) == (1, 1), (k_group, group_count)
+    assert (renorm, norm_type, out_flag) == (0, 0, False), (renorm, norm_type, out_flag)
+    assert bias_opt is None
+    weights, experts = x.float().softmax(-1).topk(k)
+    return (weights * routed_scaling_factor).to(x.dtype), experts.int(), torch.empty(0)
+
+
+def npu_moe_init_routing_custom(
+    x: torch.Tensor,
+    expert_idx: torch.Tensor,
+    *,
+    scale: torch.Tensor | None,
+    active_num: int,
+    expert_num: int,
+    expert_tokens_num_type: int,
+    expert_tokens_num_flag: bool,
+    active_expert_range: Sequence[int],
+    quant_mode: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Copies of the tokens sorted by expert, the row of each copy, and the rows of each expert."""
+    assert scale is None and quant_mode == -1, quant_mode
+    assert expert_tokens_num_flag and expert_tokens_num_type == 1, expert_tokens_num_type
+    assert active_num == expert_idx.numel(), active_num
+    assert list(active_expert_range) == [0, expert_num], active_expert_range
+    experts = expert_idx.flatten()
+    order = experts.argsort(stable=True)
+    copies = x[order // expert_idx.shape[1]]
+    return copies, order.argsort().int(), experts.bincount(minlength=expert_num), torch.empty(0)
+
+
+@op("npu_grouped_matmul")
+def npu_grouped_matmul(
+    x: Any,
+    weight: Any,
+    *,
+    group_list: Any,
+    split_item: int = 0,
+    group_type: int | None = None,
+    group_list_type: int = 0,
+    **others: Any,
+) -> Any:
+    """Multiplies the rows of each expert by its matrix."""
+    assert (split_item, group_type, group_list_type) == (2, 0, 1) and not others, others
+    [rows], [matrices] = x, weight
+    groups = zip(rows.split(group_list.tolist()), matrices, strict=True)
+    return [torch.cat([group.float() @ matrix.float() for group, matrix in groups]).to(rows.dtype)]
+
+
+@op("npu_moe_token_unpermute")
+def npu_moe_token_unpermute(permuted_tokens: Any, sorted_indices: Any, probs: Any) -> Any:
+    """Each token's sum of what its experts made of it."""
+    rows = permuted_tokens[sorted_indices].view(*probs.shape, -1)
+    return (rows.float() * probs.float().unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+def install_custom() -> None:
+    """Defines those operators of vLLM Ascend's own library, which is not built here."""
+    global custom
+    custom = torch.library.Library("_C_ascend", "FRAGMENT")
+    for kernel in (moe_gating_top_k, npu_moe_init_routing_custom):
+        if not hasattr(torch.ops._C_ascend, kernel.__name__):
+            schema = torch.library.infer_schema(kernel, mutates_args=())
+            custom.define(kernel.__name__ + schema)
+            custom.impl(kernel.__name__, on_cpu(kernel), "PrivateUse1")
 
 
 # ------------------------------------------------------------------------------------ W8A8
