@@ -5,6 +5,7 @@ Both ranks are threads of one process, one per device.
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import threading
@@ -243,20 +244,22 @@ def a_flipped_bit_on_the_way():
     assert torch.equal(sent.cpu(), host)
 
 
+def launched_here(function):
+    """Runs a function on a stream without torch_npu's queue, which tells of errors late or not."""
+    with torch.npu.stream(torch.npu.SyncLaunchStream()):
+        return function()
+
+
 @case
 def an_operation_that_is_refused():
-    pair = connected_pair()
-    sent, _, _ = make_tensors()
+    pair = make_pair()
+    sent, received, _ = make_tensors()
+    send = functools.partial(pair[SENDER].send, [sent], RECEIVER, 0)
+    receive = functools.partial(pair[RECEIVER].recv, [received], SENDER, 0)
+    works = on_both(lambda: launched_here(send), lambda: launched_here(receive))
+    wait_until(lambda: all(work.is_completed() for work in works))
     fault(f"send:error={HCCL_E_INTERNAL}@1")
-
-    def send():
-        pair[SENDER].send([sent], RECEIVER, 0)
-        # torch_npu's queue may see the error later than this thread is through.
-        for _ in range(1000):
-            torch.npu.synchronize(0)
-            time.sleep(0.02)
-
-    error = on_both(send, lambda: None)[SENDER]
+    error = on_both(lambda: launched_here(send), lambda: None)[SENDER]
     assert isinstance(error, RuntimeError), error
     assert counts()["p2p_pending"] == 0
 
