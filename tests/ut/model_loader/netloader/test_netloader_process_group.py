@@ -178,7 +178,8 @@ def test_a_peer_that_has_left_again_is_an_error_when_the_deadline_passes():
         gone.set(f"{CLIENT} is here", b"")
         near.tell("group/0/0", address_of_nobody())
         started = time.monotonic()
-        with pytest.raises(RuntimeError, match=r"[Gg]loo.*connect"):
+        # The port may be somebody else's by now, who accepts and does not answer.
+        with pytest.raises(RuntimeError, match=r"[Gg]loo.*connect|no process group within 1 s"):
             form(far, SOURCE, 1.0, handshake=1.0)
         # with all of the deadline for each of gloo's attempts it could be five
         assert time.monotonic() - started < 3
