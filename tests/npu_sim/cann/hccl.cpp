@@ -509,6 +509,8 @@ HcclResult start(uint32_t ranks, const HcclRootInfo *root_info, uint32_t rank,
     return HCCL_E_TIMEOUT;
   }
   if (!npusim::take_memory(c->device, c->buffers)) return HCCL_E_OOM;
+  // torch_npu now adds it to a list without a lock, and ranks that are threads would do so at once.
+  std::this_thread::sleep_for(std::chrono::milliseconds(10 * rank));
   g_communicators++;
   *out = new CommunicatorPtr(c);
   return HCCL_SUCCESS;

@@ -1,12 +1,13 @@
 """Ascend NPUs: HCCL, and the private format FRACTAL_NZ."""
 
+import contextlib
 import ctypes
 import functools
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,7 @@ _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
 # Attempts at a stream that no other session uses; the last one is taken as it comes.
 _ATTEMPTS = 8
 _GOOD, _BAD = "good", "bad"
+_TURN = 2.0  # seconds
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
 
@@ -117,7 +119,8 @@ class NpuDevice(StreamDevice):
 
         An operation without bytes does it. Nothing of that would stay on another session's stream.
         """
-        found = self._broadcast(group, self.empty(0), 0, self._next_free_stream())
+        with _turn_to_connect():
+            found = self._broadcast(group, self.empty(0), 0, self._next_free_stream())
         with self._lock:
             taken, in_use = group._get_stream_id(False), self._in_use()
             self._streams[group] = self._ring[taken]
@@ -249,6 +252,24 @@ class _CastToNd(Sequence[torch.Tensor]):
                 return tensor
             self._last = index, tensor
         return self._last[1]
+
+
+_connecting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _turn_to_connect() -> Iterator[None]:
+    """Wait until no other session of this process is connecting, but not for long.
+
+    torch_npu adds each new communicator to a list without a lock, which ends the process when two
+    do it at the same moment. A peer that does not come keeps its turn, and may not hold up others.
+    """
+    mine = _connecting.acquire(timeout=_TURN)
+    try:
+        yield
+    finally:
+        if mine:
+            _connecting.release()
 
 
 def _abort_stream(stream: int) -> bool:
