@@ -264,9 +264,13 @@ class ElasticServer:
         if self._accepting is not None:  # first, as it may be about to add a connection
             self._accepting.join(timeout)
         with self._lock:
-            open_now = {**self._handshakes, **self._sessions}
-            for connection in open_now:
-                connection.cut()
+            sessions, open_now = [*self._sessions.values()], {**self._handshakes, **self._sessions}
+        deadline = time.monotonic() + _LAST_WORDS
+        for thread in sessions:  # which may be telling their clients why
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        for connection in open_now:
+            connection.cut()
         for thread in open_now.values():
             if thread is not threading.current_thread():
                 thread.join(timeout / len(open_now))
