@@ -13,6 +13,8 @@ from transfer_support import (
     IN_THE_FIRST_MESSAGE,
     IN_THE_TRANSFER,
     MIB,
+    PATIENCE,
+    WHILE_HCCL_CONNECTS,
     LoadFailed,
     Process,
     case,
@@ -27,6 +29,7 @@ from transfer_support import (
     sent_bytes,
     serve,
     signal_self_at,
+    until,
     used,
     wait_for_no_sessions,
 )
@@ -49,19 +52,28 @@ def check_survivors(*processes):
     assert all(process.result() > 5 for process in processes)
 
 
+# Deadlines that no case lives to see.
+NOTICED = {"handshake_timeout": 3 * PATIENCE, "progress_timeout": 3 * PATIENCE}
+
+
+def wait_for_communicators(count):
+    """The thread that connects gives its own back, perhaps a little after its session's end."""
+    until(lambda: used()["communicators"] == count)
+
+
 # ------------------------------------------------------------------------------------ clients go
 
 
 def client_goes(point, number):
     source, mate = inferring(0, 2)
-    address = source.call(serve, rows)
+    address = source.call(serve, rows, **(NOTICED if number == KILL else {}))
     before = source.call(used)["communicators"]
     client = Process(1)
     client.call(signal_self_at, point, number)
     client.start(load, [address], rows)
     client.wait_until_gone(number)
     assert source.call(wait_for_no_sessions) < LONGEST
-    assert source.call(used)["communicators"] == before
+    source.call(wait_for_communicators, before)
     Process(1).call(load, [address], rows).check()
     check_survivors(source, mate)
     if number == STOP:
@@ -74,6 +86,11 @@ def client_goes(point, number):
 @case
 def a_client_is_killed_before_the_group():
     client_goes(BEFORE_THE_GROUP, KILL)
+
+
+@case
+def a_client_is_killed_while_hccl_connects():
+    client_goes(WHILE_HCCL_CONNECTS, KILL)
 
 
 @case
@@ -102,6 +119,11 @@ def a_client_is_stopped_before_the_group():
 
 
 @case
+def a_client_is_stopped_while_hccl_connects():
+    client_goes(WHILE_HCCL_CONNECTS, STOP)
+
+
+@case
 def a_client_is_stopped_in_the_first_message():
     client_goes(IN_THE_FIRST_MESSAGE, STOP)
 
@@ -125,7 +147,7 @@ def source_goes(point, number):
     source, other = Process(0), Process(2)
     addresses = [source.call(serve, rows), other.call(serve, rows)]
     source.call(signal_self_at, point, number)
-    outcome = client.call(load, addresses, rows)
+    outcome = client.call(load, addresses, rows, **(NOTICED if number == KILL else {}))
     outcome.check()
     assert outcome.seconds < LONGEST, outcome
     source.wait_until_gone(number)
@@ -139,8 +161,18 @@ def a_source_is_killed_before_the_group():
 
 
 @case
+def a_source_is_stopped_while_hccl_connects():
+    source_goes(WHILE_HCCL_CONNECTS, STOP)
+
+
+@case
 def a_source_is_stopped_before_the_vote():
     source_goes(BEFORE_THE_VOTE, STOP)
+
+
+@case
+def a_source_is_killed_while_hccl_connects():
+    source_goes(WHILE_HCCL_CONNECTS, KILL)
 
 
 @case
@@ -456,7 +488,8 @@ def a_client_without_memory_fails_and_lives_on():
 
 # ------------------------------------------------------------------------------------ handshake
 
-# Until then a communicator hangs in this file: longer than the deadline of a handshake.
+
+# Until then a communicator hangs here: longer than the deadline of a handshake.
 HANGS = 8
 
 

@@ -34,6 +34,7 @@ from vllm_ascend.model_loader.netloader.executor.digest import digest_model
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
 from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED, describe
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
+from vllm_ascend.model_loader.netloader.executor.store import PeerStore
 from vllm_ascend.model_loader.netloader.executor.weights import Weights
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 
@@ -445,6 +446,7 @@ def end_inference():
 
 # Where a session can be cut.
 BEFORE_THE_GROUP = "before the group"
+WHILE_HCCL_CONNECTS = "while HCCL looks for the peer"
 BEFORE_THE_VOTE = "before the vote on a stream"
 IN_THE_FIRST_MESSAGE = "in the first message"
 IN_THE_TRANSFER = "in the transfer"
@@ -455,16 +457,22 @@ _WAITS = {BEFORE_THE_VOTE: 1, IN_THE_FIRST_MESSAGE: 2, IN_THE_TRANSFER: COUNT //
 def do_at(point, action):
     """Lets this process, a source or a client, do something when its session gets to a point."""
     if point == BEFORE_THE_GROUP:
-        _before(load_module, "form_group", action)
-        _before(serve_module, "form_group", action)
+        _at(load_module, "form_group", action)
+        _at(serve_module, "form_group", action)
+    elif point == WHILE_HCCL_CONNECTS:
+        # The client has set where HCCL finds it, or the source has got that: the second value for
+        # either, after the one with which they meet.
+        once = functools.cache(action)
+        _at(PeerStore, "set", once, 2, after=True)
+        _at(PeerStore, "get", once, 2, after=True)
     elif point == AFTER_THE_LAST:
-        _before(load_module._Load, "_conclude", action)
-        _before(P2PSend, "finish", action)
+        _at(load_module._Load, "_conclude", action)
+        _at(P2PSend, "finish", action)
     else:
-        _before(NpuDevice, "wait", action, _WAITS[point])
+        _at(NpuDevice, "wait", action, _WAITS[point])
 
 
-def _before(owner, name, action, nth=1):
+def _at(owner, name, action, nth=1, after=False):
     function, lock, calls = getattr(owner, name), threading.Lock(), [0]
 
     @functools.wraps(function)
@@ -472,9 +480,12 @@ def _before(owner, name, action, nth=1):
         with lock:
             calls[0] += 1
             now = calls[0] == nth
-        if now:
+        if now and not after:
             action()
-        return function(*arguments, **options)
+        result = function(*arguments, **options)
+        if now and after:
+            action()
+        return result
 
     setattr(owner, name, wrapped)
 

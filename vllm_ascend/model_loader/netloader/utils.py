@@ -4,8 +4,9 @@ import ipaddress
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from typing import TypeVar
 logger = logging.getLogger("vllm.netloader")
 
 MIN_PORT, MAX_PORT = 1024, 65535
+_LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
@@ -83,16 +85,39 @@ def gigabytes_per_second(nbytes: int, seconds: float) -> float:
     return nbytes / max(seconds, 1e-9) / 1e9
 
 
-def within(seconds: float, call: Callable[[], T], undo: Callable[[T], object]) -> T:
+class Patience:
+    """How long to go on waiting for a peer: no longer than `grace` once it has hung up.
+
+    Args:
+        seconds: until the time is up.
+        gone: whether the peer has hung up.
+        grace: seconds for what it had done before.
+    """
+
+    def __init__(self, seconds: float, gone: Callable[[], bool], grace: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._gone = gone
+        self._grace = grace
+        self.hung_up = False
+
+    def over(self) -> bool:
+        """Return whether the time is up; ask it now and then."""
+        now = time.monotonic()
+        if not self.hung_up and self._gone():
+            self.hung_up, self._deadline = True, min(self._deadline, now + self._grace)
+        return now > self._deadline
+
+
+def within(patience: Patience, call: Callable[[], T], undo: Callable[[T], object]) -> T:
     """Call what may block for ever, in a thread that is left behind when it takes too long.
 
     Args:
-        seconds: how long it may take.
+        patience: how long it may take.
         call: what to call; its exceptions are passed on.
         undo: called in the thread with a result that has come too late.
 
     Raises:
-        TimeoutError: the time is up.
+        TimeoutError: the patience is over.
     """
     future: Future[T] = Future()
 
@@ -110,10 +135,10 @@ def within(seconds: float, call: Callable[[], T], undo: Callable[[T], object]) -
 
     threading.Thread(target=run, args=(future,), name="netloader-within", daemon=True).start()
     try:
-        return future.result(seconds)
-    except TimeoutError:
+        while not future.done() and not patience.over():
+            wait((future,), _LOOK)
         if future.cancel():
-            raise TimeoutError(f"nothing within {seconds:g} s") from None
+            raise TimeoutError
         return future.result()
     finally:
         del future  # else the traceback of its exception refers to it, and it to that

@@ -267,8 +267,8 @@ class FaultyDevice(CpuDevice):
     def __init__(self, fault=None):
         self.fault = fault
 
-    def create_group(self, store, rank, local_host, timeout):
-        group = super().create_group(store, rank, local_host, timeout)
+    def create_group(self, *arguments):
+        group = super().create_group(*arguments)
         return group if self.fault is None else _FaultyGroup(group, self.fault)
 
 

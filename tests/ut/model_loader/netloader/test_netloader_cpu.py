@@ -129,7 +129,7 @@ def test_threads_of_gloo_do_not_preempt_others_and_the_callers_policy_stays(monk
     monkeypatch.setattr(cpu.ProcessGroupGloo, "create_device", noting)
     before = os.sched_getscheduler(0)
     with pytest.raises(RuntimeError):  # nobody comes
-        DEVICE.create_group(HashStore(), 0, HOST, 0.1)
+        DEVICE.create_group(HashStore(), 0, HOST, 0.1, lambda: False)
     assert made == [os.SCHED_BATCH]
     assert os.sched_getscheduler(0) == before
 
@@ -140,7 +140,7 @@ def test_where_the_policy_may_not_be_changed_a_group_is_formed_all_the_same(monk
 
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
     with pytest.raises(RuntimeError):  # nobody comes
-        DEVICE.create_group(HashStore(), 0, HOST, 0.1)
+        DEVICE.create_group(HashStore(), 0, HOST, 0.1, lambda: False)
 
 
 # Addresses

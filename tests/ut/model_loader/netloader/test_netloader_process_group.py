@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.executor.process_group import (
     form_group,
 )
 from vllm_ascend.model_loader.netloader.executor.store import PeerStore
-from vllm_ascend.model_loader.netloader.utils import within
+from vllm_ascend.model_loader.netloader.utils import Patience, within
 
 from .support import DEVICE, HOST, PATIENCE, Channel, channels, end, python, random_tensor, until
 
@@ -196,7 +196,7 @@ def address_of_nobody():
 
     store = PeerStore(values.__setitem__, hear, 0.3)
     with pytest.raises(TimeoutError):
-        DEVICE.create_group(PrefixStore("group", store), CLIENT, HOST, 0.3)
+        DEVICE.create_group(PrefixStore("group", store), CLIENT, HOST, 0.3, lambda: False)
     return values["group/0/0"]
 
 
@@ -235,7 +235,7 @@ def test_the_deadline_holds_when_hardly_anything_is_left_of_it():
 
     def form(store):
         with contextlib.suppress(RuntimeError):  # none if it is this side that connects
-            DEVICE.create_group(PrefixStore("group", store), SOURCE, HOST, 0.004)
+            DEVICE.create_group(PrefixStore("group", store), SOURCE, HOST, 0.004, lambda: False)
 
     address = bytearray(address_of_nobody())
     port = 20 + int.from_bytes(address[:8], "little") - 2
@@ -245,7 +245,11 @@ def test_the_deadline_holds_when_hardly_anything_is_left_of_it():
             address[port : port + 2] = mute.getsockname()[1].to_bytes(2, "big")
             near.tell("group/0/0", bytes(address))
             store = PeerStore(far.tell, far.hear, PATIENCE)
-            within(PATIENCE, functools.partial(form, store), lambda _: None)
+            within(
+                Patience(PATIENCE, lambda: False, 0.0),
+                functools.partial(form, store),
+                lambda _: None,
+            )
 
 
 def test_a_group_is_formed_at_once_where_torch_is_told_to_be_lazy(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ascend.model_loader.netloader import utils
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.devices import rowsums, streams
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
@@ -134,6 +135,7 @@ class Group:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(streams, "time", clock)
+    monkeypatch.setattr(utils, "time", clock)
     return clock
 
 
@@ -255,8 +257,11 @@ def test_the_memory_of_what_does_not_end_is_never_used_again(device, clock, monk
 # Connecting
 
 
-def connect(device, group, rank, timeout):
-    assert device.connect(timeout, lambda: device.exchange(group, rank, timeout)) is group
+def connect(device, group, rank, timeout, gone=present):
+    def meet():
+        return device.exchange(group, rank, timeout, gone)
+
+    assert device.connect(timeout, gone, meet) is group
 
 
 @pytest.mark.parametrize(("rank", "way"), [(0, "receive"), (1, "send")])
@@ -317,12 +322,33 @@ def test_a_connection_made_too_late_is_ended_the_devices_way(api):
     assert device.ended.is_set()
 
 
-def test_a_byte_that_does_not_arrive_in_time_does_not_stay_on_its_stream(api):
+@pytest.mark.parametrize(
+    ("timeout", "gone", "reason"), [(0.1, present, "nothing moved"), (PATIENCE, gone, "hung up")]
+)
+def test_a_byte_that_does_not_arrive_does_not_stay_on_its_stream(api, timeout, gone, reason):
     """It would fail after half an hour, and inference with it; see `NpuDevice.abort`."""
     device = Aborting(api)
-    with pytest.raises(RuntimeError):
-        connect(device, Group([Work()]), 1, 0.1)
-    assert device.ended.wait(5)
+    with pytest.raises(RuntimeError, match=reason):
+        connect(device, Group([Work()]), 1, timeout, gone)
+    # Not some time later, by a thread that was left behind.
+    assert device.ended.is_set()
+
+
+def test_a_peer_that_goes_while_the_backend_looks_for_it_is_not_waited_for(device):
+    looking, late = threading.Event(), threading.Event()
+
+    class Looking(Group):
+        def _start(self, *_):
+            looking.set()
+            late.wait(PATIENCE)  # as HCCL does, for minutes
+            return Work(done=True)
+
+    group = Looking()
+    with pytest.raises(RuntimeError, match="the peer has hung up"):
+        connect(device, group, 1, PATIENCE, looking.is_set)
+    assert not group.aborted.is_set()
+    late.set()
+    assert group.aborted.wait(PATIENCE)
 
 
 def test_a_connection_that_fails_is_an_error_with_its_reason(device):
@@ -477,9 +503,9 @@ class OverGloo(StreamDevice):
     def __init__(self):
         super().__init__(CPU, Api())
 
-    def create_group(self, store, rank, local_host, timeout):
-        group = _GlooGroup(CpuDevice().create_group(store, rank, local_host, timeout))
-        return self.connect(timeout, lambda: self.exchange(group, rank, timeout))
+    def create_group(self, store, rank, local_host, timeout, gone):
+        group = _GlooGroup(CpuDevice().create_group(store, rank, local_host, timeout, gone))
+        return self.connect(timeout, gone, lambda: self.exchange(group, rank, timeout, gone))
 
 
 def weights_on(device, tensors):

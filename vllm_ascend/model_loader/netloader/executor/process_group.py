@@ -129,7 +129,7 @@ def form_group(
         # A peer that has left again would have five times its deadline from gloo.
         store.meet(rank, "is here")
         names = PrefixStore("group", store)
-        group = device.create_group(names, rank, local_host, store.remaining)
+        group = device.create_group(names, rank, local_host, store.remaining, gone)
         try:
             store.meet(rank, "has the group")
         except BaseException:

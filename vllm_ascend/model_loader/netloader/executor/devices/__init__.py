@@ -29,7 +29,7 @@ class Device(Protocol):
         """
 
     def create_group(
-        self, store: Store, rank: int, local_host: str, timeout: float
+        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
     ) -> ProcessGroup:
         """Make a two-rank process group outside torch's default one.
 
@@ -38,6 +38,7 @@ class Device(Protocol):
             rank: 0: the client, 1: the source.
             local_host: the address of this machine that the peer reaches.
             timeout: seconds for making it.
+            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
 
         Raises:
             RuntimeError: the peer did not come, or went away.

@@ -43,7 +43,7 @@ class CpuDevice:
     layout = RAW
 
     def create_group(
-        self, store: Store, rank: int, local_host: str, timeout: float
+        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
     ) -> ProcessGroup:
         """Make a gloo group that talks over the interface of `local_host`."""
         options = ProcessGroupGloo._Options()

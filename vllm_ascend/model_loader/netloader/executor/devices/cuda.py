@@ -3,6 +3,7 @@
 import functools
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -21,7 +22,7 @@ class CudaDevice(StreamDevice):
     """See `devices.Device`."""
 
     def create_group(
-        self, store: Store, rank: int, local_host: str, timeout: float
+        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
     ) -> ProcessGroup:
         """Make a NCCL group that leaves peers that die or stall to their session."""
         from torch.distributed import ProcessGroupNCCL
@@ -39,7 +40,7 @@ class CudaDevice(StreamDevice):
                     del os.environ[_ERROR_HANDLING]
                 else:
                     os.environ[_ERROR_HANDLING] = before
-        return self.connect(timeout, lambda: self.exchange(group, rank, timeout))
+        return self.connect(timeout, gone, lambda: self.exchange(group, rank, timeout, gone))
 
 
 @functools.cache

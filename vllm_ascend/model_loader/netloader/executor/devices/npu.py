@@ -45,14 +45,14 @@ class NpuDevice(StreamDevice):
         self._streams: weakref.WeakKeyDictionary[ProcessGroup, Any] = weakref.WeakKeyDictionary()
 
     def create_group(
-        self, store: Store, rank: int, local_host: str, timeout: float
+        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
     ) -> ProcessGroup:
         """Make a HCCL group that torch_npu's watchdog does not watch.
 
         The watchdog ends the process when an operation fails or takes too long, and with it an
         instance that serves. Here the session looks after its peer.
         """
-        return self.connect(timeout, lambda: self._connected(store, rank, timeout))
+        return self.connect(timeout, gone, lambda: self._connected(store, rank, timeout, gone))
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
         """Take what is under way off its stream, then destroy the communicator.
@@ -81,7 +81,9 @@ class NpuDevice(StreamDevice):
             ring[stream.stream_id] = stream
         return ring
 
-    def _connected(self, store: Store, rank: int, timeout: float) -> ProcessGroup:
+    def _connected(
+        self, store: Store, rank: int, timeout: float, gone: Callable[[], bool]
+    ) -> ProcessGroup:
         """Make groups until one has a stream, on both sides, that no other session there uses.
 
         A group takes the next one when HCCL has found the peer, whoever has taken some meanwhile.
@@ -99,7 +101,8 @@ class NpuDevice(StreamDevice):
                 self.close(group, [])
                 raise
             if good and theirs == _GOOD.encode():
-                return self.exchange(group, rank, max(0.0, deadline - time.monotonic()))
+                left = max(0.0, deadline - time.monotonic())
+                return self.exchange(group, rank, left, gone)
             self.close(group, [])
         raise RuntimeError("the peer agreed to no stream")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import ProcessGroup, Work
 
-from ...utils import logger, within
+from ...utils import Patience, logger, within
 from .. import manifest
 from ..pieces import bytes_of
 from . import rowsums
@@ -90,25 +90,37 @@ class StreamDevice:
         finally:
             self._idle_streams.append(stream)
 
-    def connect(self, timeout: float, meet: Callable[[], ProcessGroup]) -> ProcessGroup:
+    def connect(
+        self, timeout: float, gone: Callable[[], bool], meet: Callable[[], ProcessGroup]
+    ) -> ProcessGroup:
         """Return the group in which `meet` has found the peer.
 
         Backends look for it in the thread that asks, with a deadline of their own, of minutes.
 
+        Args:
+            timeout: seconds, which `meet` keeps by itself where its backend lets it.
+            gone: whether the peer has hung up.
+            meet: makes the group, or raises and leaves nothing behind.
+
         Raises:
-            RuntimeError: it took more than `timeout` seconds.
+            RuntimeError: the time was up, or the peer has hung up.
         """
 
         def attached() -> ProcessGroup:
             with self.attached():
                 return meet()
 
+        # Longer than `meet` takes, which then has tidied up when its session ends.
+        patience = Patience(timeout + GRACE, gone, 2 * GRACE)
         try:
-            return within(timeout, attached, lambda group: self.close(group, []))
+            return within(patience, attached, lambda group: self.close(group, []))
         except TimeoutError:
-            raise RuntimeError(f"not connected within {timeout:.1f} s") from None
+            late = f"not connected within {timeout:.1f} s"
+            raise RuntimeError("the peer has hung up" if patience.hung_up else late) from None
 
-    def exchange(self, group: ProcessGroup, rank: int, timeout: float) -> ProcessGroup:
+    def exchange(
+        self, group: ProcessGroup, rank: int, timeout: float, gone: Callable[[], bool]
+    ) -> ProcessGroup:
         """Send a byte from the source to the client, which makes the backend connect the two.
 
         Raises:
@@ -118,7 +130,7 @@ class StreamDevice:
         try:
             start = self.send if rank else self.receive
             started.append(start(group, self.empty(1), 1 - rank, 0))
-            self.wait(started[0], timeout, lambda: False)
+            self.wait(started[0], timeout, gone)
         except RuntimeError:
             self.close(group, started)
             raise
@@ -141,14 +153,11 @@ class StreamDevice:
 
         Its `wait` would only put streams in order, and synchronizing has no deadline.
         """
-        deadline, pause, hung_up = time.monotonic() + timeout, _FIRST_PAUSE, False
+        patience, pause = Patience(timeout, gone, GRACE), _FIRST_PAUSE
         while not transfer.work.is_completed():
-            now = time.monotonic()
-            if now > deadline:
-                reason = "the peer has hung up" if hung_up else f"nothing moved in {timeout:g} s"
-                raise RuntimeError(reason)
-            if not hung_up and gone():
-                hung_up, deadline = True, min(deadline, now + GRACE)
+            if patience.over():
+                stalled = f"nothing moved in {timeout:g} s"
+                raise RuntimeError("the peer has hung up" if patience.hung_up else stalled)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         if not transfer.work.is_success():
