@@ -100,6 +100,7 @@ def elastic_load(
     loaded = load.result()
     load.restore_formats()
     device.synchronize()
+    device.empty_cache()
     seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",

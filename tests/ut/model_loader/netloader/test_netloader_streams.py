@@ -53,6 +53,7 @@ class Api:
     def __init__(self):
         self.here = threading.local()
         self.synchronized = []
+        self.emptied = 0
 
     def set_device(self, device):
         self.here.device = device
@@ -67,6 +68,9 @@ class Api:
 
     def synchronize(self, device):
         self.synchronized.append(device)
+
+    def empty_cache(self):
+        self.emptied += 1
 
 
 class Work:
@@ -402,6 +406,11 @@ def test_a_stream_is_used_again_also_after_an_error(device, api):
 def test_synchronizing_waits_for_the_whole_device(device, api):
     device.synchronize()
     assert api.synchronized == [CPU]
+
+
+def test_memory_that_torch_keeps_is_given_back(device, api):
+    device.empty_cache()
+    assert api.emptied == 1
 
 
 # Checksums

@@ -125,6 +125,12 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Return once everything queued on the device has happened."""
 
+    def empty_cache(self) -> None:
+        """Give back memory that torch keeps for later: HCCL and NCCL ask the device for theirs.
+
+        Waits for what is queued on the device, so nothing calls it while an instance infers.
+        """
+
 
 def device_of(device: torch.device | str, hccl_buffer_mb: int) -> Device:
     """Return what moves tensors of a device.

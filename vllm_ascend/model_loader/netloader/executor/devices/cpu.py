@@ -180,6 +180,9 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
 
+    def empty_cache(self) -> None:
+        """Nothing is kept."""
+
 
 @contextlib.contextmanager
 def _batch_scheduling() -> Iterator[None]:

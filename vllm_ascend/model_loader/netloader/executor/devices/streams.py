@@ -235,6 +235,10 @@ class StreamDevice:
         """Wait for all streams of the device."""
         self._api.synchronize(self.device)
 
+    def empty_cache(self) -> None:
+        """Have torch's allocator do it."""
+        self._api.empty_cache()
+
 
 def _copy(sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> None:
     """Copy tensors one by one, between device and host too."""
