@@ -481,7 +481,7 @@ def an_aborted_stream_is_as_good_as_new():
     started = time.monotonic()
     for rank in (SENDER, RECEIVER):
         abort_stream(pair[rank], rank)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # half of HCCL_EXEC_TIMEOUT
     assert counts()["p2p_pending"] == 0
     destroy(*pair)
     assert finish() == [None, None]

@@ -515,3 +515,16 @@ def used():
         "threads": threads,
         "files": files,
     }
+
+
+def wait_until_hccl_rests(communicators=0):
+    """Waits until this process has no other communicators, and HCCL nothing to do.
+
+    A session gives its own back at its end, or shortly after it where a thread still connects.
+    """
+
+    def rests():
+        counted = counts()
+        return counted["communicators"] == communicators and counted["p2p_pending"] == 0
+
+    until(rests)

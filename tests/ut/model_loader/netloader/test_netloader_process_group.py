@@ -184,7 +184,7 @@ def test_a_peer_that_has_left_again_is_an_error_when_the_deadline_passes():
         with pytest.raises(RuntimeError, match=r"[Gg]loo.*connect|no process group within 1 s"):
             form(far, SOURCE, 1.0, handshake=1.0)
         # with all of the deadline for each of gloo's attempts it could be five
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 4.5
 
 
 def address_of_nobody():

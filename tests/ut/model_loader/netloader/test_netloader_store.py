@@ -74,12 +74,12 @@ def test_all_that_was_set_before_a_meeting_has_been_heard_after_it():
 
 def test_a_value_that_is_not_set_is_an_error_when_the_deadline_passes():
     with channels() as (near, _):
-        store = PeerStore(near.tell, near.hear, 0.2)
+        store = PeerStore(near.tell, near.hear, 1.0)
         started = time.monotonic()
         for _ in range(3):  # of all calls together
             with pytest.raises(TimeoutError):
                 store.get("a")
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2.5
         assert isinstance(store.failure, TimeoutError)
         assert store.remaining == 0
 
