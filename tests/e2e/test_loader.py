@@ -294,6 +294,31 @@ def test_a_busy_port_leaves_a_working_instance_and_one_error_line(
     assert f"cannot listen on port {port}" in line
 
 
+@pytest.mark.parametrize("step", ["capture_loaded", "copy_int8", "after_processing"])
+def test_an_instance_without_memory_to_be_a_source_starts_all_the_same(
+    step: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = on_disk(models, "w8a8-dynamic")
+    plain = load(make_config(path, load_format="auto"))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB\nand more lines")
+
+    monkeypatch.setattr(netloader, step, fail)
+    logging.getLogger("vllm").propagate = True
+    seed = Seed(path, tmp_path / "rank_", INT8_CACHE="hbm")
+    assert_same(plain, seed.model)
+    why = "preparing it failed: OutOfMemoryError: tried to allocate 2.00 GiB"
+    [line] = {r.getMessage() for r in caplog.records if "cannot be a source" in r.getMessage()}
+    assert line.endswith(f"cannot be a source: {why}")
+    with pytest.raises(LoadFailed, match=f"refused: {why}"):
+        load(seed.client(models / "w8a8-dynamic-bare", INT8_CACHE="hbm"))
+
+
 def test_a_wrong_configuration_is_an_error_at_start(models: Path) -> None:
     path = on_disk(models, "llama")
     with pytest.raises(ConfigError, match="INT8_CACHE is 'maybe'; allowed: 'hbm', 'dram' or 'no'"):

@@ -7,6 +7,7 @@ import torch
 from npusim_vllm import fault
 from transfer_support import (
     AFTER_THE_LAST,
+    BEFORE_THE_FORMATS,
     BEFORE_THE_GROUP,
     BEFORE_THE_VOTE,
     COUNT,
@@ -19,12 +20,14 @@ from transfer_support import (
     Process,
     case,
     check_inference,
+    do_at,
     end_inference,
     here,
     inferring,
     load,
     load_into,
     maker,
+    nz,
     rows,
     sent_bytes,
     serve,
@@ -475,6 +478,25 @@ def a_source_without_memory_fails_a_session_and_lives_on():
 @case
 def a_client_without_memory_fails_and_lives_on():
     assert "memory" in without_memory("client")
+
+
+def large_nz(seed):
+    """More than what torch still has for the copy that a cast makes."""
+    return {"nz": nz(maker(seed)(torch.int8, 4096, 8192))}
+
+
+def lose_memory_before_the_formats():
+    do_at(BEFORE_THE_FORMATS, no_memory)
+
+
+@case
+def a_client_without_memory_for_formats_fails_and_lives_on():
+    source, client = Process(0), Process(1)
+    address = source.call(serve, large_nz)
+    client.call(lose_memory_before_the_formats)
+    client.call(load, [address], large_nz).check_failed("after all weights had come", "memory")
+    client.call(fault, "clear")
+    client.call(load, [address], large_nz).check()
 
 
 # ------------------------------------------------------------------------------------ handshake

@@ -451,6 +451,7 @@ BEFORE_THE_VOTE = "before the vote on a stream"
 IN_THE_FIRST_MESSAGE = "in the first message"
 IN_THE_TRANSFER = "in the transfer"
 AFTER_THE_LAST = "after the last message"
+BEFORE_THE_FORMATS = "before formats are restored"
 _WAITS = {BEFORE_THE_VOTE: 1, IN_THE_FIRST_MESSAGE: 2, IN_THE_TRANSFER: COUNT // 3}
 
 
@@ -465,6 +466,8 @@ def do_at(point, action):
         once = functools.cache(action)
         _at(PeerStore, "set", once, 2, after=True)
         _at(PeerStore, "get", once, 2, after=True)
+    elif point == BEFORE_THE_FORMATS:
+        _at(load_module._Load, "restore_formats", action)
     elif point == AFTER_THE_LAST:
         _at(load_module._Load, "_conclude", action)
         _at(P2PSend, "finish", action)

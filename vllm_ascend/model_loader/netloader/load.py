@@ -98,9 +98,12 @@ def elastic_load(
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes chunks from the ledger first, and there are none.
     loaded = load.result()
-    load.restore_formats()
-    device.synchronize()
-    device.empty_cache()
+    try:
+        load.restore_formats()
+        device.synchronize()
+        device.empty_cache()
+    except RuntimeError as error:
+        raise LoadFailed(f"after all weights had come: {error}") from None
     seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",

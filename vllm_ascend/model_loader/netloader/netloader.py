@@ -154,6 +154,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             model.load_weights(weights)
             finalize_layerwise_reload(model, model_config)
             return
+        self._unserved = ""  # what an attempt before this one has met
         device, identity = self._device(), self._identity(model_config)
         sources = () if self._from_disk else self._sources(identity.rank)
         serving = self._config.port_for(identity.rank) is not None
@@ -173,14 +174,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._disk.load_weights(model, model_config)
             self._weights = None
             if serving:
-                try:
+                with self._preparing_to_serve():
                     self._weights = capture_loaded(model, before, self._config.chunk_bytes, device)
-                except LayoutUnsupported as error:
-                    self._unserved = str(error)
         if self._weights is not None:
-            self._copies = copy_int8(
-                self._weights, self._config.int8_cache, self._config.int8_cache_name
-            )
+            with self._preparing_to_serve():
+                self._copies = copy_int8(
+                    self._weights, self._config.int8_cache, self._config.int8_cache_name
+                )
 
     def get_all_weights(
         self, model_config: ModelConfig, model: nn.Module
@@ -314,18 +314,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
         device, identity = self._device(), self._identity(model_config)
         weights, copies = self._weights, self._copies
         self._weights, self._copies = None, {}
-        try:
+        with self._preparing_to_serve():
             if identity.layout == PROCESSED:
                 if weights is None and self._config.port_for(identity.rank) is not None:
                     attributes = changed_scalars(self._scalars, scalars(model))
                     weights = capture_processed(model, attributes, self._config.chunk_bytes, device)
-            elif weights is not None:
+            elif weights is not None and not self._unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 in_use = processed_tensors(model) if dram else {}
                 weights = after_processing(weights, copies, device, in_use)
-        except LayoutUnsupported as error:
-            weights, self._unserved = None, str(error)
-        if weights is None and self._unserved:
+        if self._unserved:
+            weights = None
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s",
                 identity.rank,
@@ -341,6 +340,18 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if server is not None:
             # At exit the server stops by itself, and in a forked child it is not to be stopped.
             weakref.finalize(model, _retire, server, identity.group).atexit = False
+
+    @contextlib.contextmanager
+    def _preparing_to_serve(self) -> Iterator[None]:
+        """Let nothing that keeps an instance from being a source keep it from starting."""
+        try:
+            yield
+        except LayoutUnsupported as error:
+            self._unserved = str(error)
+        except (RuntimeError, MemoryError) as error:  # torch's, above all for want of memory
+            logger.debug("NetLoader: no source", exc_info=True)
+            first, *_ = str(error).splitlines() or [""]
+            self._unserved = f"preparing it failed: {type(error).__name__}: {first}"
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())
