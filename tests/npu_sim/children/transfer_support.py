@@ -359,6 +359,7 @@ class Outcome:
     def check_failed(self, *words):
         assert self.failure is not None, self
         assert all(word in self.failure for word in words), self.failure
+        assert "\n" not in self.failure
 
 
 def load_into(tensors, sources, *, who=IDENTITY, device=None, **changes):

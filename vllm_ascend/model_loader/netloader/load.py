@@ -103,7 +103,8 @@ def elastic_load(
         device.synchronize()
         device.empty_cache()
     except RuntimeError as error:
-        raise LoadFailed(f"after all weights had come: {error}") from None
+        line = " ".join(str(error).split())
+        raise LoadFailed(f"after all weights had come: {line}") from None
     seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",

@@ -350,8 +350,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._unserved = str(error)
         except (RuntimeError, MemoryError) as error:  # torch's, above all for want of memory
             logger.debug("NetLoader: no source", exc_info=True)
-            first, *_ = str(error).splitlines() or [""]
-            self._unserved = f"preparing it failed: {type(error).__name__}: {first}"
+            line = " ".join(str(error).split())
+            self._unserved = f"preparing it failed: {type(error).__name__}: {line}"
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())
