@@ -33,7 +33,7 @@ from .executor.process_group import CLIENT, form_group
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticClient
 from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck
-from .utils import Address, gigabytes_per_second, logger
+from .utils import Address, gigabytes_per_second, logger, one_line
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def elastic_load(
         device.synchronize()
         device.empty_cache()
     except RuntimeError as error:
-        line = " ".join(str(error).split())
-        raise LoadFailed(f"after all weights had come: {line}") from None
+        raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
     seconds = time.monotonic() - load.started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
@@ -243,7 +242,7 @@ class _Load:
     def _note(self, reason: str) -> None:
         if self._loaded is not None:
             return  # nobody waits for this source any more
-        line = " ".join(reason.split())
+        line = one_line(reason)
         logger.warning("NetLoader rank %d: source %s", self._identity.rank, line)
         with self._lock:
             self._reasons.append(line)

@@ -53,7 +53,7 @@ from .identity import ModelIdentity
 from .interaction.protocol import DRAFT_GROUP
 from .load import Loaded, elastic_load
 from .serve import Offer, WeightServer
-from .utils import Address, logger
+from .utils import Address, logger, one_line
 
 
 @dataclass(frozen=True)
@@ -350,8 +350,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._unserved = str(error)
         except (RuntimeError, MemoryError) as error:  # torch's, above all for want of memory
             logger.debug("NetLoader: no source", exc_info=True)
-            line = " ".join(str(error).split())
-            self._unserved = f"preparing it failed: {type(error).__name__}: {line}"
+            self._unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
 
     def _sources(self, rank: int) -> Sequence[Address]:
         sources = self._config.source.get(rank, ())

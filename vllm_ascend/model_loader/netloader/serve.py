@@ -37,7 +37,7 @@ from .interaction.protocol import (
     shortened,
 )
 from .port_file import PortFile
-from .utils import Address, gigabytes_per_second, logger, unmapped
+from .utils import Address, gigabytes_per_second, logger, one_line, unmapped
 
 # Plans and digests kept for such clients, besides the model's own.
 _OTHER_CHUNKINGS = 2
@@ -274,7 +274,7 @@ class _Session:
         try:
             self._transfer()
         except (OSError, RuntimeError, ProtocolError) as error:  # torch raises RuntimeErrors
-            self._end = " ".join(str(error).split()) or type(error).__name__
+            self._end = one_line(error) or type(error).__name__
             # Cutting the connection tells a client that waits in a transfer, too.
         finally:
             seconds = time.monotonic() - started

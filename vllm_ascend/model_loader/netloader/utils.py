@@ -1,4 +1,4 @@
-"""Addresses, ports, rates, deadlines and the logger."""
+"""Addresses, ports, rates, deadlines, lines of text and the logger."""
 
 import ipaddress
 import logging
@@ -80,6 +80,11 @@ def unmapped(host: str) -> str:
     return str(mapped) if mapped else host
 
 
+def one_line(text: object) -> str:
+    """Return a text, such as what an error says, on one line, as in logs and messages to peers."""
+    return " ".join(str(text).split())
+
+
 def gigabytes_per_second(nbytes: int, seconds: float) -> float:
     """Return a rate in GB/s (1e9 bytes per second)."""
     return nbytes / max(seconds, 1e-9) / 1e9
@@ -138,7 +143,7 @@ def within(patience: Patience, call: Callable[[], T], undo: Callable[[T], object
         while not future.done() and not patience.over():
             wait((future,), _LOOK)
         if future.cancel():
-            raise TimeoutError
+            raise TimeoutError("nothing in time")
         return future.result()
     finally:
         del future  # else the traceback of its exception refers to it, and it to that

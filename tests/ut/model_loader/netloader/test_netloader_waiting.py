@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -256,7 +255,7 @@ def test_a_result_that_comes_too_late_is_undone():
         assert late.wait(PATIENCE)
         return "result"
 
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="nothing in time"):
         within(seconds(0.05), take_long, undo)
     assert undo == []
     late.set()
@@ -272,7 +271,7 @@ def test_an_exception_that_comes_too_late_is_nobodys():
         late.wait(PATIENCE)
         raise ValueError
 
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="nothing in time"):
         within(seconds(0.05), take_long, undo)
     late.set()
     assert none_left()
@@ -288,7 +287,7 @@ def test_a_call_for_a_peer_that_hangs_up_meanwhile_is_waited_for_a_little_longer
         late.wait(PATIENCE)
 
     patience = Patience(PATIENCE, left.is_set, 0.1)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="nothing in time"):
         within(patience, take_long, undo)
     assert patience.hung_up
     late.set()
@@ -296,11 +295,13 @@ def test_a_call_for_a_peer_that_hangs_up_meanwhile_is_waited_for_a_little_longer
 
 
 def test_what_a_peer_has_done_before_it_hung_up_counts():
-    def take_a_little():
-        time.sleep(0.2)  # longer than it takes to see that the peer has gone
+    patience = Patience(PATIENCE, lambda: True, PATIENCE)
+
+    def take_until_the_peer_has_gone():
+        assert until(lambda: patience.hung_up)
         return "result"
 
-    assert within(Patience(PATIENCE, lambda: True, PATIENCE), take_a_little, Undone()) == "result"
+    assert within(patience, take_until_the_peer_has_gone, Undone()) == "result"
 
 
 def test_a_call_runs_in_a_thread_that_holds_up_nobody():
