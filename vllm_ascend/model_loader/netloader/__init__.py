@@ -27,8 +27,15 @@ def register_netloader() -> None:
 
 
 def _register(vllm_loaders: ModuleType) -> None:
+    from vllm_ascend.model_loader.netloader.compat import is_cpu_platform
+    from vllm_ascend.model_loader.netloader.executor.devices.amx import request_amx_tiles
     from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 
+    # vLLM's attention on CPUs uses AMX tiles, and nobody has asked for them: the first request ends
+    # the worker with SIGILL, unless oneDNN has happened to ask. This is early enough in all
+    # processes that load a model, whatever the load format.
+    if is_cpu_platform():
+        request_amx_tiles()
     if vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not ModelNetLoaderElastic:
         vllm_loaders.register_model_loader(LOAD_FORMAT)(ModelNetLoaderElastic)
 

@@ -18,10 +18,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 
 from .executor.manifest import RAW
 from .identity import ModelIdentity, digest_of_settings
 from .interaction.protocol import DRAFT_GROUP, TARGET_GROUP
+
+
+def is_cpu_platform() -> bool:
+    """Return whether vLLM runs models on the CPU in this process."""
+    return bool(current_platform.is_cpu())
 
 
 def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
