@@ -10,13 +10,14 @@ from torch import nn
 from vllm.config import CompilationConfig, LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.platforms import current_platform
 
 import vllm_ascend
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported
-from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.devices import amx, device_of
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
@@ -76,6 +77,15 @@ def test_registering_again_changes_nothing(monkeypatch):
     monkeypatch.setattr(vllm_loaders, "register_model_loader", None)  # would warn of a duplicate
     vllm_ascend.register_model_loader()
     register_netloader()
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_registration_asks_for_amx_tiles_where_vllm_runs_on_the_cpu(is_cpu, monkeypatch):
+    asked = []
+    monkeypatch.setattr(amx, "request_amx_tiles", lambda: asked.append(True))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: is_cpu)
+    register_netloader()
+    assert asked == [True] * is_cpu
 
 
 def test_vllm_makes_the_loader_from_the_load_format():
