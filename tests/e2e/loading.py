@@ -26,11 +26,20 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.plugins import load_general_plugins
 
 
-def make_config(path: Path, load_format: str = "netloader", **extra: Any) -> VllmConfig:
+def make_config(
+    path: Path | str,
+    load_format: str = "netloader",
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    **extra: Any,
+) -> VllmConfig:
     """Return the configuration of an instance with this `model_loader_extra_config`."""
     load_general_plugins()
     return EngineArgs(
         model=str(path),
+        revision=revision,
+        download_dir=download_dir,
         load_format=load_format,
         model_loader_extra_config=extra,
         dtype="bfloat16",

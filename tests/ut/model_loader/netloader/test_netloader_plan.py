@@ -374,7 +374,7 @@ def test_attributes_travel_as_plain_values_whatever_their_type():
 
 
 def test_a_source_has_no_attribute_that_no_message_can_carry():
-    with pytest.raises(LayoutUnsupported, match="attribute layer.name is "):
+    with pytest.raises(LayoutUnsupported, match=r"attribute layer\.name is "):
         describe({"a": torch.zeros(1)}, RAW, {"layer.name": "\ud800"}, DEVICE.format_of)
 
 
