@@ -27,7 +27,7 @@ from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.pieces import size_of
 from vllm_ascend.model_loader.netloader.executor.weights import make_weights
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -296,7 +296,7 @@ class Memory:
 def identity() -> ModelIdentity:
     """Return an identity that both processes share."""
     return ModelIdentity(
-        "netloader", "bench", None, 0, 1, 1, 1, False, "bf16", None, "", "", RAW, None
+        "netloader", "bench", Revision(), 0, 1, 1, 1, False, "bf16", None, "", "", RAW, None
     )
 
 

@@ -89,7 +89,7 @@ class VllmServer:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | str,
         log: Path,
         *,
         load_format: str = "netloader",
@@ -245,10 +245,10 @@ class VllmServer:
         deadline = time.monotonic() + timeout
         while not done():
             if not self.is_running:
-                raise ServerError(f"{self.model.name} ended before it would {what}\n{self._tail()}")
+                raise ServerError(f"{self.model} ended before it would {what}\n{self._tail()}")
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.model.name} did not {what} within {timeout:.0f} s\n{self._tail()}"
+                    f"{self.model} did not {what} within {timeout:.0f} s\n{self._tail()}"
                 )
             time.sleep(POLL_SECONDS)
 

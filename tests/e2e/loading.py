@@ -28,11 +28,20 @@ from vllm.plugins import load_general_plugins
 from vllm_ascend.model_loader.netloader.executor.processed import processed_tensors
 
 
-def make_config(path: Path, load_format: str = "netloader", **extra: Any) -> VllmConfig:
+def make_config(
+    path: Path | str,
+    load_format: str = "netloader",
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    **extra: Any,
+) -> VllmConfig:
     """Return the configuration of an instance with this `model_loader_extra_config`."""
     load_general_plugins()
     return EngineArgs(
         model=str(path),
+        revision=revision,
+        download_dir=download_dir,
         load_format=load_format,
         model_loader_extra_config=extra,
         dtype="bfloat16",

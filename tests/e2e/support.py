@@ -55,10 +55,11 @@ class Instance:
 @contextmanager
 def running(
     folder: Path,
-    model: Path,
+    model: Path | str,
     config: dict[str, Any],
     *,
     arguments: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Instance]:
     """Runs an instance, ready to answer, whose files are in a folder made for it."""
     folder.mkdir()
@@ -68,6 +69,7 @@ def running(
         folder / "log.txt",
         extra_config={"OUTPUT_PREFIX": str(prefix)} | config,
         arguments=arguments,
+        environment=environment,
     )
     with server:
         yield Instance(server, prefix)

@@ -36,7 +36,7 @@ from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED, desc
 from vllm_ascend.model_loader.netloader.executor.plan import make_plan
 from vllm_ascend.model_loader.netloader.executor.store import PeerStore
 from vllm_ascend.model_loader.netloader.executor.weights import Weights
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 
 HOST = "127.0.0.1"
 MIB = 1 << 20
@@ -51,7 +51,7 @@ _PR_SET_PDEATHSIG = 1
 IDENTITY = ModelIdentity(
     group="netloader",
     model="small",
-    revision=None,
+    revision=Revision(),
     rank=0,
     tp=1,
     pp=1,

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 import vllm
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -21,7 +24,14 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
 from .executor.manifest import RAW
-from .identity import ModelIdentity, digest_of_settings
+from .identity import (
+    ModelIdentity,
+    Revision,
+    cached_snapshot,
+    digest_of_settings,
+    plain_identity,
+    revision_name,
+)
 from .interaction.protocol import DRAFT_GROUP, TARGET_GROUP
 
 
@@ -84,15 +94,18 @@ def identity_of(
         model: the name to go by.
         rank: global rank.
         layout: layout in which its tensors are exchanged.
+
+    Raises:
+        ConfigError: a field is nothing that a message can carry.
     """
     parallel = vllm_config.parallel_config
     draft = model_config is _draft_of(vllm_config)
     settings = model_config.hf_config.to_dict()
     quantization = settings.get("quantization_config") or settings.get("compression_config") or {}
-    return ModelIdentity(
+    return plain_identity(
         group=DRAFT_GROUP if draft else TARGET_GROUP,
         model=model,
-        revision=model_config.revision,
+        revision=revision_of(model_config),
         rank=rank,
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
@@ -106,6 +119,46 @@ def identity_of(
         layout=layout,
         vllm_version=None if layout == RAW else _post_processing(),
     )
+
+
+def name_of(model_config: ModelConfig) -> str:
+    """Return the name that a model was asked for by.
+
+    With HF_HUB_OFFLINE vLLM puts the folder of the Hub's cache in its place.
+    """
+    snapshot = cached_snapshot(model_config.model)
+    return snapshot[0] if snapshot else model_config.model
+
+
+def revision_of(model_config: ModelConfig) -> Revision:
+    """Return which revision of a model an instance has.
+
+    Raises:
+        ConfigError: the revision asked for is too long to travel, and its commit is not known.
+    """
+    # Since vLLM 0.30 it is a str that also knows what was asked for and which commit that is.
+    asked = getattr(model_config.revision, "initial", model_config.revision)
+    pinned = asked not in (None, "", "main")
+    commit = _commit_of(model_config)
+    return Revision(commit or (revision_name(asked) if pinned else None), pinned)
+
+
+def _commit_of(model_config: ModelConfig) -> str | None:
+    """Return the commit of a model that comes from the Hub, if it can be told."""
+    model, revision = model_config.model, model_config.revision
+    if snapshot := cached_snapshot(model):
+        return snapshot[1]
+    if resolved := getattr(revision, "resolved", None):
+        return str(resolved)
+    if os.path.exists(model) or envs.VLLM_USE_MODELSCOPE:
+        return None
+    # vLLM has read the configuration by now, which is why it is in the cache.
+    for file in ("config.json", "params.json"):
+        with contextlib.suppress(ValueError):  # the model is no name of the Hub's
+            cached = try_to_load_from_cache(model, file, revision=revision or None)
+            if isinstance(cached, str) and (snapshot := cached_snapshot(os.path.dirname(cached))):
+                return snapshot[1]
+    return None
 
 
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:

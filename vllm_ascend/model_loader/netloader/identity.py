@@ -1,10 +1,47 @@
 """Who may exchange weights with whom, and the readable difference."""
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+from .errors import ConfigError
+from .utils import plain
+
+MAX_REVISION_BYTES = 128  # a JOIN, which carries the revision, stays under 1,024 bytes
+_COMMIT = "[0-9a-f]{40}"
+_SNAPSHOT = re.compile(rf"(?:.*/)?models--([^/]+)/snapshots/({_COMMIT})/?")
+
+
+class Revision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which revision of its model an instance has.
+
+    Attributes:
+        name: the commit; where that is not known the branch or tag asked for; None: not known.
+        pinned: whether a revision other than `main` was asked for.
+    """
+
+    name: str | None = None
+    pinned: bool = False
+
+    def differs(self, other: "Revision") -> bool:
+        """Return whether two instances of a model must not share weights.
+
+        An instance that asked for no revision, or for `main`, takes what its sources have: most
+        commits to `main` change no weights. Nor does a folder say which revision it is, and
+        whether a tag is a certain commit cannot be said where the tag has not been resolved.
+        Commits are compared where both are known and one was asked for, also as a branch or tag.
+        """
+        return (self.pinned or other.pinned) and self.is_other(other)
+
+    def is_other(self, other: "Revision") -> bool:
+        """Return whether both are known, and are not the same."""
+        if self.name is None or other.name is None or self.name == other.name:
+            return False
+        return is_commit(self.name) == is_commit(other.name)
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -13,7 +50,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         group: which of an instance's models: the target, or a speculative draft.
         model: the name given as MODEL, by default the `--model` argument.
-        revision: the model revision asked for, if any.
+        revision: which revision it is; see `Revision.differs` for when it matters.
         rank: global rank.
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
@@ -30,7 +67,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     group: str
     model: str
-    revision: str | None
+    revision: Revision
     rank: int
     tp: int
     pp: int
@@ -44,16 +81,68 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vllm_version: str | None
 
     def digest(self) -> str:
-        """Return the hex SHA-256 of all fields (a JOIN has no room for the fields themselves)."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        """Return the hex SHA-256 of all fields that must be equal (a JOIN has no room for them).
+
+        The revision is not among them: two that are written differently may go together.
+        """
+        compared = msgspec.structs.replace(self, revision=Revision())
+        return hashlib.sha256(msgspec.json.encode(compared)).hexdigest()
 
     def differences(self, other: "ModelIdentity") -> list[str]:
         """Return one phrase for each field that differs, with both values."""
+        here, there = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
+        if self.revision.differs(other.revision):
+            here["revision"], there["revision"] = self.revision.name, other.revision.name
+        else:
+            del here["revision"]
         return [
-            f"{field} is {getattr(self, field)!r} here and {getattr(other, field)!r} there"
-            for field in self.__struct_fields__
-            if getattr(self, field) != getattr(other, field)
+            f"{field} is {here[field]!r} here and {there[field]!r} there"
+            for field in here
+            if here[field] != there[field]
         ]
+
+
+def plain_identity(**fields: Any) -> ModelIdentity:
+    """Make an identity of plain types out of what vLLM gives for its fields.
+
+    Raises:
+        ConfigError: a message cannot carry a field; names it.
+    """
+    revision: Revision = fields.pop("revision")
+    try:
+        made = {field: plain(field, value) for field, value in fields.items()}
+        name = plain("revision", revision.name)
+        return msgspec.convert(
+            made | {"revision": {"name": name, "pinned": revision.pinned}}, ModelIdentity
+        )
+    except (ValueError, msgspec.ValidationError) as error:
+        raise ConfigError(f"the model's identity: {error}") from None
+
+
+def revision_name(asked: str) -> str:
+    """Return a revision that was asked for, if a JOIN has room for it.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if len(json.dumps(asked)) - 2 > MAX_REVISION_BYTES:
+        raise ConfigError(
+            f"--revision is {asked[:MAX_REVISION_BYTES]!r}...; allowed: a name of up to "
+            f"{MAX_REVISION_BYTES} bytes (as JSON)"
+        )
+    return asked
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is the hash of a commit."""
+    return re.fullmatch(_COMMIT, revision) is not None
+
+
+def cached_snapshot(path: str) -> tuple[str, str] | None:
+    """Return the model's name and the commit that a folder of the Hub's cache stands for."""
+    match = _SNAPSHOT.fullmatch(path)
+    # The cache writes org/name as org--name, and no name on the Hub has two hyphens in a row.
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def digest_of_settings(settings: Mapping[str, Any]) -> str:

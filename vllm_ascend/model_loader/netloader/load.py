@@ -32,7 +32,7 @@ from .executor.plan import Plan, make_plan
 from .executor.process_group import CLIENT, form_group
 from .identity import ModelIdentity
 from .interaction.elastic import ElasticClient
-from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck
+from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck, shortened
 from .utils import Address, gigabytes_per_second, logger, one_line
 
 
@@ -259,6 +259,7 @@ class _Load:
             join = self._join(0 if last_resort else self._chunk_bytes())
             try:
                 offer = client.join(join, self._identity)
+                self._compare_revisions(address, offer)
             except ChunksRefused as error:
                 if not join.chunk_bytes:
                     raise
@@ -278,6 +279,18 @@ class _Load:
                     client.last_words()  # until the source has closed, and has room again
                 raise
 
+    def _compare_revisions(self, address: Address, offer: JoinAck) -> None:
+        here, there = self._identity.revision, offer.revision
+        if here.is_other(there):
+            logger.warning(
+                "NetLoader rank %d: source %s has commit %s of the model, and here main is commit "
+                "%s; without --revision the source's is taken",
+                self._identity.rank,
+                address,
+                shortened(str(there.name)),
+                here.name,
+            )
+
     def _chunk_bytes(self) -> int:
         with self._lock:
             return 0 if self._offer is None else self._offer.chunk_bytes
@@ -293,6 +306,7 @@ class _Load:
             int8_cache=self._config.int8_cache.value,
             protocol=PROTOCOL,
             identity=identity.digest(),
+            revision=identity.revision,
             layouts=[identity.layout],
             chunk_bytes=chunk_bytes,
         )

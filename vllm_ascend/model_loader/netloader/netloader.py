@@ -25,6 +25,7 @@ from .compat import (
     feed_reload,
     groups_to_come,
     identity_of,
+    name_of,
     remember_registrations,
     why_no_reload,
 )
@@ -367,7 +368,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
-        config = self._config.with_model(model_config.model)
+        config = self._config.with_model(name_of(model_config))
         assert config.model is not None
         layout = self._device().layout if self._config.int8_cache is Int8Cache.NO else RAW
         return identity_of(vllm_config, model_config, config.model, _rank(), layout)

@@ -233,8 +233,9 @@ class WeightServer:
         if offer is None:
             yet = " yet" if join.group_name in self._expected else ""
             return JoinNack(f"there is no model of group {join.group_name!r} here{yet}")
-        if join.identity != offer.identity.digest():
-            return JoinNack("the models differ", offer.identity)
+        own = offer.identity
+        if join.identity != own.digest() or join.revision.differs(own.revision):
+            return JoinNack("the models differ", own)
         if offer.declined:
             return JoinNack(offer.declined)
         if join.chunk_bytes % MIB or join.chunk_bytes > self._config.max_chunk_bytes:
@@ -305,6 +306,7 @@ class _Session:
             offer.device.digest_algorithm,
             self._chunking.digests.model,
             offer.manifest,
+            offer.identity.revision,
         )
         connection.send(ack, config.handshake_timeout)
         # A client that does not take the offer says so here, and nobody waits for its group.

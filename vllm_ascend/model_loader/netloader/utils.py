@@ -1,5 +1,6 @@
-"""Addresses, ports, rates, deadlines, lines of text and the logger."""
+"""Addresses, ports, rates, deadlines, lines of text, plain values and the logger."""
 
+import contextlib
 import ipaddress
 import logging
 import re
@@ -8,7 +9,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from enum import Enum
+from typing import TypeAlias, TypeVar
+
+import msgspec
 
 # A child of vLLM's own logger: its handlers, format and level apply without importing vLLM.
 logger = logging.getLogger("vllm.netloader")
@@ -16,6 +20,7 @@ logger = logging.getLogger("vllm.netloader")
 MIN_PORT, MAX_PORT = 1024, 65535
 _LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")
+Plain: TypeAlias = bool | int | float | str | None
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 
@@ -83,6 +88,33 @@ def unmapped(host: str) -> str:
 def one_line(text: object) -> str:
     """Return a text, such as what an error says, on one line, as in logs and messages to peers."""
     return " ".join(str(text).split())
+
+
+def plain(name: str, value: object) -> Plain:
+    """Return a value as a type that messages can carry.
+
+    What vLLM and models give may be an enum, or a subclass of `str` or `int` that msgspec rejects.
+
+    Args:
+        name: what the value is, for the error.
+        value: anything.
+
+    Raises:
+        ValueError: no message can carry it; names it and its type.
+    """
+    made = value.value if isinstance(value, Enum) else value
+    if isinstance(made, str):
+        made = str.__str__(made)
+    elif isinstance(made, int | float) and not isinstance(made, bool):
+        made = int(made) if isinstance(made, int) else float(made)
+    if made is None or isinstance(made, bool | int | float | str):
+        with contextlib.suppress(UnicodeEncodeError):
+            msgspec.json.encode(made)
+            return made
+    raise ValueError(
+        f"{name} is {value!r} ({type(value).__name__}); allowed: text in Unicode, a "
+        f"number, true, false or None"
+    )
 
 
 def gigabytes_per_second(nbytes: int, seconds: float) -> float:

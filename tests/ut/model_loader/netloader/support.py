@@ -21,7 +21,7 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.weights import make_weights
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.interaction.protocol import (
     PROTOCOL,
     Connection,
@@ -41,7 +41,7 @@ PATIENCE = 20.0
 _IDENTITY = ModelIdentity(
     group="netloader",
     model="small",
-    revision=None,
+    revision=Revision(),
     rank=0,
     tp=1,
     pp=1,
@@ -200,6 +200,7 @@ def join_of(who=_IDENTITY, **changes):
         "group_name": who.group,
         "protocol": PROTOCOL,
         "identity": who.digest(),
+        "revision": who.revision,
         "layouts": [who.layout],
     }
     return Join(**fields | changes)

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 
+import msgspec
 import pytest
 import vllm
 from vllm.config import CompilationConfig
@@ -11,9 +12,13 @@ from vllm.config import CompilationConfig
 from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
+    name_of,
     remember_registrations,
+    revision_of,
 )
+from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED, RAW
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.interaction.protocol import DRAFT_GROUP, TARGET_GROUP
 
 # Registrations
@@ -66,12 +71,110 @@ def test_an_adaptor_of_another_version_is_left_alone(contents, monkeypatch):
     assert vars(module).items() >= contents.items()
 
 
+# Names and revisions
+
+ONE, TWO = "1" * 40, "2" * 40
+
+
+class Resolved(str):
+    """What vLLM 0.30 and later have as a revision: its text is what was asked for, or main."""
+
+    def __new__(cls, initial, resolved):
+        made = super().__new__(cls, initial or "main")
+        made.initial, made.resolved = initial, resolved
+        return made
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub cache that has the configuration of org/model, whose main is commit ONE."""
+    cache = tmp_path / "hub"
+    folder = cache / "models--org--model"
+    for commit in (ONE, TWO):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    for ref, commit in {"main": ONE, "v2": TWO}.items():
+        (folder / "refs" / ref).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def asked_for(model, revision=None):
+    return types.SimpleNamespace(model=str(model), revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("asked", "revision"),
+    [
+        (Resolved(None, TWO), Revision(TWO)),
+        (Resolved("main", TWO), Revision(TWO)),
+        (Resolved("v2", TWO), Revision(TWO, pinned=True)),
+        (Resolved(TWO, TWO), Revision(TWO, pinned=True)),
+        # vLLM before 0.30 does not say what it has resolved; the cache does.
+        (None, Revision(ONE)),
+        ("main", Revision(ONE)),
+        ("v2", Revision(TWO, pinned=True)),
+        (TWO, Revision(TWO, pinned=True)),
+        ("3" * 40, Revision("3" * 40, pinned=True)),
+        ("unknown", Revision("unknown", pinned=True)),
+    ],
+)
+def test_a_model_by_its_hub_name_has_the_commit_that_its_revision_is(hub, asked, revision):
+    assert name_of(asked_for("org/model", asked)) == "org/model"
+    found = revision_of(asked_for("org/model", asked))
+    assert found == revision
+
+
+@pytest.mark.parametrize(
+    ("asked", "pinned"), [(None, False), ("main", False), ("v2", True), (TWO, True)]
+)
+def test_a_folder_of_the_hubs_cache_goes_by_the_models_name_and_commit(hub, asked, pinned):
+    """With HF_HUB_OFFLINE it stands where the name was."""
+    config = asked_for(hub / "models--org--model" / "snapshots" / TWO, asked)
+    assert name_of(config) == "org/model"
+    assert revision_of(config) == Revision(TWO, pinned)
+
+
+def test_a_folder_of_its_own_has_the_revision_it_is_said_to_have(tmp_path):
+    assert name_of(asked_for(tmp_path)) == str(tmp_path)
+    assert revision_of(asked_for(tmp_path)) == Revision()
+    assert revision_of(asked_for(tmp_path, "v1")) == Revision("v1", pinned=True)
+
+
+def test_a_model_that_the_cache_does_not_know_has_no_known_revision(hub):
+    for model in ("org/other", "/no/such/folder", "s3://bucket/model"):
+        assert revision_of(asked_for(model)) == Revision()
+
+
+def test_names_of_modelscope_have_no_commit_of_the_hub(hub, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert revision_of(asked_for("org/model")) == Revision()
+
+
+def test_an_identity_has_plain_types_and_the_commit(hub):
+    model = model_config()
+    model.model, model.revision = "org/model", Resolved("v2", TWO)
+    found = who(instance(model), model)
+    assert found.revision == Revision(TWO, pinned=True)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=ModelIdentity) == found
+
+
+def test_a_field_that_no_message_can_carry_is_an_error_at_start():
+    model = model_config()
+    config = instance(model)
+    config.parallel_config.tensor_parallel_size = object()
+    with pytest.raises(ConfigError, match="tp is <object"):
+        who(config, model)
+
+
 # Identities
 
 
 def model_config(**settings):
     return types.SimpleNamespace(
         hf_config=types.SimpleNamespace(to_dict=lambda: {"hidden_size": 4} | settings),
+        model="m",
         revision=None,
         dtype="torch.bfloat16",
         quantization=None,

@@ -4,14 +4,22 @@ import msgspec
 import pytest
 import torch
 
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, digest_of_settings
+from vllm_ascend.model_loader.netloader.errors import ConfigError
+from vllm_ascend.model_loader.netloader.identity import (
+    MAX_REVISION_BYTES,
+    ModelIdentity,
+    Revision,
+    cached_snapshot,
+    digest_of_settings,
+    plain_identity,
+    revision_name,
+)
 
 from .support import identity, python
 
 OTHER = {
     "group": "netloader_draft",
     "model": "another",
-    "revision": "main",
     "rank": 1,
     "tp": 2,
     "pp": 2,
@@ -27,7 +35,7 @@ OTHER = {
 
 
 def test_every_field_has_another_value_in_these_tests():
-    assert OTHER.keys() == set(ModelIdentity.__struct_fields__)
+    assert OTHER.keys() | {"revision"} == set(ModelIdentity.__struct_fields__)
 
 
 def test_equal_identities_do_not_differ():
@@ -54,12 +62,148 @@ def test_the_digest_depends_on_every_field():
 
 def test_the_digest_does_not_mix_up_neighbouring_fields():
     assert identity(tp=1, pp=2).digest() != identity(tp=2, pp=1).digest()
-    assert identity(revision=None).digest() != identity(revision="None").digest()
+    assert identity(quantization=None).digest() != identity(quantization="None").digest()
 
 
 def test_an_identity_travels():
-    here = identity(**OTHER)
+    here = identity(**OTHER, revision=Revision(ONE, pinned=True))
     assert msgspec.json.decode(msgspec.json.encode(here), type=ModelIdentity) == here
+
+
+# Revisions
+
+ONE, TWO = "1" * 40, "2" * 40
+UNKNOWN = Revision()  # no revision asked for, or main, and no commit known; or a folder
+MAIN_ONE, MAIN_TWO = Revision(ONE), Revision(TWO)
+PINNED_ONE, PINNED_TWO = Revision(ONE, pinned=True), Revision(TWO, pinned=True)
+TAG_ONE, TAG_TWO = Revision("v1", pinned=True), Revision("v2", pinned=True)  # commits not known
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (UNKNOWN, UNKNOWN),
+        (UNKNOWN, MAIN_ONE),
+        (UNKNOWN, PINNED_ONE),
+        (UNKNOWN, TAG_ONE),
+        (MAIN_ONE, MAIN_ONE),
+        (MAIN_ONE, MAIN_TWO),  # nobody has asked for either
+        (MAIN_ONE, PINNED_ONE),
+        (MAIN_ONE, TAG_ONE),
+        (PINNED_ONE, PINNED_ONE),
+        (PINNED_ONE, TAG_ONE),
+        (TAG_ONE, TAG_ONE),
+    ],
+)
+def test_revisions_that_may_be_the_same_are_no_difference(one, other):
+    here, there = identity(revision=one), identity(revision=other)
+    assert not one.differs(other)
+    assert not other.differs(one)
+    assert here.digest() == there.digest()
+    assert here.differences(there) == there.differences(here) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(PINNED_ONE, PINNED_TWO), (PINNED_ONE, MAIN_TWO), (TAG_ONE, TAG_TWO)],
+)
+def test_revisions_that_cannot_be_the_same_are_named_with_both_values(one, other):
+    here, there = identity(revision=one), identity(revision=other)
+    assert one.differs(other)
+    assert other.differs(one)
+    assert here.differences(there) == [f"revision is {one.name!r} here and {other.name!r} there"]
+    assert there.differences(here) == [f"revision is {other.name!r} here and {one.name!r} there"]
+
+
+def test_of_two_commits_of_main_each_is_other_than_the_other():
+    assert MAIN_ONE.is_other(MAIN_TWO)
+    assert not MAIN_ONE.is_other(MAIN_ONE)
+    assert not MAIN_ONE.is_other(UNKNOWN)
+    assert not UNKNOWN.is_other(MAIN_ONE)
+
+
+def test_a_revision_that_a_join_has_no_room_for_is_an_error():
+    assert revision_name("r" * MAX_REVISION_BYTES) == "r" * MAX_REVISION_BYTES
+    for long in ("r" * (MAX_REVISION_BYTES + 1), "ü" * 22):
+        with pytest.raises(ConfigError, match=r"--revision is '.+; allowed: a name of up to 128"):
+            revision_name(long)
+
+
+@pytest.mark.parametrize(
+    ("path", "snapshot"),
+    [
+        (f"/home/a/.cache/hub/models--org--model-1.5/snapshots/{ONE}", ("org/model-1.5", ONE)),
+        (f"models--gpt2/snapshots/{TWO}/", ("gpt2", TWO)),
+        (f"/hub/models--org--model/snapshots/{ONE}/draft", None),  # another model inside of it
+        (f"/hub/datasets--org--data/snapshots/{ONE}", None),
+        ("/hub/models--org--model/snapshots/main", None),
+        ("/hub/models--org--model", None),
+        ("org/model", None),
+        ("", None),
+    ],
+)
+def test_a_folder_of_the_hubs_cache_says_which_model_and_commit_it_is(path, snapshot):
+    assert cached_snapshot(path) == snapshot
+
+
+# Plain types
+
+
+class Text(str):
+    resolved = ONE
+
+
+class Whole(int):
+    pass
+
+
+class Method(enum.StrEnum):
+    FP8 = "fp8"
+
+
+class Size(enum.IntEnum):
+    TWO = 2
+
+
+def fields(**changes):
+    return msgspec.structs.asdict(identity()) | changes
+
+
+def test_an_identity_is_of_plain_types_whatever_vllm_gives():
+    here = plain_identity(
+        **fields(
+            model=Text("m"),
+            revision=Revision(Text("v1"), pinned=True),
+            tp=Size.TWO,
+            pp=Whole(3),
+            quantization=Method.FP8,
+        )
+    )
+    plain = identity(
+        model="m", revision=Revision("v1", pinned=True), tp=2, pp=3, quantization="fp8"
+    )
+    assert here == plain
+    for field in ModelIdentity.__struct_fields__:
+        assert type(getattr(here, field)) is type(getattr(plain, field))
+    assert type(here.revision.name) is str
+    assert here.digest() == plain.digest()
+    assert msgspec.json.decode(msgspec.json.encode(here), type=ModelIdentity) == plain
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dtype", torch.bfloat16),
+        ("model", "half a pair \ud800"),
+        ("rank", 1j),
+        ("tp", "2"),
+        ("quantization_config", None),
+        ("revision", Revision(object(), pinned=True)),  # type: ignore[arg-type]
+    ],
+)
+def test_what_no_message_can_carry_is_an_error_that_names_the_field(field, value):
+    with pytest.raises(ConfigError, match=rf"the model's identity: .*\b{field}\b"):
+        plain_identity(**fields(**{field: value}))
 
 
 # Settings

@@ -15,6 +15,7 @@ from vllm_ascend.model_loader.netloader.config import MAX_MODEL_NAME_BYTES
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.elastic_load import BATCH, WINDOW
+from vllm_ascend.model_loader.netloader.identity import MAX_REVISION_BYTES, Revision
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import Address
 
@@ -200,11 +201,50 @@ def test_attributes_travel_with_the_tensors():
 
 @pytest.mark.parametrize("name", ["x" * MAX_MODEL_NAME_BYTES, "ü" * 85])
 def test_the_longest_model_name_fits_in_a_join(weights, name):
-    who = identity(model=name, group="netloader_draft", revision="r" * 5000)
+    revision = Revision("r" * MAX_REVISION_BYTES, pinned=True)
+    who = identity(model=name, group="netloader_draft", revision=revision, rank=2**20, tp=2**20)
     blanks = blank_like(MODEL)
     with source(weights, who=who) as running:
         load([running], blanks, who=who)
     assert differing(blanks, MODEL) == []
+
+
+PINNED, OTHER_PIN, MAIN = (
+    Revision("1" * 40, pinned=True),
+    Revision("2" * 40, pinned=True),
+    Revision("2" * 40),
+)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [(PINNED, PINNED), (PINNED, Revision()), (Revision(), PINNED)]
+)
+def test_weights_of_the_same_revision_or_of_an_unknown_one_are_taken(weights, log, there, here):
+    blanks = blank_like(MODEL)
+    with source(weights, who=identity(revision=there)) as running:
+        load([running], blanks, who=identity(revision=here))
+    assert differing(blanks, MODEL) == []
+    assert not [line for line in log if "commit" in line]
+
+
+def test_two_pinned_commits_are_refused_by_name(weights):
+    with source(weights, who=identity(revision=PINNED)) as running:
+        why = f"refused: the models differ: revision is '{'2' * 40}' here and '{'1' * 40}' there"
+        with pytest.raises(LoadFailed, match=why):
+            load([running], blank_like(MODEL), who=identity(revision=OTHER_PIN))
+        assert loads_right_bytes(running, MODEL)
+
+
+def test_another_commit_of_main_is_taken_and_the_log_says_so(weights, log):
+    blanks = blank_like(MODEL)
+    with source(weights, who=identity(revision=Revision("1" * 40))) as running:
+        load([running], blanks, who=identity(revision=MAIN))
+    assert differing(blanks, MODEL) == []
+    [line] = [line for line in log if "commit" in line]
+    assert line == (
+        f"NetLoader rank 0: source {running.address} has commit {'1' * 40} of the model, and here "
+        f"main is commit {'2' * 40}; without --revision the source's is taken"
+    )
 
 
 # Sources that are of no use, and then one that is

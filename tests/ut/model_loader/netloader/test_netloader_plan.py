@@ -1,3 +1,4 @@
+import enum
 import math
 
 import msgspec
@@ -359,6 +360,22 @@ def test_many_differences_are_named_in_part_and_counted():
 def test_a_source_has_no_tensors_without_memory(tensor):
     with pytest.raises(LayoutUnsupported, match="b has no memory"):
         describe({"a": torch.zeros(1), "b": tensor}, RAW, {}, DEVICE.format_of)
+
+
+class Text(str):
+    pass
+
+
+def test_attributes_travel_as_plain_values_whatever_their_type():
+    given = {"a": Text("x"), "b": enum.IntEnum("Two", {"TWO": 2}).TWO, "c": True, "d": 1.5}
+    manifest, _ = describe({"a": torch.zeros(1)}, RAW, given, DEVICE.format_of)
+    assert msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest) == manifest
+    assert manifest.attributes == {"a": "x", "b": 2, "c": True, "d": 1.5}
+
+
+def test_a_source_has_no_attribute_that_no_message_can_carry():
+    with pytest.raises(LayoutUnsupported, match=r"attribute layer\.name is "):
+        describe({"a": torch.zeros(1)}, RAW, {"layer.name": "\ud800"}, DEVICE.format_of)
 
 
 def test_a_client_has_no_tensors_without_memory():

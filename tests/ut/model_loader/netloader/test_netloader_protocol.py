@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.config import MAX_MODEL_NAME_BYTES
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.interaction.protocol import (
     DRAFT_GROUP,
     MAX_JOIN_BYTES,
@@ -37,12 +37,13 @@ from .support import identity, join_of, tcp_pair
 _counts = st.integers(0, 2**53)
 _texts = st.text(max_size=30)
 _hex = st.text("0123456789abcdef", max_size=128)
+_revisions = st.builds(Revision, st.none() | _texts, st.booleans())
 _identities = st.builds(
     ModelIdentity,
     **{
         "group": _texts,
         "model": _texts,
-        "revision": st.none() | _texts,
+        "revision": _revisions,
         "rank": _counts,
         "tp": _counts,
         "pp": _counts,
@@ -69,6 +70,7 @@ _requests = st.one_of(
         int8_cache=_texts,
         protocol=st.integers(-(2**63), 2**63 - 1),
         identity=st.text("0123456789abcdef", max_size=64),
+        revision=_revisions,
         layouts=st.lists(_texts, max_size=2),
         chunk_bytes=_counts,
         listen=st.none() | _texts,
@@ -89,6 +91,7 @@ _replies = st.one_of(
         digest_algorithm=_texts,
         model_digest=_hex,
         manifest=_manifests.map(msgspec.Raw),
+        revision=_revisions,
     ),
     st.builds(JoinNack, _texts, st.none() | _identities),
     st.builds(StoreSet, _texts, st.binary(max_size=100)),

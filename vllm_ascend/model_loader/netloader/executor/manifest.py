@@ -9,11 +9,12 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..errors import LayoutUnsupported
+from ..utils import Plain, plain
 
 RAW, PROCESSED = "raw", "processed"
 MAX_NAMED = 5  # how many differences a refusal spells out
 
-Scalar: TypeAlias = bool | int | float | str | None
+Scalar: TypeAlias = Plain
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -74,7 +75,7 @@ def describe(
         sent.
 
     Raises:
-        LayoutUnsupported: a tensor has no memory yet.
+        LayoutUnsupported: a tensor has no memory yet, or an attribute is no plain value.
     """
     entries: list[TensorEntry] = []
     distinct: list[torch.Tensor] = []
@@ -86,7 +87,11 @@ def describe(
         entries.append(TensorEntry(name, dtype, shape, alias_of, stride, format_of(tensor)))
         if alias_of is None:
             distinct.append(_as_sent(tensor, layout))
-    return Manifest(layout, entries, dict(attributes)), distinct
+    try:
+        carried = {name: plain(f"attribute {name}", value) for name, value in attributes.items()}
+    except ValueError as error:
+        raise LayoutUnsupported(str(error)) from None
+    return Manifest(layout, entries, carried), distinct
 
 
 def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from typing import Annotated, TypeAlias, TypeVar
 import msgspec
 
 from ..errors import ProtocolError
-from ..identity import ModelIdentity
+from ..identity import ModelIdentity, Revision
 
 PROTOCOL = 2
 MAX_JOIN_BYTES = 1024
@@ -62,6 +62,7 @@ class Join(msgspec.Struct, frozen=True):
         int8_cache: the client's INT8_CACHE.
         protocol: 2; absent from a client that speaks the NetLoader protocol of vLLM Ascend.
         identity: digest of the client's identity.
+        revision: which revision of the model the client wants; not in the digest.
         layouts: layouts the client can take.
         chunk_bytes: the chunk size this client needs because it has chunks of that size already; 0:
             the source's choice.
@@ -77,6 +78,7 @@ class Join(msgspec.Struct, frozen=True):
     int8_cache: ShortText = "no"
     protocol: int = 1
     identity: Digest = ""
+    revision: Revision = Revision()
     layouts: list[str] = []
     chunk_bytes: Count = 0
     listen: ShortText | None = None
@@ -90,12 +92,14 @@ class JoinAck(msgspec.Struct, frozen=True):
         digest_algorithm: algorithm of all digests of this session.
         model_digest: digest of the whole model; sources with equal ones are interchangeable.
         manifest: a `manifest.Manifest`, which the control plane passes on unread.
+        revision: which revision of the model the source has.
     """
 
     chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 << 20)]
     digest_algorithm: ShortText
     model_digest: Digest
     manifest: msgspec.Raw
+    revision: Revision = Revision()
 
 
 class JoinNack(msgspec.Struct, frozen=True):
