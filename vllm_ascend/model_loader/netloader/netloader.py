@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
+from . import register_netloader
 from .compat import (
     can_reload_from_sources,
     feed_reload,
@@ -454,3 +455,8 @@ def _serve(
     # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
     Finalize(None, server.stop, exitpriority=100)
     return server
+
+
+# vLLM's loaders are there by now. Where this module was the first to import them, they have not
+# got this one yet.
+register_netloader()

@@ -26,9 +26,9 @@ from .support import DEVICE, HOST, dial, identity, python, source, weights_of
 # Registration
 
 
-def run(program):
+def run(program, *arguments):
     """The output lines of a program in a fresh process, without what vLLM logs."""
-    process = python("-c", f"import logging; logging.disable()\n{program}")
+    process = python("-c", f"import logging; logging.disable()\n{program}", *arguments)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     return output.splitlines()
@@ -61,6 +61,71 @@ def test_registration_waits_until_vllm_imports_its_loaders():
         "True",
         "[]",
     ]
+
+
+# Each order in a child of a process that has imported what takes long, and that they share.
+_ORDERS = """
+import os, sys
+import torch, vllm.config
+from vllm.plugins import load_general_plugins as plugins
+package, name = "vllm.model_executor.model_loader", "vllm_ascend.model_loader.netloader.netloader"
+assert package not in sys.modules
+def loaders():
+    import vllm.model_executor.model_loader
+def base():
+    import vllm.model_executor.model_loader.base_loader
+def hook():
+    import vllm_ascend
+    vllm_ascend.register_model_loader()
+def face():
+    from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
+def lost():
+    sys.modules[name] = None
+for order in sys.argv[1:]:
+    if os.fork() == 0:
+        for step in order.split():
+            globals()[step]()
+        formats = sys.modules[package]._LOAD_FORMAT_TO_MODEL_LOADER
+        registered = formats.get("netloader")
+        theirs = getattr(sys.modules[name], "ModelNetLoaderElastic", None)
+        finders = [one for one in sys.meta_path if "vllm_ascend" in type(one).__module__]
+        print(order, registered is theirs is not None, "auto" in formats, finders, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_the_load_format_is_there_in_whichever_order_things_are_imported():
+    orders = [
+        "plugins face",
+        "hook hook face hook",
+        "plugins loaders face",
+        "plugins base face",
+        "face plugins",
+        "loaders plugins face",
+        "loaders face",
+        "face",
+        "face face plugins plugins",
+    ]
+    # Where it cannot be registered, the other load formats are there all the same.
+    failing = ["lost hook loaders", "lost loaders hook"]
+    assert run(_ORDERS, *orders, *failing) == [
+        *(f"{order} True True []" for order in orders),
+        *(f"{order} False True []" for order in failing),
+    ]
+
+
+def test_what_prevents_registration_is_logged(monkeypatch, log):
+    monkeypatch.setattr(vllm_loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+
+    def fail(load_format):
+        raise RuntimeError("not\ntoday")
+
+    monkeypatch.setattr(vllm_loaders, "register_model_loader", fail)
+    register_netloader()
+    assert log[-1].endswith(
+        "no load format netloader, as registering it failed: RuntimeError: not today"
+    )
 
 
 def test_registration_is_immediate_once_the_loaders_are_imported(monkeypatch):
