@@ -232,6 +232,29 @@ def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_p
     assert_same(renewed.model, model)
 
 
+def test_a_reload_opens_the_port_of_an_instance_that_could_not_be_a_source_before(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "seed_")
+    source = [{"device_id": 0, "sources": [seed.address]}]
+    prefix = tmp_path / "rank_"
+    bare = models / "llama-bare"
+    config = make_config(bare, MODEL="m", SOURCE=source, OUTPUT_PREFIX=str(prefix))
+
+    def refuse(*_: object) -> None:
+        raise LayoutUnsupported("no copy was kept")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(netloader, "after_processing", refuse)
+        model = load(config)
+    port_file = Path(f"{prefix}0.txt")
+    assert not port_file.exists()
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+    source = [{"device_id": 0, "sources": [port_file.read_text()]}]
+    assert_same(seed.model, load(make_config(bare, MODEL="m", SOURCE=source, **NO_SERVER)))
+
+
 @pytest.mark.parametrize("arch", ["llama", "llama-tied", "gemma2", "opt"])
 def test_vllms_own_reload_takes_the_new_weights_of_the_source(
     arch: str, models: Path, tmp_path: Path
@@ -310,13 +333,14 @@ def test_an_instance_without_memory_to_be_a_source_starts_all_the_same(
 
     monkeypatch.setattr(netloader, step, fail)
     logging.getLogger("vllm").propagate = True
-    seed = Seed(path, tmp_path / "rank_", INT8_CACHE="hbm")
-    assert_same(plain, seed.model)
+    prefix = tmp_path / "rank_"
+    model = load(make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), INT8_CACHE="hbm"))
+    assert_same(plain, model)
     why = "preparing it failed: OutOfMemoryError: tried to allocate 2.00 GiB"
     [line] = {r.getMessage() for r in caplog.records if "cannot be a source" in r.getMessage()}
     assert line.endswith(f"cannot be a source: {why}")
-    with pytest.raises(LoadFailed, match=f"refused: {why}"):
-        load(seed.client(models / "w8a8-dynamic-bare", INT8_CACHE="hbm"))
+    assert not any("listening on" in r.getMessage() for r in caplog.records)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_configuration_is_an_error_at_start(models: Path) -> None:

@@ -212,7 +212,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 )
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if in_use is not None and in_use.server is not None:
+        if in_use is not None and in_use.server is not None and in_use.server.listening:
             logger.info(
                 "NetLoader rank %d: reloading from disk; this instance is no source from now on",
                 in_use.identity.rank,
@@ -234,8 +234,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             feed_reload(model, tensors)
             apply_attributes(model, loaded.manifest.attributes)
-            if in_use.server is not None:
+            if in_use.server is not None and in_use.server in _servers.values():
                 in_use.server.offer(Offer(in_use.identity, _weights(loaded, device), device))
+                _open(in_use.server, self._config, in_use.identity.rank)
             yield from ()
 
         return fill()
@@ -421,10 +422,13 @@ def _retire(server: WeightServer, group: str) -> None:
 def _serve(
     config: NetLoaderConfig, offer: Offer, to_come: Iterable[str] = ()
 ) -> WeightServer | None:
-    """Offer a model on this process's server for a configuration, started if need be."""
+    """Offer a model on this process's server for a configuration, started if need be.
+
+    With nothing to give it is not started. The offer is kept for its reason: a draft that comes
+    later, or a reload, may start the server.
+    """
     rank = offer.identity.rank
-    port = config.port_for(rank)
-    if port is None:
+    if config.port_for(rank) is None:
         logger.info(
             "NetLoader rank %d: no server, as LISTEN_PORT %s is outside 1024-65535",
             rank,
@@ -432,15 +436,23 @@ def _serve(
         )
         return None
     key = (config.listen_port, config.output_prefix, rank)
-    if (server := _servers.get(key)) is not None:
-        server.offer(offer)
-        for group in to_come:
-            server.expect(group)
-        return server
-    server = WeightServer(config, rank, config.announced_host or get_ip())
+    if (server := _servers.get(key)) is None:
+        server = WeightServer(config, rank, config.announced_host or get_ip())
+        _servers[key] = server
     server.offer(offer)  # before anybody can ask for it
     for group in to_come:
         server.expect(group)
+    if offer.declined or _open(server, config, rank):
+        return server
+    del _servers[key]
+    return None
+
+
+def _open(server: WeightServer, config: NetLoaderConfig, rank: int) -> bool:
+    """Listen, if the server does not yet; return whether it does."""
+    port = config.port_for(rank)
+    if server.listening or port is None:
+        return server.listening
     try:
         server.start(port)
     except OSError as error:
@@ -450,11 +462,10 @@ def _serve(
             port,
             error,
         )
-        return None
-    _servers[key] = server
+        return False
     # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
     Finalize(None, server.stop, exitpriority=100)
-    return server
+    return True
 
 
 # vLLM's loaders are there by now. Where this module was the first to import them, they have not

@@ -15,13 +15,26 @@ import vllm_ascend
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported
+from vllm_ascend.model_loader.netloader.errors import (
+    ConfigError,
+    LayoutUnsupported,
+    LoadFailed,
+)
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
-from .support import DEVICE, HOST, dial, identity, python, source, weights_of
+from .support import (
+    DEVICE,
+    HOST,
+    dial,
+    identity,
+    load,
+    python,
+    source,
+    weights_of,
+)
 
 # Registration
 
@@ -227,10 +240,14 @@ def servers(monkeypatch):
         server.stop()
 
 
-def serve(config, rank=0, group="netloader"):
-    """Offer a model that is not to be had."""
-    who = identity(rank=rank, group=group)
-    return netloader._serve(config, Offer(who, None, DEVICE, "it is not to be had"))
+WEIGHTS = {"a": torch.ones(1)}
+
+
+def serve(config, rank=0, group="netloader", declined="", to_come=()):
+    """Offer a small model, or none with a reason."""
+    weights = None if declined else weights_of(WEIGHTS)
+    offer = Offer(identity(rank=rank, group=group), weights, DEVICE, declined)
+    return netloader._serve(config, offer, to_come)
 
 
 def address_of(tmp_path, rank=0):
@@ -244,6 +261,35 @@ def test_target_and_draft_share_one_server(servers, tmp_path):
     groups = {one.group for one in server._status(0).identities}
     assert groups == {"netloader", "netloader_draft"}
     dial(address_of(tmp_path)).close()
+
+
+def is_refused(address, group, reason):
+    with pytest.raises(LoadFailed, match=f"refused: {reason}"):
+        load([address], {"a": torch.zeros(1)}, who=identity(group=group))
+
+
+def test_without_a_model_to_give_there_is_no_port_and_no_port_file(servers, tmp_path, log):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    server = serve(config, declined="no copy", to_come=["netloader_draft"])
+    assert serve(config, group="netloader_draft", declined="none either") is server
+    assert not server.listening
+    assert os.listdir(tmp_path) == []
+    assert log == []
+
+
+def test_a_draft_opens_the_port_and_its_target_is_refused_with_the_reason(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    server = serve(config, declined="no copy", to_come=["netloader_draft"])
+    assert serve(config, group="netloader_draft") is server
+    is_refused(address_of(tmp_path), "netloader", "no copy")
+    load([address_of(tmp_path)], WEIGHTS, who=identity(group="netloader_draft"))
+
+
+def test_a_draft_that_is_not_to_be_had_is_refused_with_the_reason(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    serve(config, to_come=["netloader_draft"])
+    serve(config, group="netloader_draft", declined="no copy")
+    is_refused(address_of(tmp_path), "netloader_draft", "no copy")
 
 
 def test_the_host_listened_on_is_the_one_published(servers, tmp_path, monkeypatch):
