@@ -3,6 +3,7 @@
 import gc
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import vllm
 from packaging.version import Version
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -126,8 +128,8 @@ class Seed:
         self.model = load(self.config)
         self.address = Path(f"{prefix}0.txt").read_text()
 
-    def client(self, path: Path, **extra: object) -> VllmConfig:
-        source = [{"device_id": 0, "sources": [self.address]}]
+    def client(self, path: Path, *others: str, **extra: object) -> VllmConfig:
+        source = [{"device_id": 0, "sources": [*others, self.address]}]
         return make_config(path, MODEL="m", SOURCE=source, **NO_SERVER, **extra)
 
 
@@ -199,13 +201,50 @@ def registrations(config: VllmConfig) -> dict[str, object]:
     }
 
 
-def test_without_source_and_without_weights_one_error_says_both(models: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1: cannot connect"),
+        ("127.0.0.1", "malformed source '127.0.0.1': no port"),
+    ],
+)
+def test_without_source_and_without_weights_one_error_says_both(
+    address: str, reason: str, models: Path
+) -> None:
     on_disk(models, "llama")
-    source = [{"device_id": 0, "sources": ["127.0.0.1:1"]}]
+    source = [{"device_id": 0, "sources": [address]}]
     with pytest.raises(LoadFailed) as failed:
         load(make_config(models / "llama-bare", MODEL="m", SOURCE=source, **NO_SERVER))
-    assert "127.0.0.1:1: cannot connect" in str(failed.value)
+    assert f"no source gave the weights ({reason}" in str(failed.value)
     assert "Cannot find any model weights" in str(failed.value)
+
+
+def test_a_malformed_address_costs_one_warning_and_not_the_load(
+    models: Path, tmp_path: Path, log: list[str]
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_")
+    client = load(seed.client(models / "llama-bare", "tcp://127.0.0.1:1"))
+    assert_same(seed.model, client)
+    [line] = [line for line in log if "malformed" in line]
+    assert line.startswith("NetLoader rank 0: malformed source 'tcp://127.0.0.1:1': ")
+
+
+def test_keys_of_vllms_default_loader_count_for_the_disk(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = on_disk(models, "llama")
+    asked = []
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["max_workers"])
+        return weight_utils.multi_thread_safetensors_weights_iterator(*arguments, **options)
+
+    monkeypatch.setattr(default_loader, "multi_thread_safetensors_weights_iterator", read)
+    keys = {"enable_multithread_load": True, "num_threads": 3}
+    assert_same(
+        load(make_config(path, load_format="auto")), load(make_config(path, **NO_SERVER, **keys))
+    )
+    assert asked == [3]
 
 
 def test_a_source_with_another_config_is_refused_with_both_values(

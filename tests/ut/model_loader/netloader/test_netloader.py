@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 import vllm_ascend
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
-from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.config import KEYS, parse_config
 from vllm_ascend.model_loader.netloader.errors import (
     ConfigError,
     LayoutUnsupported,
@@ -23,11 +23,12 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.serve import Offer
-from vllm_ascend.model_loader.netloader.utils import parse_address
+from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 
 from .support import (
     DEVICE,
     HOST,
+    closed_port,
     dial,
     identity,
     load,
@@ -198,6 +199,63 @@ def test_the_disk_is_read_as_if_netloader_had_not_been_asked():
     assert config.model_loader_extra_config == {"MODEL": "m"}
 
 
+def test_keys_of_vllms_default_loader_are_passed_on_to_it():
+    keys = {"enable_multithread_load": True, "num_threads": 3}
+    assert make(MODEL="m", **keys)._disk.load_config.model_loader_extra_config == keys
+
+
+def test_a_key_that_nobody_knows_is_refused_by_name_and_the_known_ones_are_listed():
+    with pytest.raises(ConfigError) as error:
+        make(num_threads=3, model="m")
+    assert "'model', 'num_threads' for vLLM's default loader" in str(error.value)
+    assert "{'model'}" in str(error.value)  # vLLM's own words, of the unknown one alone
+    assert all(key in str(error.value) for key in KEYS)
+
+
+def sources(*texts, rank=0):
+    return [{"device_id": rank, "sources": [*texts]}]
+
+
+def test_a_malformed_address_is_one_warning_at_the_rank_whose_it_is(log):
+    loader = make(SOURCE=[*sources("tcp://a:1", "b:2"), *sources("c", rank=1)])
+    assert log == []
+    assert loader._sources(0) == (Address("b", 2),)
+    [line] = log
+    assert line.startswith("NetLoader rank 0: malformed source 'tcp://a:1': ")
+
+
+def test_without_a_good_address_the_reasons_for_going_to_disk_are_the_malformed_ones(log):
+    loader = make(SOURCE=sources("a", "b:0"))
+    with pytest.raises(LoadFailed) as failed:
+        loader._sources(0)
+    assert str(failed.value) == "; ".join(line.partition("rank 0: ")[2] for line in log)
+    assert len(log) == 2
+
+
+def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed_load():
+    address = closed_port()
+    loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1)
+    with pytest.raises(LoadFailed) as failed:
+        loader._pull({}, (), [address], identity(), DEVICE)
+    assert str(failed.value).startswith("malformed source 'a': no port")
+    assert f"; {address}: cannot connect: " in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([], None),
+        (sources("a:1"), None),
+        (sources(), "SOURCE has no sources for this rank"),
+        ([{"device_id": 0}, *sources("a:1", rank=1)], "SOURCE has no sources for this rank"),
+        (sources("a:1", rank=3), "SOURCE has entries for rank 3 only"),
+    ],
+)
+def test_a_rank_for_which_source_names_nothing_says_so(given, why, log):
+    make(SOURCE=given)._sources(0)
+    assert log == ([] if why is None else [f"NetLoader rank 0: loading from disk, as {why}"])
+
+
 class NoDisk(DummyModelLoader):
     def __init__(self):
         self.asked = []
@@ -211,6 +269,7 @@ class NoDisk(DummyModelLoader):
     [
         ([], True),
         ([{"device_id": 0, "sources": []}], True),
+        ([{"device_id": 0, "sources": ["a"]}], True),
         ([{"device_id": 0, "sources": ["a:1"]}], False),
     ],
 )
