@@ -203,10 +203,9 @@ def _quantization_config(static: bool) -> dict[str, Any]:
 
 def copy_without_weights(source: Path, destination: Path) -> None:
     """Copies a model folder but no weight file: what a client of a network loader has on disk."""
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy2(file, destination / file.name)
+    # A clone from a model hub has the weights a second time, in .git.
+    weights = shutil.ignore_patterns(".git", *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES))
+    shutil.copytree(source, destination, ignore=weights, dirs_exist_ok=True)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -128,8 +130,8 @@ class Seed:
         self.model = load(self.config)
         self.address = Path(f"{prefix}0.txt").read_text()
 
-    def client(self, path: Path, **extra: object) -> VllmConfig:
-        source = [{"device_id": 0, "sources": [self.address]}]
+    def client(self, path: Path, *others: str, **extra: object) -> VllmConfig:
+        source = [{"device_id": 0, "sources": [*others, self.address]}]
         return make_config(path, MODEL="m", SOURCE=source, **NO_SERVER, **extra)
 
 
@@ -259,13 +261,50 @@ def registrations(config: VllmConfig) -> dict[str, object]:
     }
 
 
-def test_without_source_and_without_weights_one_error_says_both(models: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1: cannot connect"),
+        ("127.0.0.1", "malformed source '127.0.0.1': no port"),
+    ],
+)
+def test_without_source_and_without_weights_one_error_says_both(
+    address: str, reason: str, models: Path
+) -> None:
     on_disk(models, "llama")
-    source = [{"device_id": 0, "sources": ["127.0.0.1:1"]}]
+    source = [{"device_id": 0, "sources": [address]}]
     with pytest.raises(LoadFailed) as failed:
         load(make_config(models / "llama-bare", MODEL="m", SOURCE=source, **NO_SERVER))
-    assert "127.0.0.1:1: cannot connect" in str(failed.value)
+    assert f"no source gave the weights ({reason}" in str(failed.value)
     assert "Cannot find any model weights" in str(failed.value)
+
+
+def test_a_malformed_address_costs_one_warning_and_not_the_load(
+    models: Path, tmp_path: Path, log: list[str]
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_")
+    client = load(seed.client(models / "llama-bare", "tcp://127.0.0.1:1"))
+    assert_same(seed.model, client)
+    [line] = [line for line in log if "malformed" in line]
+    assert line.startswith("NetLoader rank 0: malformed source 'tcp://127.0.0.1:1': ")
+
+
+def test_keys_of_vllms_default_loader_count_for_the_disk(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = on_disk(models, "llama")
+    asked = []
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["max_workers"])
+        return weight_utils.multi_thread_safetensors_weights_iterator(*arguments, **options)
+
+    monkeypatch.setattr(default_loader, "multi_thread_safetensors_weights_iterator", read)
+    keys = {"enable_multithread_load": True, "num_threads": 3}
+    assert_same(
+        load(make_config(path, load_format="auto")), load(make_config(path, **NO_SERVER, **keys))
+    )
+    assert asked == [3]
 
 
 def test_a_source_with_another_config_is_refused_with_both_values(
@@ -290,6 +329,29 @@ def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_p
     with worker(config) as loader:
         loader.load_weights(model, config.model_config)
     assert_same(renewed.model, model)
+
+
+def test_a_reload_opens_the_port_of_an_instance_that_could_not_be_a_source_before(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "seed_")
+    source = [{"device_id": 0, "sources": [seed.address]}]
+    prefix = tmp_path / "rank_"
+    bare = models / "llama-bare"
+    config = make_config(bare, MODEL="m", SOURCE=source, OUTPUT_PREFIX=str(prefix))
+
+    def refuse(*_: object) -> None:
+        raise LayoutUnsupported("no copy was kept")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(netloader, "after_processing", refuse)
+        model = load(config)
+    port_file = Path(f"{prefix}0.txt")
+    assert not port_file.exists()
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+    source = [{"device_id": 0, "sources": [port_file.read_text()]}]
+    assert_same(seed.model, load(make_config(bare, MODEL="m", SOURCE=source, **NO_SERVER)))
 
 
 @pytest.mark.parametrize("arch", ["llama", "llama-tied", "gemma2", "opt"])
@@ -370,13 +432,14 @@ def test_an_instance_without_memory_to_be_a_source_starts_all_the_same(
 
     monkeypatch.setattr(netloader, step, fail)
     logging.getLogger("vllm").propagate = True
-    seed = Seed(path, tmp_path / "rank_", INT8_CACHE="hbm")
-    assert_same(plain, seed.model)
+    prefix = tmp_path / "rank_"
+    model = load(make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), INT8_CACHE="hbm"))
+    assert_same(plain, model)
     why = "preparing it failed: OutOfMemoryError: tried to allocate 2.00 GiB"
     [line] = {r.getMessage() for r in caplog.records if "cannot be a source" in r.getMessage()}
     assert line.endswith(f"cannot be a source: {why}")
-    with pytest.raises(LoadFailed, match=f"refused: {why}"):
-        load(seed.client(models / "w8a8-dynamic-bare", INT8_CACHE="hbm"))
+    assert not any("listening on" in r.getMessage() for r in caplog.records)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_configuration_is_an_error_at_start(models: Path) -> None:

@@ -7,6 +7,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from .utils import logger, one_line
+
 __version__ = "0.1.0"
 
 LOAD_FORMAT = "netloader"
@@ -21,9 +23,26 @@ def register_netloader() -> None:
     process that never loads a model (the API server, any other load format) must not pay that.
     """
     if _VLLM_LOADERS in sys.modules:
-        _register(sys.modules[_VLLM_LOADERS])
+        _try_to_register(sys.modules[_VLLM_LOADERS])
     elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterOnImport())
+
+
+def _try_to_register(vllm_loaders: ModuleType) -> None:
+    """Register, but let what prevents it not end a process that may use another load format."""
+    module = sys.modules.get(f"{__name__}.netloader")
+    if module is not None and not hasattr(module, "ModelNetLoaderElastic"):
+        return  # it is being imported, which is why vLLM's loaders are, and registers at its end
+    try:
+        _register(vllm_loaders)
+    except Exception as error:
+        logger.debug("NetLoader: not registered", exc_info=True)
+        logger.error(
+            "NetLoader: no load format %s, as registering it failed: %s: %s",
+            LOAD_FORMAT,
+            type(error).__name__,
+            one_line(error),
+        )
 
 
 def _register(vllm_loaders: ModuleType) -> None:
@@ -76,4 +95,4 @@ class _ThenRegister(Loader):
         sys.meta_path[:] = [
             finder for finder in sys.meta_path if not isinstance(finder, _RegisterOnImport)
         ]
-        _register(module)
+        _try_to_register(module)

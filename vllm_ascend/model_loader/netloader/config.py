@@ -5,8 +5,9 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ MAX_CHUNK_MIB = 64
 MAX_MODEL_NAME_BYTES = 512  # a JOIN, which carries the name, stays under 1,024 bytes
 # JSON can say half of a surrogate pair; no message and no file name can.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+# int() alone takes other scripts' digits, underscores, and more digits than it can turn into text
+_WHOLE = re.compile(r"-?[0-9]{1,1000}")
+_DECIMAL = re.compile(r"[0-9]{1,1000}(\.[0-9]{1,1000})?")
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)? ?[A-Za-z]*)(?:/s)?", re.ASCII)
 _MAX_RATE = 2**53
+_ENTRY_KEYS = {"device_id", "sources"}
 _byte_size = TypeAdapter(ByteSize)
 
 
@@ -35,11 +40,31 @@ class Int8Cache(Enum):
 
 
 @dataclass(frozen=True)
-class NetLoaderConfig:
-    """What an operator chose. Each field is the JSON key of its name in capitals.
+class Sources:
+    """Where a rank can get its weights.
 
     Attributes:
-        source: global rank -> where it can get its weights, in order of preference.
+        addresses: the sources, in order of preference.
+        malformed: what is wrong with each entry that is no address.
+    """
+
+    addresses: tuple[Address, ...] = ()
+    malformed: tuple[str, ...] = ()
+
+    def __add__(self, other: "Sources") -> "Sources":
+        # the same source twice gives nothing but a second connection to it
+        return Sources(
+            tuple(dict.fromkeys(self.addresses + other.addresses)),
+            tuple(dict.fromkeys(self.malformed + other.malformed)),
+        )
+
+
+@dataclass(frozen=True)
+class NetLoaderConfig:
+    """What an operator chose. Each field but `disk` is the JSON key of its name in capitals.
+
+    Attributes:
+        source: global rank -> where it can get its weights.
         model: model name for the consistency check; None: the `--model` argument.
         listen_host: address to listen on; None: all of them.
         listen_port: base port, the rank is added to it; None: the system chooses; a value outside
@@ -57,9 +82,10 @@ class NetLoaderConfig:
         connect_timeout: seconds to reach a source.
         handshake_timeout: seconds for the answer to a JOIN and for building the process group.
         progress_timeout: seconds without a completed chunk after which a peer counts as lost.
+        disk: the keys of vLLM's default loader, for loading from disk.
     """
 
-    source: Mapping[int, tuple[Address, ...]]
+    source: Mapping[int, Sources]
     model: str | None = None
     listen_host: str | None = None
     listen_port: int | None = None
@@ -75,6 +101,7 @@ class NetLoaderConfig:
     connect_timeout: float = 5.0
     handshake_timeout: float = 10.0
     progress_timeout: float = 10.0
+    disk: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def chunk_bytes(self) -> int:
@@ -125,23 +152,24 @@ class NetLoaderConfig:
 def parse_config(extra_config: object) -> NetLoaderConfig:
     """Parse the extra config, and the file it names.
 
+    A null counts as not given. Keys in lower case are those of vLLM's default loader, which checks
+    them itself.
+
     Args:
         extra_config: the JSON object given as `--model-loader-extra-config`.
 
     Raises:
         ConfigError: names the key, the value and what is allowed.
     """
-    given = _json_object(extra_config, "--model-loader-extra-config", (*_PARSERS, "CONFIG_FILE"))
-    values = dict(given)
+    values = _given(extra_config, "--model-loader-extra-config", KEYS)
     path = values.pop("CONFIG_FILE", None)
     if path is not None:
         # What the file says goes first; what stands beside it fills the gaps.
         values |= _config_file(path)
-    parsed: dict[str, Any] = {"source": {}}
-    for key, value in values.items():
-        if value is None:
-            raise ConfigError(f"{key} is null; leave the key out instead")
-        parsed[key.lower()] = _PARSERS[key](value)
+    disk = {key: value for key, value in values.items() if key not in _PARSERS}
+    parsed: dict[str, Any] = {"source": {}, "disk": disk}
+    for key in values.keys() - disk.keys():
+        parsed[key.lower()] = _PARSERS[key](values[key])
     config = NetLoaderConfig(**parsed)
     if config.max_chunk_bytes == 0:
         raise _wrong(
@@ -157,32 +185,50 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
 def _config_file(path: object) -> dict[str, Any]:
     if not isinstance(path, str) or not path:
         raise _wrong("CONFIG_FILE", path, "the path of a JSON file")
+    where = f"CONFIG_FILE {path!r}"
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = Counter(key for key, _ in pairs)
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise ConfigError(f"{where} has the key {_shown(twice[0])} twice in one object")
+        return dict(pairs)
+
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"CONFIG_FILE {path!r} does not exist") from None
+        raise ConfigError(f"{where} does not exist") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"CONFIG_FILE {path!r} cannot be read: {error}") from None
+        raise ConfigError(f"{where} cannot be read: {error}") from None
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=object_of)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"CONFIG_FILE {path!r} is not valid JSON: {error}") from None
-    return _json_object(content, f"CONFIG_FILE {path!r}", tuple(_PARSERS))
+        raise ConfigError(f"{where} is not valid JSON: {error}") from None
+    return _given(content, where, tuple(_PARSERS))
 
 
-def _json_object(value: object, where: str, known: Sequence[str]) -> dict[str, Any]:
+def _given(value: object, where: str, known: Sequence[str]) -> dict[str, Any]:
+    """Return those keys of an object that are not null."""
     if not isinstance(value, dict):
         raise ConfigError(f"{where} is {_shown(value)}; it must be a JSON object")
-    if unknown := sorted(str(key) for key in value.keys() - set(known)):
+    if unknown := sorted(str(key) for key in value.keys() - set(known) if not _is_disk_key(key)):
         raise ConfigError(
             f"{where} has unknown keys {', '.join(map(repr, unknown))}; known keys: "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(known))}, and in lower case those of vLLM's default loader"
         )
-    return value
+    return {key: content for key, content in value.items() if content is not None}
+
+
+def _is_disk_key(key: object) -> bool:
+    return isinstance(key, str) and key.islower()
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    return "null" if value is None else _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -190,31 +236,49 @@ def _wrong(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"{key} is {_shown(value)}; allowed: {allowed}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _text(value: object) -> str:
+    """Return a text without blanks around it, and nothing for anything else."""
+    return value.strip() if isinstance(value, str) else ""
 
 
-def _source(value: object) -> Mapping[int, tuple[Address, ...]]:
+def _whole(value: object) -> int | None:
+    """Return a whole number, which may be in a text; None if it is none."""
+    if _WHOLE.fullmatch(_text(value)):
+        return int(_text(value))
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _source(value: object) -> Mapping[int, Sources]:
     if not isinstance(value, list):
         allowed = 'a list of {"device_id": RANK, "sources": ["IP:port", ...]}'
         raise _wrong("SOURCE", value, allowed)
-    by_rank: dict[int, tuple[Address, ...]] = {}
+    by_rank: dict[int, Sources] = {}
     for index, entry in enumerate(value):
         where = f"SOURCE[{index}]"
-        if not isinstance(entry, dict) or entry.keys() != {"device_id", "sources"}:
-            raise _wrong(where, entry, "an object with exactly the keys device_id and sources")
-        rank, texts = entry["device_id"], entry["sources"]
-        if not _is_int(rank) or rank < 0:
-            raise _wrong(f"{where}.device_id", rank, "a global rank, an integer from 0")
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(entry, dict) or not {"device_id"} <= entry.keys() <= _ENTRY_KEYS:
+            raise _wrong(where, entry, "an object with device_id and sources, and no other keys")
+        rank, texts = _whole(entry["device_id"]), entry.get("sources")
+        if rank is None or rank < 0:
+            allowed = "a global rank, an integer from 0"
+            raise _wrong(f"{where}.device_id", entry["device_id"], allowed)
+        if not isinstance(texts, list | None):
             raise _wrong(f"{where}.sources", texts, 'a list of strings like "IP:port"')
-        try:
-            addresses = tuple(parse_address(text) for text in texts)
-        except ValueError as error:
-            raise ConfigError(f"{where}.sources: {error}") from None
-        # the same source twice gives nothing but a second connection to it
-        by_rank[rank] = tuple(dict.fromkeys(by_rank.get(rank, ()) + addresses))
+        given = [_address(text) for text in texts or ()]
+        by_rank[rank] = by_rank.get(rank, Sources()) + Sources(
+            tuple(address for address in given if isinstance(address, Address)),
+            tuple(reason for reason in given if isinstance(reason, str)),
+        )
     return by_rank
+
+
+def _address(value: object) -> Address | str:
+    """Return an address or what is wrong with it: one bad entry is not to cost the load."""
+    if not isinstance(value, str):
+        return f"{_shown(value)}: not a text like 'IP:port'"
+    try:
+        return parse_address(value)
+    except ValueError as error:
+        return _cut(str(error))
 
 
 def _model(value: object) -> str:
@@ -239,10 +303,10 @@ def _listen_host(value: object) -> str:
 
 
 def _listen_port(value: object) -> int:
-    if not _is_int(value):
+    port = _whole(value)
+    if port is None:
         raise _wrong("LISTEN_PORT", value, f"an integer; {MIN_PORT} to {MAX_PORT} opens a server")
-    assert isinstance(value, int)
-    return value
+    return port
 
 
 def _int8_cache(value: object) -> Int8Cache:
@@ -276,29 +340,32 @@ def _output_prefix(value: object) -> str:
 
 def _bool(key: str) -> Callable[[object], bool]:
     def parse(value: object) -> bool:
-        if not isinstance(value, bool):
+        if isinstance(value, bool):
+            return value
+        if (text := _text(value).lower()) not in ("true", "false"):
             raise _wrong(key, value, "true or false")
-        return value
+        return text == "true"
 
     return parse
 
 
 def _integer(key: str, low: int, high: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        number = _whole(value)
+        if number is None or not low <= number <= high:
             raise _wrong(key, value, f"an integer from {low} to {high}")
-        return value
+        return number
 
     return parse
 
 
 def _rate(value: object) -> int:
-    match = _RATE.fullmatch(value) if isinstance(value, str) else None
+    match = _RATE.fullmatch(_text(value))
     try:
-        rate = int(_byte_size.validate_python(match[1] if match else value))
+        rate = int(_byte_size.validate_python(match[1] if match else _whole(value)))
     except ValidationError:
         rate = 0
-    if not (match or _is_int(value)) or not 1 <= rate <= _MAX_RATE:
+    if not 1 <= rate <= _MAX_RATE:
         raise _wrong(
             "MAX_SEND_RATE",
             value,
@@ -309,10 +376,12 @@ def _rate(value: object) -> int:
 
 def _seconds(key: str) -> Callable[[object], float]:
     def parse(value: object) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0.1 <= value <= 3600:  # type: ignore[operator]
+        number: object = float(_text(value)) if _DECIMAL.fullmatch(_text(value)) else value
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            number = math.nan
+        if not 0.1 <= number <= 3600:
             raise _wrong(key, value, "seconds, from 0.1 to 3600")
-        return float(value)  # type: ignore[arg-type]
+        return float(number)
 
     return parse
 
@@ -335,4 +404,5 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "HANDSHAKE_TIMEOUT": _seconds("HANDSHAKE_TIMEOUT"),
     "PROGRESS_TIMEOUT": _seconds("PROGRESS_TIMEOUT"),
 }
-assert {key.lower() for key in _PARSERS} == {field.name for field in fields(NetLoaderConfig)}
+assert {*map(str.lower, _PARSERS), "disk"} == {field.name for field in fields(NetLoaderConfig)}
+KEYS = sorted((*_PARSERS, "CONFIG_FILE"))

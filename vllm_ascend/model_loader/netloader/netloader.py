@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
+from . import register_netloader
 from .compat import (
     can_reload_from_sources,
     feed_reload,
@@ -29,8 +30,8 @@ from .compat import (
     remember_registrations,
     why_no_reload,
 )
-from .config import Int8Cache, NetLoaderConfig, parse_config
-from .errors import LayoutUnsupported, LoadFailed, NetLoaderError
+from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
+from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.devices import Device, device_of
 from .executor.digest import digest_model
 from .executor.manifest import PROCESSED, RAW, Manifest, Scalar, allocate
@@ -93,7 +94,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         self._config = parse_config(load_config.model_loader_extra_config)
-        self._disk = DefaultModelLoader(_disk_config(load_config))
+        self._disk = _disk_loader(load_config, self._config)
         self._vllm_config: VllmConfig | None = None
         self._known: ModelIdentity | None = None
         self._from_disk = False
@@ -106,7 +107,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
-        if any(self._config.source.values()):
+        if any(sources.addresses for sources in self._config.source.values()):
             logger.info("NetLoader: nothing downloaded, the weights come from other instances")
         else:
             self._disk.download_model(model_config)
@@ -157,7 +158,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return
         self._unserved = ""  # what an attempt before this one has met
         device, identity = self._device(), self._identity(model_config)
-        sources = () if self._from_disk else self._sources(identity.rank)
+        sources = () if self._from_disk else self._of_rank(identity.rank).addresses
         serving = self._config.port_for(identity.rank) is not None
         if identity.layout == PROCESSED:
             self._scalars, self._to_fill = scalars(model), bool(sources)
@@ -200,9 +201,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise LayoutUnsupported(reason)
         in_use = _in_use.get(model)
         if in_use is not None and in_use.path == model_config.model and in_use.manifest is not None:
-            sources = self._sources(in_use.identity.rank)
             try:
-                if sources:
+                if sources := self._sources(in_use.identity.rank):
                     return self._renewed(model, in_use, in_use.manifest, sources)
             except LoadFailed as error:
                 logger.warning(
@@ -212,7 +212,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 )
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if in_use is not None and in_use.server is not None:
+        if in_use is not None and in_use.server is not None and in_use.server.listening:
             logger.info(
                 "NetLoader rank %d: reloading from disk; this instance is no source from now on",
                 in_use.identity.rank,
@@ -234,8 +234,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             feed_reload(model, tensors)
             apply_attributes(model, loaded.manifest.attributes)
-            if in_use.server is not None:
+            if in_use.server is not None and in_use.server in _servers.values():
                 in_use.server.offer(Offer(in_use.identity, _weights(loaded, device), device))
+                _open(in_use.server, self._config, in_use.identity.rank)
             yield from ()
 
         return fill()
@@ -249,7 +250,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         since, so that its tensors are those that inference uses, and they are filled now.
         """
         identity = self._identity(model_config)
-        sources = self._config.source.get(identity.rank, ())
+        sources = self._sources(identity.rank)
         if identity.layout == RAW or not sources:
             return self._follow_vllm(vllm_config, model_config, prefix)
         try:
@@ -301,15 +302,19 @@ class ModelNetLoaderElastic(BaseModelLoader):
         identity: ModelIdentity,
         device: Device,
     ) -> Loaded:
-        return elastic_load(
-            tensors,
-            set(required),
-            sources,
-            identity,
-            self._config,
-            device,
-            show_progress=identity.rank == 0 and bool(self.load_config.use_tqdm_on_load),
-        )
+        try:
+            return elastic_load(
+                tensors,
+                set(required),
+                sources,
+                identity,
+                self._config,
+                device,
+                show_progress=identity.rank == 0 and bool(self.load_config.use_tqdm_on_load),
+            )
+        except LoadFailed as error:
+            malformed = _malformed(self._of_rank(identity.rank))
+            raise LoadFailed("; ".join((*malformed, str(error)))) from None
 
     def _offer(self, model: nn.Module, model_config: ModelConfig) -> None:
         device, identity = self._device(), self._identity(model_config)
@@ -353,15 +358,32 @@ class ModelNetLoaderElastic(BaseModelLoader):
             logger.debug("NetLoader: no source", exc_info=True)
             self._unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
 
+    def _of_rank(self, rank: int) -> Sources:
+        return self._config.source.get(rank, Sources())
+
     def _sources(self, rank: int) -> Sequence[Address]:
-        sources = self._config.source.get(rank, ())
-        if self._config.source and rank not in self._config.source:
+        """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
+
+        Raises:
+            LoadFailed: there are malformed addresses only.
+        """
+        sources = self._of_rank(rank)
+        malformed = _malformed(sources)
+        for reason in malformed:
+            logger.warning("NetLoader rank %d: %s", rank, reason)
+        if malformed and not sources.addresses:
+            raise LoadFailed("; ".join(malformed))
+        if not sources.addresses and rank in self._config.source:
+            logger.warning(
+                "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank", rank
+            )
+        elif not sources.addresses and self._config.source:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
                 rank,
                 ", ".join(map(str, sorted(self._config.source))),
             )
-        return sources
+        return sources.addresses
 
     def _identity(self, model_config: ModelConfig) -> ModelIdentity:
         return self._known or self._identify(model_config)
@@ -389,11 +411,24 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return torch.device(self.load_config.device or vllm_config.device_config.device)
 
 
-def _disk_config(load_config: LoadConfig) -> LoadConfig:
+def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultModelLoader:
     disk = copy.copy(load_config)
     disk.load_format = "auto"
-    disk.model_loader_extra_config = {}
-    return disk
+    disk.model_loader_extra_config = dict(config.disk)
+    try:
+        return DefaultModelLoader(disk)
+    except ValueError as error:
+        if not config.disk:
+            raise
+        raise ConfigError(
+            f"--model-loader-extra-config has {', '.join(map(repr, sorted(config.disk)))} for "
+            f"vLLM's default loader, which refuses it: {one_line(error)}; NetLoader's own keys: "
+            f"{', '.join(KEYS)}"
+        ) from None
+
+
+def _malformed(sources: Sources) -> list[str]:
+    return [f"malformed source {reason}" for reason in sources.malformed]
 
 
 def _rank() -> int:
@@ -421,10 +456,13 @@ def _retire(server: WeightServer, group: str) -> None:
 def _serve(
     config: NetLoaderConfig, offer: Offer, to_come: Iterable[str] = ()
 ) -> WeightServer | None:
-    """Offer a model on this process's server for a configuration, started if need be."""
+    """Offer a model on this process's server for a configuration, started if need be.
+
+    With nothing to give it is not started. The offer is kept for its reason: a draft that comes
+    later, or a reload, may start the server.
+    """
     rank = offer.identity.rank
-    port = config.port_for(rank)
-    if port is None:
+    if config.port_for(rank) is None:
         logger.info(
             "NetLoader rank %d: no server, as LISTEN_PORT %s is outside 1024-65535",
             rank,
@@ -432,15 +470,23 @@ def _serve(
         )
         return None
     key = (config.listen_port, config.output_prefix, rank)
-    if (server := _servers.get(key)) is not None:
-        server.offer(offer)
-        for group in to_come:
-            server.expect(group)
-        return server
-    server = WeightServer(config, rank, config.announced_host or get_ip())
+    if (server := _servers.get(key)) is None:
+        server = WeightServer(config, rank, config.announced_host or get_ip())
+        _servers[key] = server
     server.offer(offer)  # before anybody can ask for it
     for group in to_come:
         server.expect(group)
+    if offer.declined or _open(server, config, rank):
+        return server
+    del _servers[key]
+    return None
+
+
+def _open(server: WeightServer, config: NetLoaderConfig, rank: int) -> bool:
+    """Listen, if the server does not yet; return whether it does."""
+    port = config.port_for(rank)
+    if server.listening or port is None:
+        return server.listening
     try:
         server.start(port)
     except OSError as error:
@@ -450,8 +496,12 @@ def _serve(
             port,
             error,
         )
-        return None
-    _servers[key] = server
+        return False
     # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
     Finalize(None, server.stop, exitpriority=100)
-    return server
+    return True
+
+
+# vLLM's loaders are there by now. Where this module was the first to import them, they have not
+# got this one yet.
+register_netloader()

@@ -121,6 +121,9 @@ class WeightServer:
         config: port, bounds and deadlines.
         rank: this worker's global rank.
         host: the address of this machine that others reach.
+
+    Attributes:
+        listening: whether it has been started.
     """
 
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
@@ -134,6 +137,7 @@ class WeightServer:
         self._lock = threading.Lock()
         self._offered = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
+        self.listening = False
         self._server = ElasticServer(
             self._serve,
             self._status,
@@ -156,6 +160,7 @@ class WeightServer:
             except OSError:
                 self.stop()
                 raise
+        self.listening = True
         logger.info("NetLoader rank %d: listening on %s", self._rank, address)
         return address
 

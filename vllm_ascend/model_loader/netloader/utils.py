@@ -21,6 +21,7 @@ MIN_PORT, MAX_PORT = 1024, 65535
 _LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")
 Plain: TypeAlias = bool | int | float | str | None
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 
@@ -49,13 +50,21 @@ def parse_address(text: str) -> Address:
     Raises:
         ValueError: says what is wrong with `text`.
     """
-    host, colon, port_text = text.strip().rpartition(":")
-    if not colon:
-        raise ValueError(f"{text!r} has no port; write it as IP:port, [IPv6]:port or host:port")
+    address = text.strip()
+    if scheme := _SCHEME.match(address):
+        raise ValueError(f"{text!r}: give IP:port, [IPv6]:port or host:port without {scheme[0]}")
+    host, colon, port_text = address.rpartition(":")
+    if not colon or address.endswith("]"):
+        raise ValueError(f"{text!r}: no port, give IP:port, [IPv6]:port or host:port")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
+        raise ValueError(
+            f"{text!r}: more than one colon, give an IPv6 address in brackets, as in [::1]:8000"
+        )
     # int() alone takes other scripts' digits, blanks, signs and underscores
     if not re.fullmatch("[0-9]{1,5}", port_text) or not 1 <= int(port_text) <= MAX_PORT:
         raise ValueError(f"{text!r}: port {port_text!r} is not a number from 1 to {MAX_PORT}")
-    if host.startswith("[") and host.endswith("]"):
+    if bracketed:
         host = host[1:-1]
         bare, _, zone = host.partition("%")
         try:
@@ -64,8 +73,6 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{text!r}: {host!r} is not an IPv6 address") from None
         if "%" in host and not re.fullmatch(r"[A-Za-z0-9_.-]+", zone):
             raise ValueError(f"{text!r}: {zone!r} is not the name of a network interface")
-    elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:8000")
     elif re.fullmatch(r"[0-9.]+", host):
         try:
             ipaddress.IPv4Address(host)

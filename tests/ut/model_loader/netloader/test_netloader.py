@@ -15,21 +15,35 @@ from vllm.platforms import current_platform
 import vllm_ascend
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
-from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported
+from vllm_ascend.model_loader.netloader.config import KEYS, parse_config
+from vllm_ascend.model_loader.netloader.errors import (
+    ConfigError,
+    LayoutUnsupported,
+    LoadFailed,
+)
 from vllm_ascend.model_loader.netloader.executor.devices import amx, device_of
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.serve import Offer
-from vllm_ascend.model_loader.netloader.utils import parse_address
+from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 
-from .support import DEVICE, HOST, dial, identity, python, source, weights_of
+from .support import (
+    DEVICE,
+    HOST,
+    closed_port,
+    dial,
+    identity,
+    load,
+    python,
+    source,
+    weights_of,
+)
 
 # Registration
 
 
-def run(program):
+def run(program, *arguments):
     """The output lines of a program in a fresh process, without what vLLM logs."""
-    process = python("-c", f"import logging; logging.disable()\n{program}")
+    process = python("-c", f"import logging; logging.disable()\n{program}", *arguments)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     return output.splitlines()
@@ -62,6 +76,71 @@ def test_registration_waits_until_vllm_imports_its_loaders():
         "True",
         "[]",
     ]
+
+
+# Each order in a child of a process that has imported what takes long, and that they share.
+_ORDERS = """
+import os, sys
+import torch, vllm.config
+from vllm.plugins import load_general_plugins as plugins
+package, name = "vllm.model_executor.model_loader", "vllm_ascend.model_loader.netloader.netloader"
+assert package not in sys.modules
+def loaders():
+    import vllm.model_executor.model_loader
+def base():
+    import vllm.model_executor.model_loader.base_loader
+def hook():
+    import vllm_ascend
+    vllm_ascend.register_model_loader()
+def face():
+    from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
+def lost():
+    sys.modules[name] = None
+for order in sys.argv[1:]:
+    if os.fork() == 0:
+        for step in order.split():
+            globals()[step]()
+        formats = sys.modules[package]._LOAD_FORMAT_TO_MODEL_LOADER
+        registered = formats.get("netloader")
+        theirs = getattr(sys.modules[name], "ModelNetLoaderElastic", None)
+        finders = [one for one in sys.meta_path if "vllm_ascend" in type(one).__module__]
+        print(order, registered is theirs is not None, "auto" in formats, finders, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_the_load_format_is_there_in_whichever_order_things_are_imported():
+    orders = [
+        "plugins face",
+        "hook hook face hook",
+        "plugins loaders face",
+        "plugins base face",
+        "face plugins",
+        "loaders plugins face",
+        "loaders face",
+        "face",
+        "face face plugins plugins",
+    ]
+    # Where it cannot be registered, the other load formats are there all the same.
+    failing = ["lost hook loaders", "lost loaders hook"]
+    assert run(_ORDERS, *orders, *failing) == [
+        *(f"{order} True True []" for order in orders),
+        *(f"{order} False True []" for order in failing),
+    ]
+
+
+def test_what_prevents_registration_is_logged(monkeypatch, log):
+    monkeypatch.setattr(vllm_loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {})
+
+    def fail(load_format):
+        raise RuntimeError("not\ntoday")
+
+    monkeypatch.setattr(vllm_loaders, "register_model_loader", fail)
+    register_netloader()
+    assert log[-1].endswith(
+        "no load format netloader, as registering it failed: RuntimeError: not today"
+    )
 
 
 def test_registration_is_immediate_once_the_loaders_are_imported(monkeypatch):
@@ -130,6 +209,63 @@ def test_the_disk_is_read_as_if_netloader_had_not_been_asked():
     assert config.model_loader_extra_config == {"MODEL": "m"}
 
 
+def test_keys_of_vllms_default_loader_are_passed_on_to_it():
+    keys = {"enable_multithread_load": True, "num_threads": 3}
+    assert make(MODEL="m", **keys)._disk.load_config.model_loader_extra_config == keys
+
+
+def test_a_key_that_nobody_knows_is_refused_by_name_and_the_known_ones_are_listed():
+    with pytest.raises(ConfigError) as error:
+        make(num_threads=3, model="m")
+    assert "'model', 'num_threads' for vLLM's default loader" in str(error.value)
+    assert "{'model'}" in str(error.value)  # vLLM's own words, of the unknown one alone
+    assert all(key in str(error.value) for key in KEYS)
+
+
+def sources(*texts, rank=0):
+    return [{"device_id": rank, "sources": [*texts]}]
+
+
+def test_a_malformed_address_is_one_warning_at_the_rank_whose_it_is(log):
+    loader = make(SOURCE=[*sources("tcp://a:1", "b:2"), *sources("c", rank=1)])
+    assert log == []
+    assert loader._sources(0) == (Address("b", 2),)
+    [line] = log
+    assert line.startswith("NetLoader rank 0: malformed source 'tcp://a:1': ")
+
+
+def test_without_a_good_address_the_reasons_for_going_to_disk_are_the_malformed_ones(log):
+    loader = make(SOURCE=sources("a", "b:0"))
+    with pytest.raises(LoadFailed) as failed:
+        loader._sources(0)
+    assert str(failed.value) == "; ".join(line.partition("rank 0: ")[2] for line in log)
+    assert len(log) == 2
+
+
+def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed_load():
+    address = closed_port()
+    loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1)
+    with pytest.raises(LoadFailed) as failed:
+        loader._pull({}, (), [address], identity(), DEVICE)
+    assert str(failed.value).startswith("malformed source 'a': no port")
+    assert f"; {address}: cannot connect: " in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([], None),
+        (sources("a:1"), None),
+        (sources(), "SOURCE has no sources for this rank"),
+        ([{"device_id": 0}, *sources("a:1", rank=1)], "SOURCE has no sources for this rank"),
+        (sources("a:1", rank=3), "SOURCE has entries for rank 3 only"),
+    ],
+)
+def test_a_rank_for_which_source_names_nothing_says_so(given, why, log):
+    make(SOURCE=given)._sources(0)
+    assert log == ([] if why is None else [f"NetLoader rank 0: loading from disk, as {why}"])
+
+
 class NoDisk(DummyModelLoader):
     def __init__(self):
         self.asked = []
@@ -143,6 +279,7 @@ class NoDisk(DummyModelLoader):
     [
         ([], True),
         ([{"device_id": 0, "sources": []}], True),
+        ([{"device_id": 0, "sources": ["a"]}], True),
         ([{"device_id": 0, "sources": ["a:1"]}], False),
     ],
 )
@@ -172,10 +309,14 @@ def servers(monkeypatch):
         server.stop()
 
 
-def serve(config, rank=0, group="netloader"):
-    """Offer a model that is not to be had."""
-    who = identity(rank=rank, group=group)
-    return netloader._serve(config, Offer(who, None, DEVICE, "it is not to be had"))
+WEIGHTS = {"a": torch.ones(1)}
+
+
+def serve(config, rank=0, group="netloader", declined="", to_come=()):
+    """Offer a small model, or none with a reason."""
+    weights = None if declined else weights_of(WEIGHTS)
+    offer = Offer(identity(rank=rank, group=group), weights, DEVICE, declined)
+    return netloader._serve(config, offer, to_come)
 
 
 def address_of(tmp_path, rank=0):
@@ -189,6 +330,35 @@ def test_target_and_draft_share_one_server(servers, tmp_path):
     groups = {one.group for one in server._status(0).identities}
     assert groups == {"netloader", "netloader_draft"}
     dial(address_of(tmp_path)).close()
+
+
+def is_refused(address, group, reason):
+    with pytest.raises(LoadFailed, match=f"refused: {reason}"):
+        load([address], {"a": torch.zeros(1)}, who=identity(group=group))
+
+
+def test_without_a_model_to_give_there_is_no_port_and_no_port_file(servers, tmp_path, log):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    server = serve(config, declined="no copy", to_come=["netloader_draft"])
+    assert serve(config, group="netloader_draft", declined="none either") is server
+    assert not server.listening
+    assert os.listdir(tmp_path) == []
+    assert log == []
+
+
+def test_a_draft_opens_the_port_and_its_target_is_refused_with_the_reason(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    server = serve(config, declined="no copy", to_come=["netloader_draft"])
+    assert serve(config, group="netloader_draft") is server
+    is_refused(address_of(tmp_path), "netloader", "no copy")
+    load([address_of(tmp_path)], WEIGHTS, who=identity(group="netloader_draft"))
+
+
+def test_a_draft_that_is_not_to_be_had_is_refused_with_the_reason(servers, tmp_path):
+    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
+    serve(config, to_come=["netloader_draft"])
+    serve(config, group="netloader_draft", declined="no copy")
+    is_refused(address_of(tmp_path), "netloader_draft", "no copy")
 
 
 def test_the_host_listened_on_is_the_one_published(servers, tmp_path, monkeypatch):

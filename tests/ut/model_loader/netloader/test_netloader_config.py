@@ -10,6 +10,7 @@ from vllm_ascend.model_loader.netloader.config import (
     MAX_MODEL_NAME_BYTES,
     Int8Cache,
     NetLoaderConfig,
+    Sources,
     parse_config,
 )
 from vllm_ascend.model_loader.netloader.errors import ConfigError, NetLoaderError
@@ -80,20 +81,53 @@ def test_nothing_given_is_a_valid_configuration():
         ("MAX_SOURCES", 64, 64),
         ("CHUNK_MIB", 1, 1),
         ("CHUNK_MIB", 64, 64),
+        ("MAX_SEND_RATE", " 2GiB/s\n", 2 << 30),
         ("VERIFY", False, False),
+        ("VERIFY", "False", False),
+        ("VERIFY", " TRUE ", True),
         ("HCCL_BUFFER_SIZE", 1, 1),
         ("HCCL_BUFFER_SIZE", 200, 200),
         ("HCCL_BUFFER_SIZE", 4096, 4096),
         ("CONNECT_TIMEOUT", 1, 1.0),
         ("HANDSHAKE_TIMEOUT", 0.1, 0.1),
         ("PROGRESS_TIMEOUT", 3600, 3600.0),
+        ("PROGRESS_TIMEOUT", " 2.5\n", 2.5),
+        ("PROGRESS_TIMEOUT", "5", 5.0),
     ],
 )
 def test_a_key_takes_what_it_allows(key, value, parsed):
     assert getattr(parse_config({key: value}), key.lower()) == parsed
 
 
-SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
+INTEGER_KEYS = {
+    "LISTEN_PORT": st.integers(-(10**6), 10**6),
+    "MAX_SESSIONS": st.integers(1, 256),
+    "MAX_SOURCES": st.integers(1, 64),
+    "CHUNK_MIB": st.integers(1, 64),
+    "HCCL_BUFFER_SIZE": st.integers(1, 4096),
+}
+
+
+@given(st.fixed_dictionaries(INTEGER_KEYS), st.text(" \t\n", max_size=2))
+def test_an_integer_may_be_in_a_text(numbers, blank):
+    texts = {key: f"{blank}{number}{blank}" for key, number in numbers.items()}
+    assert parse_config(texts) == parse_config(numbers)
+
+
+NO_INTEGERS = ["4000.5", "0x10", "", " ", "four", "+4", "4_0", "4 0", "1e3", "٤", "²", "9" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_INTEGERS)
+def test_a_text_without_an_integer_is_refused(text):
+    for key in INTEGER_KEYS:
+        message = refusal({key: text})
+        assert message.startswith(f"{key} is {repr(text)[:200]}")
+        assert "; allowed: an integer" in message
+    entry = {"device_id": text, "sources": []}
+    assert refusal({"SOURCE": [entry]}).startswith("SOURCE[0].device_id is ")
+
+
+SOURCE_ENTRY = "an object with device_id and sources, and no other keys"
 
 
 @pytest.mark.parametrize(
@@ -102,13 +136,13 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         ("SOURCE", {"device_id": 0, "sources": []}, "a list of"),
         ("SOURCE", "host:80", "a list of"),
         ("SOURCE", ["host:80"], SOURCE_ENTRY),
-        ("SOURCE", [{"device_id": 0}], SOURCE_ENTRY),
         ("SOURCE", [{"device_id": 0, "sources": [], "more": 1}], SOURCE_ENTRY),
-        ("SOURCE", [{"device_id": "0", "sources": []}], "an integer from 0"),
+        ("SOURCE", [{"sources": []}], SOURCE_ENTRY),
+        ("SOURCE", [{"device_id": 0.0, "sources": []}], "an integer from 0"),
+        ("SOURCE", [{"device_id": "-1", "sources": []}], "an integer from 0"),
         ("SOURCE", [{"device_id": True, "sources": []}], "an integer from 0"),
         ("SOURCE", [{"device_id": -1, "sources": []}], "an integer from 0"),
         ("SOURCE", [{"device_id": 0, "sources": "host:80"}], "a list of strings"),
-        ("SOURCE", [{"device_id": 0, "sources": [80]}], "a list of strings"),
         ("MODEL", "", "a name of 1 to 512 bytes"),
         ("MODEL", 5, "a name of 1 to 512 bytes"),
         ("MODEL", "x" * (MAX_MODEL_NAME_BYTES + 1), "a name of 1 to 512 bytes"),
@@ -117,7 +151,6 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         ("LISTEN_HOST", "", "an IP address or a host name"),
         ("LISTEN_HOST", "host:80", "an IP address or a host name"),
         ("LISTEN_HOST", "1.2.3", "an IP address or a host name"),
-        ("LISTEN_PORT", "8000", "an integer"),
         ("LISTEN_PORT", True, "an integer"),
         ("LISTEN_PORT", 8000.0, "an integer"),
         ("INT8_CACHE", "disk", "'hbm', 'dram' or 'no'"),
@@ -143,22 +176,24 @@ SOURCE_ENTRY = "an object with exactly the keys device_id and sources"
         ("MAX_SOURCES", 65, "an integer from 1 to 64"),
         ("CHUNK_MIB", 0, "an integer from 1 to 64"),
         ("CHUNK_MIB", 65, "an integer from 1 to 64"),
-        ("CHUNK_MIB", "8", "an integer from 1 to 64"),
         ("HCCL_BUFFER_SIZE", 0, "an integer from 1 to 4096"),
         ("HCCL_BUFFER_SIZE", 4097, "an integer from 1 to 4096"),
         ("HCCL_BUFFER_SIZE", -16, "an integer from 1 to 4096"),
         ("HCCL_BUFFER_SIZE", 16.0, "an integer from 1 to 4096"),
         ("HCCL_BUFFER_SIZE", True, "an integer from 1 to 4096"),
-        ("HCCL_BUFFER_SIZE", "16", "an integer from 1 to 4096"),
         ("VERIFY", 1, "true or false"),
-        ("VERIFY", "true", "true or false"),
+        ("VERIFY", "yes", "true or false"),
+        ("VERIFY", "", "true or false"),
         ("CONNECT_TIMEOUT", 0, "seconds, from 0.1 to 3600"),
         ("CONNECT_TIMEOUT", -1, "seconds, from 0.1 to 3600"),
         ("CONNECT_TIMEOUT", True, "seconds, from 0.1 to 3600"),
         ("HANDSHAKE_TIMEOUT", 3601, "seconds, from 0.1 to 3600"),
         ("HANDSHAKE_TIMEOUT", math.inf, "seconds, from 0.1 to 3600"),
         ("PROGRESS_TIMEOUT", math.nan, "seconds, from 0.1 to 3600"),
-        ("PROGRESS_TIMEOUT", "5", "seconds, from 0.1 to 3600"),
+        *[
+            ("PROGRESS_TIMEOUT", text, "seconds, from 0.1 to 3600")
+            for text in ("", "5s", "0", "3601", "1e1", "inf", "nan", "٣", "5.", "9" * 900)
+        ],
     ],
 )
 def test_a_wrong_value_is_refused_with_the_key_the_value_and_what_is_allowed(key, value, allowed):
@@ -172,19 +207,17 @@ def test_a_wrong_value_is_refused_with_the_key_the_value_and_what_is_allowed(key
     assert repr(shown)[:200] in message
 
 
-def test_a_wrong_address_is_refused_with_its_place_in_the_list():
-    sources = [{"device_id": 0, "sources": []}, {"device_id": 1, "sources": ["host:80", "host"]}]
-    message = refusal({"SOURCE": sources})
-    assert message.startswith("SOURCE[1].sources: 'host' has no port")
-
-
 def test_a_long_value_is_shown_in_part():
     assert len(refusal({"LISTEN_PORT": "9" * 10_000})) < 400
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_null_is_refused_rather_than_taken_for_a_default(key):
-    assert refusal({key: None}) == f"{key} is null; leave the key out instead"
+def test_null_is_not_given():
+    assert parse_config(dict.fromkeys([*KEYS, "CONFIG_FILE", "num_threads"])) == parse_config({})
+
+
+def test_a_rank_that_is_null_is_refused():
+    message = refusal({"SOURCE": [{"device_id": None, "sources": []}]})
+    assert message == "SOURCE[0].device_id is null; allowed: a global rank, an integer from 0"
 
 
 @pytest.mark.parametrize("extra_config", [None, [], "{}", 5])
@@ -193,10 +226,11 @@ def test_anything_but_an_object_is_refused(extra_config):
 
 
 def test_an_unknown_key_is_refused_by_name_and_the_known_ones_are_listed():
-    message = refusal({"source": [], "SORCE": [], "MODEL": "m"})
-    assert "'SORCE', 'source'" in message
+    message = refusal({"Source": None, "SORCE": [], "MODEL": "m", "num_threads": 2})
+    assert "unknown keys 'SORCE', 'Source'; known" in message
     assert all(key in message for key in KEYS)
     assert "CONFIG_FILE" in message
+    assert "in lower case those of vLLM's default loader" in message
 
 
 def test_a_config_error_is_a_value_error_which_vllm_shows_without_a_traceback_of_its_own():
@@ -218,9 +252,29 @@ def test_several_entries_for_a_rank_add_up_in_order_without_repetitions():
         }
     )
     assert config.source == {
-        0: (Address("b", 2), Address("a", 1), Address("c", 3), Address("::1", 4)),
-        1: (Address("a", 1),),
+        0: Sources((Address("b", 2), Address("a", 1), Address("c", 3), Address("::1", 4))),
+        1: Sources((Address("a", 1),)),
     }
+
+
+@pytest.mark.parametrize("entry", [{}, {"sources": None}, {"sources": []}])
+def test_an_entry_may_have_no_sources(entry):
+    assert parse_config({"SOURCE": [{"device_id": "7", **entry}]}).source == {7: Sources()}
+
+
+def test_malformed_addresses_are_set_apart_with_what_is_wrong_with_them():
+    texts = ["host", "a:1", 80, None, "host", "b:2", "x" * 10_000 + ":y"]
+    sources = parse_config({"SOURCE": [{"device_id": 0, "sources": texts}]}).source[0]
+    assert sources.addresses == (Address("a", 1), Address("b", 2))
+    assert [reason.partition(":")[0] for reason in sources.malformed[:3]] == [
+        "'host'",
+        "80",
+        "null",
+    ]
+    assert "no port" in sources.malformed[0]
+    assert "not a text like 'IP:port'" in sources.malformed[1]
+    assert len(sources.malformed) == 4
+    assert all(len(reason) < 250 for reason in sources.malformed)
 
 
 # LISTEN_PORT
@@ -365,9 +419,17 @@ def test_a_value_of_the_file_is_checked_like_any_other(config_file):
     assert refusal({"CONFIG_FILE": config_file({"CHUNK_MIB": 0})}).startswith("CHUNK_MIB is 0")
 
 
+def test_a_null_in_the_file_lets_what_stands_beside_it_count(config_file):
+    path = config_file({"MODEL": None, "num_threads": 3})
+    config = parse_config({"CONFIG_FILE": path, "MODEL": "beside it", "num_threads": 2})
+    assert (config.model, config.disk) == ("beside it", {"num_threads": 3})
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
+        ('{"MODEL": "a", "VERIFY": true, "MODEL": "b"}', "has the key 'MODEL' twice"),
+        ('{"SOURCE": [{"device_id": 0, "device_id": 1}]}', "has the key 'device_id' twice"),
         ("", "is not valid JSON"),
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
