@@ -42,7 +42,7 @@ class Hub:
     Attributes:
         models: name -> model.
         endpoint: the value of HF_ENDPOINT.
-        sent: commit and name of each file that was sent as a whole, in order.
+        sent: commit and name of each file that was sent whole or to its end, in order.
     """
 
     models: Mapping[str, HubModel]
@@ -121,12 +121,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, file: Path, commit: str) -> None:
         content = file.read_bytes()
         headers = {"ETag": f'"{_digest(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if span := _RANGE.fullmatch(self.headers.get("Range", "")):
+        span = _RANGE.fullmatch(self.headers.get("Range", ""))
+        # A part with an end, as vLLM reads of the header of a weight file, is no download.
+        if self.command == "GET" and not (span and span[2]):
+            self._hub.sent.append((commit, file.name))
+        if span:
             first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return self._send(206, headers, content[first : last + 1])
-        if self.command == "GET":
-            self._hub.sent.append((commit, file.name))
         return self._send(200, headers, content)
 
     def _send_json(self, value: object) -> None:

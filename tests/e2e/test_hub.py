@@ -27,6 +27,8 @@ OLD, NEW = "1" * 40, "2" * 40  # commits; NEW is main, OLD has the tag v1
 NO_SERVER = {"LISTEN_PORT": 1}
 Models = Callable[..., Model]
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -116,6 +118,21 @@ def place(model: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
             return process
 
         yield Place(hub, folders, start, path)
+
+
+def test_vllm_serve_by_a_models_name(place: Place, tmp_path: Path) -> None:
+    seed_home, client_home = tmp_path / "seed-home", tmp_path / "client-home"
+    hub = place.hub
+    with running(tmp_path / "seed", NAME, {}, environment=hub.environment(seed_home)) as seed:
+        sent = len(hub.weights_sent())
+        config = {"SOURCE": source_list({0: [seed.address()]})}
+        with running(
+            tmp_path / "client", NAME, config, environment=hub.environment(client_home)
+        ) as client:
+            assert client.say() == seed.say()
+            assert [load.source for load in client.loads()] == [seed.address()]
+    assert len(hub.weights_sent()) == sent
+    assert "model.safetensors" not in cached_files(client_home)
 
 
 @pytest.fixture(scope="module")
@@ -234,18 +251,3 @@ def test_without_a_hub_the_caches_need_not_be_in_the_same_place(
         assert loaded.model.startswith(str(offline_client.home))  # what vLLM makes of the name
     assert "model.safetensors" not in cached_files(offline_client.home)
     assert len(place.hub.sent) == sent
-
-
-def test_vllm_serve_by_a_models_name(place: Place, tmp_path: Path) -> None:
-    seed_home, client_home = tmp_path / "seed-home", tmp_path / "client-home"
-    hub = place.hub
-    with running(tmp_path / "seed", NAME, {}, environment=hub.environment(seed_home)) as seed:
-        sent = len(hub.weights_sent())
-        config = {"SOURCE": source_list({0: [seed.address()]})}
-        with running(
-            tmp_path / "client", NAME, config, environment=hub.environment(client_home)
-        ) as client:
-            assert client.say() == seed.say()
-            assert [load.source for load in client.loads()] == [seed.address()]
-    assert len(hub.weights_sent()) == sent
-    assert "model.safetensors" not in cached_files(client_home)

@@ -113,7 +113,7 @@ def identity_of(
         dp=parallel.data_parallel_size if getattr(model_config, "is_moe", True) else 1,
         ep=bool(parallel.enable_expert_parallel),
         dtype=str(model_config.dtype),
-        quantization=None if model_config.quantization is None else str(model_config.quantization),
+        quantization=model_config.quantization,
         quantization_config=digest_of_settings(quantization),
         config=digest_of_settings(settings),
         layout=layout,
@@ -136,8 +136,7 @@ def revision_of(model_config: ModelConfig) -> Revision:
     Raises:
         ConfigError: the revision asked for is too long to travel, and its commit is not known.
     """
-    # Since vLLM 0.30 it is a str that also knows what was asked for and which commit that is.
-    asked = getattr(model_config.revision, "initial", model_config.revision)
+    asked = model_config.revision
     pinned = asked not in (None, "", "main")
     commit = _commit_of(model_config)
     return Revision(commit or (revision_name(asked) if pinned else None), pinned)
@@ -148,6 +147,7 @@ def _commit_of(model_config: ModelConfig) -> str | None:
     model, revision = model_config.model, model_config.revision
     if snapshot := cached_snapshot(model):
         return snapshot[1]
+    # Since vLLM 0.30 a revision is a str, what was asked for, that also knows its commit.
     if resolved := getattr(revision, "resolved", None):
         return str(resolved)
     if os.path.exists(model) or envs.VLLM_USE_MODELSCOPE:

@@ -283,8 +283,8 @@ class _Load:
         here, there = self._identity.revision, offer.revision
         if here.is_other(there):
             logger.warning(
-                "NetLoader rank %d: source %s has commit %s of the model, and here main is commit "
-                "%s; without --revision the source's is taken",
+                "NetLoader rank %d: source %s has commit %s of the model, which is commit %s here; "
+                "without --revision the source's is taken",
                 self._identity.rank,
                 address,
                 shortened(str(there.name)),

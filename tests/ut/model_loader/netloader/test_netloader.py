@@ -81,10 +81,13 @@ def test_registration_waits_until_vllm_imports_its_loaders():
 # Each order in a child of a process that has imported what takes long, and that they share.
 _ORDERS = """
 import os, sys
-import torch, vllm.config
+import torch, vllm.model_executor.layers.attention
+import vllm_ascend.model_loader.netloader as netloader
 from vllm.plugins import load_general_plugins as plugins
 package, name = "vllm.model_executor.model_loader", "vllm_ascend.model_loader.netloader.netloader"
-assert package not in sys.modules
+assert package not in sys.modules and name not in sys.modules
+errors = []
+netloader.logger.error = lambda *line: errors.append(line)
 def loaders():
     import vllm.model_executor.model_loader
 def base():
@@ -104,7 +107,8 @@ for order in sys.argv[1:]:
         registered = formats.get("netloader")
         theirs = getattr(sys.modules[name], "ModelNetLoaderElastic", None)
         finders = [one for one in sys.meta_path if "vllm_ascend" in type(one).__module__]
-        print(order, registered is theirs is not None, "auto" in formats, finders, flush=True)
+        there = registered is theirs is not None
+        print(order, there, len(errors), "auto" in formats, finders, flush=True)
         os._exit(0)
     os.wait()
 """
@@ -125,8 +129,8 @@ def test_the_load_format_is_there_in_whichever_order_things_are_imported():
     # Where it cannot be registered, the other load formats are there all the same.
     failing = ["lost hook loaders", "lost loaders hook"]
     assert run(_ORDERS, *orders, *failing) == [
-        *(f"{order} True True []" for order in orders),
-        *(f"{order} False True []" for order in failing),
+        *(f"{order} True 0 True []" for order in orders),
+        *(f"{order} False 1 True []" for order in failing),
     ]
 
 

@@ -157,7 +157,7 @@ class Whole(int):
     pass
 
 
-class Method(enum.StrEnum):
+class Method(enum.Enum):
     FP8 = "fp8"
 
 

@@ -242,8 +242,8 @@ def test_another_commit_of_main_is_taken_and_the_log_says_so(weights, log):
     assert differing(blanks, MODEL) == []
     [line] = [line for line in log if "commit" in line]
     assert line == (
-        f"NetLoader rank 0: source {running.address} has commit {'1' * 40} of the model, and here "
-        f"main is commit {'2' * 40}; without --revision the source's is taken"
+        f"NetLoader rank 0: source {running.address} has commit {'1' * 40} of the model, "
+        f"which is commit {'2' * 40} here; without --revision the source's is taken"
     )
 
 
