@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 LOAD_FORMAT = "netloader"
 
 _VLLM_LOADERS = "vllm.model_executor.model_loader"
+_put_off = False
 
 
 def register_netloader() -> None:
@@ -28,11 +29,19 @@ def register_netloader() -> None:
         sys.meta_path.insert(0, _RegisterOnImport())
 
 
+def register_if_put_off() -> None:
+    """Register what could not be while `netloader` was being imported; called at its end."""
+    if _put_off:
+        register_netloader()
+
+
 def _try_to_register(vllm_loaders: ModuleType) -> None:
     """Register, but let what prevents it not end a process that may use another load format."""
+    global _put_off
     module = sys.modules.get(f"{__name__}.netloader")
     if module is not None and not hasattr(module, "ModelNetLoaderElastic"):
-        return  # it is being imported, which is why vLLM's loaders are, and registers at its end
+        _put_off = True  # it is being imported, which is why vLLM's loaders are
+        return
     try:
         _register(vllm_loaders)
     except Exception as error:

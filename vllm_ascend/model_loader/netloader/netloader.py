@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from . import register_netloader
+from . import register_if_put_off
 from .compat import (
     can_reload_from_sources,
     feed_reload,
@@ -504,4 +504,4 @@ def _open(server: WeightServer, config: NetLoaderConfig, rank: int) -> bool:
 
 # vLLM's loaders are there by now. Where this module was the first to import them, they have not
 # got this one yet.
-register_netloader()
+register_if_put_off()
