@@ -13,8 +13,8 @@ BIN := $(VENV)/bin
 VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
-.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-e2e test-npu lint docs bench \
-	bench-serving clean
+.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e \
+	test-npu lint docs bench bench-serving clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST),"
 	@echo "               and the tests on simulated NPUs"
 	@echo "make test-ut   unit tests"
+	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
 	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
@@ -49,6 +50,9 @@ demo: venv
 
 test-ut: venv
 	$(BIN)/python -m pytest tests/ut $(PYTEST_ARGS)
+
+test-conformance: venv
+	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
 
 test-e2e: venv
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
@@ -89,8 +93,8 @@ bench-serving: venv
 
 # The older version gets the unit tests and the end-to-end tests that matter most.
 test:
-	$(MAKE) lint docs test-ut test-e2e VLLM=$(NEWEST)
-	$(MAKE) test-ut VLLM=$(OLDEST)
+	$(MAKE) lint docs test-ut test-conformance test-e2e VLLM=$(NEWEST)
+	$(MAKE) test-ut test-conformance VLLM=$(OLDEST)
 	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
 	$(MAKE) test-npu
 

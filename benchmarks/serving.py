@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,12 @@ from tools.make_model import make_model
 from tools.netloader_view import read_address
 from tools.vllm_server import HOST, VllmServer, clean_up_when_interrupted
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import Manifest
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.manifest import Manifest, allocate
+from vllm_ascend.model_loader.netloader.executor.model.match import allocate
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.interaction.api import Done, Join
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
-from vllm_ascend.model_loader.netloader.interaction.protocol import PROTOCOL, Abort, Join
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 
@@ -191,28 +191,17 @@ def pull(pipe: Connection, address: str) -> None:
     while not pipe.poll():
         started = time.monotonic()
         loaded = elastic_load(tensors, tensors.keys(), [source], identity, config, CpuDevice())
-        pipe.send(Pull(started, time.monotonic(), loaded.plan.nbytes))
+        pipe.send(Pull(started, time.monotonic(), loaded.store.blocks.nbytes))
 
 
 def ask(source: Address) -> tuple[ModelIdentity, Manifest]:
     """Ask a source which model it has, and join to see its manifest, but take nothing."""
-    connect = partial(ElasticClient.connect, source, connect=5.0, handshake=10.0, progress=10.0)
-    with connect() as client:
-        identity = client.status().identities[0]
-    join = Join(
-        device_id=identity.rank,
-        model_path=identity.model,
-        tp=identity.tp,
-        pp=identity.pp,
-        group_name=identity.group,
-        protocol=PROTOCOL,
-        identity=identity.digest(),
-        layouts=[identity.layout],
-    )
-    with connect() as client:
-        offer = client.join(join, identity)
-        client.finish(Abort("wanted no more than the manifest"))
-    return identity, msgspec.json.decode(offer.manifest, type=Manifest)
+    with ElasticClient.connect(source, connect=5.0, handshake=10.0, progress=10.0) as client:
+        identity = client.status().models[0].identity
+        joined = client.join(Join(identity))
+        client.done(Done(complete=False, reason="wanted no more than the manifest"))
+    assert joined.manifest is not msgspec.UNSET
+    return identity, msgspec.json.decode(joined.manifest, type=Manifest)
 
 
 def show(figures: dict[str, Any]) -> None:

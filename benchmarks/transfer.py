@@ -8,10 +8,11 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -20,17 +21,20 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore, Work
+from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Blocks
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.manifest import RAW
-from vllm_ascend.model_loader.netloader.executor.pieces import size_of
-from vllm_ascend.model_loader.netloader.executor.weights import make_weights
+from vllm_ascend.model_loader.netloader.executor.memory import host_view
+from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
+
+from . import ceiling
 
 HOST = "127.0.0.1"
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -77,7 +81,7 @@ def ten_thousand() -> Shapes:
 
 
 def link() -> Shapes:
-    """One message, to see what the link can do."""
+    """One message, to see what gloo can do."""
     return {"all": (torch.uint8, (1 << 30,))}
 
 
@@ -90,17 +94,24 @@ SETS: dict[str, Callable[[], Shapes]] = {
 
 
 ROWS = {
+    "raw_tcp": "raw TCP, one connection, runs of 4 MiB",
     "raw_gloo": "raw gloo, one 1 GiB message",
-    "per_tensor": "one message per tensor, wait after each",
+    "per_tensor": "gloo, one message per tensor, wait after each",
     "netloader": "NetLoader, digests checked",
     "netloader_no_digest": "NetLoader, digests not checked",
+    "netloader_two_connections": "NetLoader, CONNECTIONS 2",
 }
+# Further rows of the dense set only.
+DENSE_ONLY = {"netloader_two_connections"}
 
 SIDES = ("client", "source")
 
-# What a client asks the source process for: to serve a set with NetLoader, or to send the link's
-# message or the tensors of the set being served over gloo alone.
-SERVE, SEND_LINK, SEND_TENSORS = "serve", "send link", "send tensors"
+# What a client asks the source process for: to serve a set with NetLoader, or to send, without
+# NetLoader, the tensors of the set being served over TCP, over gloo, or the link's message.
+SERVE, SEND_RAW, SEND_LINK, SEND_TENSORS = "serve", "send raw", "send link", "send tensors"
+
+_RUN = 4 << 20  # bytes that are sent and received at once over raw TCP
+_IOV_MAX = 1024  # buffers that one system call takes
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,14 @@ class Sample:
 
 
 class TimedDevice(CpuDevice):
-    """Notes when the first message has come."""
+    """Notes when the first run of blocks has come."""
 
-    first_message = 0.0
+    first_run = 0.0
 
-    def wait(self, transfer: tuple[Work, Work], timeout: float, gone: Callable[[], bool]) -> None:
+    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
         """See `devices.Device`."""
-        super().wait(transfer, timeout, gone)
-        self.first_message = self.first_message or time.perf_counter()
+        self.first_run = self.first_run or time.perf_counter()
+        return super().digests(parts)
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -145,20 +156,26 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def source(pipe: Connection) -> None:
-    """Send raw messages and serve models, as the client asks for it."""
+    """Send raw bytes and serve models, as the client asks for it."""
     settle_on(0)
     group = gloo_group(TCPStore(HOST, pipe.recv(), 2, False), 1)
+    raw = socket.create_connection((HOST, pipe.recv()))
     message = list(make(link(), touched=True).values())
     named: dict[str, torch.Tensor] = {}
+    runs: list[list[memoryview]] = []
     server: WeightServer | None = None
     while (task := pipe.recv()) is not None:
         if task == SERVE:
             if server is not None:
                 server.stop()
-            del named, server
+            del named, runs, server
             named = make(SETS[pipe.recv()](), touched=True)
             server = serve(named)
+            runs = runs_of(named)
             pipe.send(server.start(0).port)
+        elif task == SEND_RAW:
+            for run in runs:
+                send_raw(raw, run)
         else:
             for tensor in message if task == SEND_LINK else named.values():
                 group.send([tensor], 0, 0).wait()
@@ -171,10 +188,8 @@ def serve(named: dict[str, torch.Tensor]) -> WeightServer:
     torch.manual_seed(0)
     for tensor in named.values():
         tensor.view(-1).view(torch.uint8).random_()
-    config, device = NetLoaderConfig(source={}, model="bench"), CpuDevice()
-    weights = make_weights(named, RAW, {}, config.chunk_bytes, device)
-    server = WeightServer(config, 0, HOST)
-    server.offer(Offer(identity(), weights, device))
+    server = WeightServer(NetLoaderConfig(source={}, model="bench"), 0, HOST)
+    server.offer(Offer(identity(), make_store(named, RAW, {}, CpuDevice())))
     return server
 
 
@@ -183,10 +198,15 @@ def client(pipe: Connection, pid: int, results: Connection, rounds: int) -> None
     settle_on(1)
     store = TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
     pipe.send(store.port)
-    rows = Rows(pipe, pid, gloo_group(store, 0))
+    group = gloo_group(store, 0)
+    with socket.create_server((HOST, 0)) as listener:
+        pipe.send(listener.getsockname()[1])
+        raw = listener.accept()[0]
+    rows = Rows(pipe, pid, group, raw)
     figures: dict[str, Any] = {name: rows.of(name, rounds) for name in ("dense", "many_small")}
     figures["join_to_first_byte_ms"] = rows.join_to_first_byte_ms(rounds)
     figures["extra_rss_mb"] = rows.extra_rss_mb
+    figures["ceiling_gb_per_s"] = ceiling.gb_per_s(make(dense(), touched=False), 4 * rounds)
     pipe.send(None)
     results.send(figures)
 
@@ -198,12 +218,14 @@ class Rows:
         pipe: the way to ask the source process.
         pid: the source process.
         group: the gloo group with it.
+        raw: the raw connection to it.
     """
 
-    def __init__(self, pipe: Connection, pid: int, group: ProcessGroup) -> None:
+    def __init__(self, pipe: Connection, pid: int, group: ProcessGroup, raw: socket.socket) -> None:
         self._pipe = pipe
         self._processes = [psutil.Process(), psutil.Process(pid)]
         self._group = group
+        self._raw = raw
         self.extra_rss_mb = dict.fromkeys(SIDES, 0.0)
 
     def of(self, name: str, rounds: int) -> dict[str, float]:
@@ -214,6 +236,8 @@ class Rows:
         for turn in range(rounds + 1):
             for fresh in ("", "_fresh"):
                 for row in ROWS:
+                    if row in DENSE_ONLY and name != "dense":
+                        continue
                     what = "link" if row == "raw_gloo" else name
                     tensors = make(SETS[what](), touched=False) if fresh else touched[what]
                     memory = Memory(self._processes)
@@ -236,7 +260,7 @@ class Rows:
         """Return the median time from the start of a load to the end of its first message."""
         address = self._serve("ten_thousand")
         tensors = make(ten_thousand(), touched=True)
-        return statistics.median(self._load(tensors, address, verify=True) for _ in range(rounds))
+        return statistics.median(self._load(tensors, address) for _ in range(rounds))
 
     def _serve(self, name: str) -> Address:
         self._pipe.send(SERVE)
@@ -244,17 +268,27 @@ class Rows:
         return Address(HOST, self._pipe.recv())
 
     def _sample(self, row: str, tensors: dict[str, torch.Tensor], address: Address) -> Sample:
+        runs = runs_of(tensors) if row == "raw_tcp" else []
         before = self._cpu_seconds()
         started = time.perf_counter()
-        if row == "raw_gloo":
+        if row == "raw_tcp":
+            self._pipe.send(SEND_RAW)
+            for run in runs:
+                receive_raw(self._raw, run)
+        elif row == "raw_gloo":
             self._receive(SEND_LINK, tensors)
         elif row == "per_tensor":
             self._receive(SEND_TENSORS, tensors)
         else:
-            self._load(tensors, address, verify=row == "netloader")
+            self._load(
+                tensors,
+                address,
+                verify=row != "netloader_no_digest",
+                connections=2 if row == "netloader_two_connections" else 1,
+            )
         seconds = time.perf_counter() - started
         after = self._cpu_seconds()
-        gigabytes = sum(map(size_of, tensors.values())) / 1e9
+        gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
         cpu = [(end - start) / gigabytes for start, end in zip(before, after, strict=True)]
         return Sample(gigabytes / seconds, cpu)
 
@@ -263,12 +297,20 @@ class Rows:
         for tensor in tensors.values():
             self._group.recv([tensor], 1, 0).wait()
 
-    def _load(self, tensors: dict[str, torch.Tensor], address: Address, *, verify: bool) -> float:
-        """Load with NetLoader, and return the milliseconds until the first message was here."""
-        config, device = NetLoaderConfig(source={}, verify=verify), TimedDevice()
+    def _load(
+        self,
+        tensors: dict[str, torch.Tensor],
+        address: Address,
+        *,
+        verify: bool = True,
+        connections: int = 1,
+    ) -> float:
+        """Load with NetLoader, and return the milliseconds until the first blocks were here."""
+        config = NetLoaderConfig(source={}, verify=verify, connections=connections)
+        device = TimedDevice()
         started = time.perf_counter()
         elastic_load(tensors, tensors.keys(), [address], identity(), config, device)
-        return (device.first_message - started) * 1e3
+        return (device.first_run - started) * 1e3
 
     def _cpu_seconds(self) -> list[float]:
         times = [process.cpu_times() for process in self._processes]
@@ -296,8 +338,59 @@ class Memory:
 def identity() -> ModelIdentity:
     """Return an identity that both processes share."""
     return ModelIdentity(
-        "netloader", "bench", Revision(), 0, 1, 1, 1, False, "bf16", None, "", "", RAW, None
+        group="netloader",
+        model="bench",
+        revision=Revision(),
+        rank=0,
+        tp=1,
+        pp=1,
+        dp=1,
+        ep=False,
+        dtype="bf16",
+        quantization=None,
+        quantization_config="",
+        config="",
+        layout=RAW,
+        vllm_version=None,
     )
+
+
+def runs_of(named: dict[str, torch.Tensor]) -> list[list[memoryview]]:
+    """Cut tensors into the runs that go over raw TCP at once; made before the clock runs."""
+    blocks = Blocks([tensor.nbytes for tensor in named.values()])
+    tensors = [host_view(tensor) for tensor in named.values()]
+    return [
+        [
+            tensors[span.tensor][span.offset : span.offset + span.nbytes]
+            for span in blocks.spans(run)
+        ]
+        for run in blocks.cut(_RUN)
+    ]
+
+
+def send_raw(raw: socket.socket, run: Iterable[memoryview]) -> None:
+    """Send a run with as few calls as it takes."""
+    left = [*run][::-1]
+    while left:
+        _drop(left, raw.sendmsg(left[-1 : -_IOV_MAX - 1 : -1]))
+
+
+def receive_raw(raw: socket.socket, run: Iterable[memoryview]) -> None:
+    """Receive a run with as few calls as it takes."""
+    left = [*run][::-1]
+    while left:
+        batch = left[-1 : -_IOV_MAX - 1 : -1]
+        _drop(left, raw.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0])
+
+
+def _drop(left: list[memoryview], nbytes: int) -> None:
+    """Take the first bytes away from buffers whose order is reversed."""
+    while nbytes:
+        view = left.pop()
+        if len(view) > nbytes:
+            left.append(view[nbytes:])
+            return
+        nbytes -= len(view)
 
 
 def make(shapes: Shapes, *, touched: bool) -> dict[str, torch.Tensor]:
@@ -331,18 +424,22 @@ def release() -> None:
 
 def show(figures: dict[str, Any]) -> None:
     """Print what was measured side by side."""
-    print("GB/s (part of raw gloo), then CPU seconds per GB of client + source")
-    print(f"{'':42} {'dense':>26} {'many small':>26}")
+    print("GB/s (part of raw TCP), then CPU seconds per GB of client + source")
+    print(f"{'':46} {'dense':>26} {'many small':>26}")
     for fresh, memory_is in (("", "touched before"), ("_fresh", "fresh")):
         print(f"destination memory {memory_is}:")
         for key, text in ROWS.items():
             cells = []
             for name in ("dense", "many_small"):
                 row = figures[name]
-                rate, raw = row[key + fresh], row["raw_gloo" + fresh]
+                if key not in row:
+                    cells.append("")
+                    continue
+                rate, raw = row[key + fresh], row["raw_tcp" + fresh]
                 cpu = " + ".join(f"{row[f'{key}{fresh}_{side}_cpu']:4.2f}" for side in SIDES)
                 cells.append(f"{rate:5.2f} ({rate / raw:4.2f})  {cpu}")
-            print(f"  {text:40} {cells[0]:>26} {cells[1]:>26}")
+            print(f"  {text:44} {cells[0]:>26} {cells[1]:>26}")
     extra = figures["extra_rss_mb"]
-    print(f"JOIN to first byte: {figures['join_to_first_byte_ms']:.0f} ms, 10,000 tensors")
+    print(f"join to first byte: {figures['join_to_first_byte_ms']:.0f} ms, 10,000 tensors")
+    print(f"chunks of 4 MiB that cost nothing: {figures['ceiling_gb_per_s']:.0f} GB/s")
     print(f"extra memory: source {extra['source']:.0f} MB, client {extra['client']:.0f} MB")

@@ -148,13 +148,13 @@ def network_rows(
     """
     loads = find_loads(server.read_log())
     if len(loads) < machine.ranks:
-        reason = server.search_log(r"NetLoader rank \d+: loading from disk.*")
+        reason = server.search_log(r"NetLoader rank \d+: trying the disk.*")
         raise ServerError(f"{name} got nothing over the network: {reason[0] if reason else ''}")
     same = [server.complete(prompt, TOKENS) for prompt in PROMPTS] == expected
     return [
         Row(
             f"{name} r{load.rank}" if machine.ranks > 1 else name,
-            *(load.source, load.megabytes, load.seconds, load.digest[:16]),
+            *(load.source, load.megabytes, load.seconds, load.digest.partition(":")[2][:16]),
             "yes" if same else "NO",
         )
         for load in loads

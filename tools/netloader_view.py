@@ -15,7 +15,6 @@ class Load:
     tensors: int
     megabytes: float
     seconds: float
-    gigabytes_per_second: float
     source: str
     digest: str
 
@@ -30,20 +29,22 @@ class Sent:
     end: str
 
 
+_SIZE = r"([\d.]+) ([MG])B"
 _LOAD = re.compile(
-    r"NetLoader rank (\d+): loaded (\d+) tensors, ([\d.]+) MB in ([\d.]+) s \(([\d.]+) GB/s\) "
-    r"from (.+), digest (.+)$",
-    re.MULTILINE,
+    rf"NetLoader rank (\d+): loaded (\d+) tensors, {_SIZE} in ([\d.]+) s \(.+?\) from (.+), "
+    r"weights digest (\S+)",
 )
 _SENT = re.compile(
-    r"NetLoader rank (\d+): sent ([\d.]+) MB .+ to \S+, digest (\w+): (.+)$", re.MULTILINE
+    rf"NetLoader rank (\d+): sent {_SIZE} of .+ to \S+, weights digest (\S+): (.+)$",
+    re.MULTILINE,
 )
+_IN_MB = {"M": 1.0, "G": 1e3}
 
 
 def find_loads(log: str) -> list[Load]:
     """Returns the loads over the network that a log tells of, ordered by rank."""
     loads = [
-        Load(int(m[1]), int(m[2]), float(m[3]), float(m[4]), float(m[5]), m[6], m[7])
+        Load(int(m[1]), int(m[2]), float(m[3]) * _IN_MB[m[4]], float(m[5]), m[6], m[7])
         for m in _LOAD.finditer(log)
     ]
     return sorted(loads, key=lambda load: load.rank)
@@ -51,7 +52,7 @@ def find_loads(log: str) -> list[Load]:
 
 def find_sent(log: str) -> list[Sent]:
     """Returns the sessions in which a source gave weights away, in order."""
-    return [Sent(int(m[1]), float(m[2]), m[3], m[4]) for m in _SENT.finditer(log)]
+    return [Sent(int(m[1]), float(m[2]) * _IN_MB[m[3]], m[4], m[5]) for m in _SENT.finditer(log)]
 
 
 def source_list(addresses: Mapping[int, Iterable[str]]) -> list[dict[str, Any]]:

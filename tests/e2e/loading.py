@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.plugins import load_general_plugins
 
-from vllm_ascend.model_loader.netloader.executor.processed import processed_tensors
+from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
 
 
 def make_config(
@@ -36,7 +36,12 @@ def make_config(
     download_dir: str | None = None,
     **extra: Any,
 ) -> VllmConfig:
-    """Return the configuration of an instance with this `model_loader_extra_config`."""
+    """Return the configuration of an instance with this `model_loader_extra_config`.
+
+    It waits for no source that is not there.
+    """
+    if load_format == "netloader":
+        extra = {"SOURCE_WAIT": 0} | extra
     load_general_plugins()
     return EngineArgs(
         model=str(path),

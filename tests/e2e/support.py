@@ -12,7 +12,7 @@ from tools.vllm_server import Completion, VllmServer
 
 PROMPTS = ("baba", "bebe dodu fafe", "gage gigo gugo hahe hiho")
 TOKENS = 32
-FROM_DISK = r"NetLoader rank \d+: loading from disk, as no source gave the weights: (.*)"
+FROM_DISK = r"NetLoader rank \d+: trying the disk, as no source gave the weights: (.*)"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Instance:
         return {sent.digest for sent in sessions if sent.end == "complete"}
 
     def why_from_disk(self) -> str:
-        """Returns the reasons in the log for loading from disk, empty if it did not."""
+        """Returns the reasons in the log for trying the disk, empty if it did not."""
         match = self.server.search_log(FROM_DISK)
         return match[1] if match else ""
 
@@ -67,7 +67,7 @@ def running(
     server = VllmServer(
         model,
         folder / "log.txt",
-        extra_config={"OUTPUT_PREFIX": str(prefix)} | config,
+        extra_config={"OUTPUT_PREFIX": str(prefix), "SOURCE_WAIT": 0} | config,
         arguments=arguments,
         environment=environment,
     )

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -25,18 +26,16 @@ from tools.make_model import copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader
 from vllm_ascend.model_loader.netloader.compat import groups_to_come, identity_of
 from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceRefused
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
-from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
-from vllm_ascend.model_loader.netloader.interaction.protocol import (
+from vllm_ascend.model_loader.netloader.interaction.api import (
     DRAFT_GROUP,
-    PROTOCOL,
     TARGET_GROUP,
-    Abort,
     Join,
-    JoinAck,
+    Joined,
 )
+from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
 FLAGS = ("has_own_embed_tokens", "has_own_lm_head")
@@ -245,29 +244,19 @@ class Seed:
         """The identity of one of its models, as it says itself."""
         deadlines = {"connect": 5.0, "handshake": 5.0, "progress": 5.0}
         with ElasticClient.connect(parse_address(self.address), **deadlines) as client:
-            [found] = [who for who in client.status().identities if who.group == group]
+            models = client.status().models
+        [found] = [model.identity for model in models if model.identity.group == group]
         return found
 
-    def answer(self, group: str, identity: ModelIdentity) -> JoinAck | str:
-        """What a client of an identity is told that asks for a group: an offer, or why not."""
+    def answer(self, group: str, identity: ModelIdentity) -> Joined | str:
+        """What a client of an identity is told that asks for a group: its weights, or why not."""
         deadlines = {"connect": 5.0, "handshake": 5.0, "progress": 5.0}
-        join = Join(
-            device_id=0,
-            model_path=identity.model,
-            tp=identity.tp,
-            pp=identity.pp,
-            group_name=group,
-            protocol=PROTOCOL,
-            identity=identity.digest(),
-            layouts=[identity.layout],
-        )
+        join = Join(msgspec.structs.replace(identity, group=group))
         with ElasticClient.connect(parse_address(self.address), **deadlines) as client:
             try:
-                offer = client.join(join, identity)
+                return client.join(join)
             except SourceRefused as refused:
                 return str(refused)
-            client.finish(Abort("only asking"))
-            return offer
 
 
 Seeds: TypeAlias = Callable[[str], Seed]
@@ -315,10 +304,9 @@ def test_one_models_identity_does_not_get_the_other_model(
     kind: str, group: str, other: str, seeds: Seeds
 ) -> None:
     seed = seeds(kind)
-    assert isinstance(seed.answer(group, seed.identity(group)), JoinAck)
+    assert isinstance(seed.answer(group, seed.identity(group)), Joined)
     answer = seed.answer(group, seed.identity(other))
-    assert "the models differ: " in str(answer)
-    assert f"group is '{other}' here and '{group}' there" in str(answer)
+    assert "other_model: the models differ: " in str(answer)
 
 
 def test_a_draft_that_is_its_targets_twin_is_not_taken_for_it(
@@ -330,10 +318,9 @@ def test_a_draft_that_is_its_targets_twin_is_not_taken_for_it(
     seed = Seed(twins, tmp_path / "rank_")
     groups = TARGET_GROUP, DRAFT_GROUP
     target_offer, draft_offer = (seed.answer(group, seed.identity(group)) for group in groups)
-    assert isinstance(target_offer, JoinAck)
-    assert isinstance(draft_offer, JoinAck)
-    assert target_offer.model_digest == draft_offer.model_digest
-    assert isinstance(seed.answer(TARGET_GROUP, seed.identity(DRAFT_GROUP)), str)
+    assert isinstance(target_offer, Joined)
+    assert isinstance(draft_offer, Joined)
+    assert target_offer.weights == draft_offer.weights
     with twins.without_weights():
         client = load_both(seed.client())
     assert_same(seed.both.target, client.target)
@@ -425,6 +412,6 @@ def test_instances_with_the_same_eagle_draft_serve_the_same_weights(
         with UsedMemory(left_over):
             seed = Seed(pairs["eagle3"], tmp_path / name)
         answer = seed.answer(DRAFT_GROUP, seed.identity(DRAFT_GROUP))
-        assert isinstance(answer, JoinAck)
-        digests.append(answer.model_digest)
+        assert isinstance(answer, Joined)
+        digests.append(answer.weights)
     assert digests[0] == digests[1]

@@ -43,7 +43,7 @@ class Loaded:
         return bool(loaded) and not self.refused()
 
     def refused(self) -> str:
-        return "".join(line for line in self.lines if "loading from disk" in line)
+        return "".join(line for line in self.lines if "trying the disk" in line)
 
 
 class Process:
@@ -214,7 +214,7 @@ def test_another_commit_is_refused_by_name_and_the_hub_has_the_weights(
     address = source("old")  # which was asked for
     sent = len(place.hub.weights_sent())
     loaded = client.load_from(address, NAME, revision=revision, download_dir=str(tmp_path))
-    why = f"refused: the models differ: revision is '{NEW}' here and '{OLD}' there"
+    why = f"other_model: the models differ: revision is '{NEW}' here and '{OLD}' there"
     assert f"{address}: {why}" in loaded.refused()
     assert loaded.embeddings == place.weights(NEW)
     assert place.hub.weights_sent()[sent:] == [(NEW, "model.safetensors")]

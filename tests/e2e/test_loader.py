@@ -26,6 +26,7 @@ from tests.e2e.loading import assert_same, load, make_config, worker
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
 
 pytestmark = pytest.mark.core
@@ -213,15 +214,15 @@ def test_int8_models_in_every_cache_mode(
 
 @pytest.fixture
 def dies_after_two_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    post, sent = P2PSend.post, []
+    send, sent = P2PSend.send, []
 
-    def post_two(self: P2PSend, chunk: int) -> None:
-        sent.append(chunk)
+    def send_two(self: P2PSend, run: Run) -> None:
+        sent.append(run)
         if len(sent) > 2:
             raise RuntimeError("the source dies here")
-        post(self, chunk)
+        send(self, run)
 
-    monkeypatch.setattr(P2PSend, "post", post_two)
+    monkeypatch.setattr(P2PSend, "send", send_two)
 
 
 @pytest.mark.usefixtures("dies_after_two_chunks")
@@ -230,12 +231,12 @@ def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(
     arch: str, models: Path, tmp_path: Path
 ) -> None:
     path = on_disk(models, arch)
-    seed = Seed(path, tmp_path / "rank_", CHUNK_MIB=1)
+    seed = Seed(path, tmp_path / "rank_")
     # Other weights than the source's, so that bytes of the first attempt would be noticed.
     other = on_disk(models, arch, seed=1)
     plain_config = make_config(other, load_format="auto")
     plain = load(plain_config)
-    config = seed.client(other)
+    config = seed.client(other, CHUNK_MIB=1)
     kinds = {type(plain)}
     before = alive(kinds)
     model = load(config)
@@ -314,8 +315,8 @@ def test_a_source_with_another_config_is_refused_with_both_values(
     logging.getLogger("vllm").propagate = True
     config = seed.client(on_disk(models, "llama-tied"))
     load(config)
-    [line] = {r.getMessage() for r in caplog.records if "loading from disk" in r.getMessage()}
-    assert f"{seed.address}: refused: the models differ: config is " in line
+    [line] = {r.getMessage() for r in caplog.records if "trying the disk" in r.getMessage()}
+    assert f"{seed.address}: other_model: the models differ: config is " in line
     assert " here and " in line
 
 
@@ -392,7 +393,7 @@ def test_reload_in_place_without_sources_reads_the_disk(models: Path, tmp_path: 
         loader.load_weights(seed.model, seed.config.model_config)
     assert_same(plain, seed.model)
     # Its raw tensors are not those it serves any more, so it must serve none.
-    with pytest.raises(LoadFailed, match="refused: there is no model of group 'netloader' here"):
+    with pytest.raises(LoadFailed, match="cannot_serve: this instance was reloaded from disk"):
         load(seed.client(models / "llama-bare"))
 
 

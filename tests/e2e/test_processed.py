@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.model_loader import base_loader
 
-from vllm_ascend.model_loader.netloader import netloader
+from vllm_ascend.model_loader.netloader import netloader, registry
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
-from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED
-from vllm_ascend.model_loader.netloader.executor.processed import processed_tensors
+from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
 
-from ..ut.model_loader.netloader.support import Tapped, differing, flipped
+from ..conformance.faults import Tapped, flipped
+from ..ut.model_loader.netloader.support import differing
 from .loading import assert_same, load, make_config
 from .test_loader import Seed, on_disk, registrations
 
@@ -38,12 +39,12 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
-    device, servers = Accelerator(), {}
+    device, servers = Accelerator(), []
     monkeypatch.setattr(netloader, "device_of", lambda *_: device)
-    monkeypatch.setattr(netloader, "_servers", servers)
+    monkeypatch.setattr(registry, "_servers", servers)
     monkeypatch.setattr(layer_utils, "dispatch_cpu_unquantized_gemm", process)
     yield
-    for server in servers.values():
+    for server in servers:
         server.stop()
 
 
@@ -101,7 +102,7 @@ def test_a_raw_client_is_refused(models, tmp_path):
 @pytest.fixture
 def why_from_disk(models, log):
     """Why a model was loaded from disk; nothing if it was not."""
-    start = "NetLoader rank 0: loading from disk, as no source gave the weights: "
+    start = "NetLoader rank 0: trying the disk, as no source gave the weights: "
     return lambda: [line.removeprefix(start) for line in log if line.startswith(start)]
 
 
@@ -112,8 +113,10 @@ def sending(monkeypatch):
     def send(tap):
         made = P2PSend.__init__
 
-        def make(self, group, tensors, plan, device):
-            made(self, group, Tapped(tensors, lambda i, n: tap(i, n, tensors)), plan, device)
+        def make(self, store, sender, limiter):
+            tensors = store.tensors
+            store.readable = Tapped(tensors, lambda i, n: tap(i, n, tensors))
+            made(self, store, sender, limiter)
 
         monkeypatch.setattr(P2PSend, "__init__", make)
 
@@ -131,19 +134,19 @@ def poisons(index, count, tensors):
 
 @pytest.mark.parametrize(
     ("fault", "why"),
-    [(dies, "transfer failed"), (poisons, "wrong bytes twice in chunk")],
+    [(dies, "the source dies here"), (poisons, "wrong bytes twice in blocks")],
     ids=["lost", "wrong"],
 )
 def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(
     fault, why, models, tmp_path, sending, why_from_disk
 ):
-    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_", CHUNK_MIB=1)
+    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_")
     # Other weights than the source's, so that bytes of the first attempt would be noticed.
     other = on_disk(models, "llama", seed=1)
     plain_config = make_config(other, load_format="auto")
     plain = load(plain_config)
     sending(fault)
-    config = seed.client(other)
+    config = seed.client(other, CHUNK_MIB=1)
     model = load(config)
     assert_all_same(plain, model)
     [reason] = why_from_disk()

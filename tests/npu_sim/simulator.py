@@ -138,7 +138,7 @@ class Child:
 
     def __init__(self, command: list[str], folder: Path, changes: Mapping[str, str] | None) -> None:
         # A file, not a pipe: nobody has to read it while the child runs.
-        number, name = tempfile.mkstemp(dir=folder, suffix=".txt")
+        number, name = tempfile.mkstemp(suffix=".txt")
         self._output = Path(name)
         with os.fdopen(number, "wb") as output:
             self.process = subprocess.Popen(
@@ -187,6 +187,12 @@ class Simulator:
     def start_code(self, code: str, env: Mapping[str, str] | None = None) -> Child:
         """Starts a program given as text."""
         return self._start(["-c", code], env)
+
+    def start_module(self, command: list[str], folder: Path, env: Mapping[str, str]) -> Child:
+        """Starts a module, with its arguments, in a folder."""
+        child = Child(["-m", *command], folder, env)
+        self._children.append(child)
+        return child
 
     def run(
         self,

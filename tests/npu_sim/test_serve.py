@@ -144,7 +144,7 @@ def test_with_all_sources_dead_it_loads_from_disk(fleet, models, dead_address):
     assert_as_on_cpu(client.say(), models["plain"])
     assert not client.loads()
     [warning] = [
-        line for line in client.server.read_log().splitlines() if "loading from disk" in line
+        line for line in client.server.read_log().splitlines() if "trying the disk" in line
     ]
     assert "WARNING" in warning
     assert f"{dead_address}: " in warning

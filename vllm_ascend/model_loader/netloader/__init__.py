@@ -47,7 +47,7 @@ def _try_to_register(vllm_loaders: ModuleType) -> None:
     except Exception as error:
         logger.debug("NetLoader: not registered", exc_info=True)
         logger.error(
-            "NetLoader: no load format %s, as registering it failed: %s: %s",
+            "NetLoader: registering load format %s failed: %s: %s",
             LOAD_FORMAT,
             type(error).__name__,
             one_line(error),

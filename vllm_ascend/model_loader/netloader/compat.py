@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
-from .executor.manifest import RAW
+from .executor.chunks.manifest import RAW
 from .identity import (
     ModelIdentity,
     Revision,
@@ -32,7 +32,7 @@ from .identity import (
     plain_identity,
     revision_name,
 )
-from .interaction.protocol import DRAFT_GROUP, TARGET_GROUP
+from .interaction.api import DRAFT_GROUP, TARGET_GROUP
 
 
 def is_cpu_platform() -> bool:

@@ -19,7 +19,7 @@ from .utils import MAX_PORT, MIN_PORT, Address, parse_address
 
 MIB = 1 << 20
 MAX_CHUNK_MIB = 64
-MAX_MODEL_NAME_BYTES = 512  # a JOIN, which carries the name, stays under 1,024 bytes
+MAX_MODEL_NAME_BYTES = 512  # of JSON, in joins and logs
 # JSON can say half of a surrogate pair; no message and no file name can.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # int() alone takes other scripts' digits, underscores, and more digits than it can turn into text
@@ -27,6 +27,7 @@ _WHOLE = re.compile(r"-?[0-9]{1,1000}")
 _DECIMAL = re.compile(r"[0-9]{1,1000}(\.[0-9]{1,1000})?")
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)? ?[A-Za-z]*)(?:/s)?", re.ASCII)
 _MAX_RATE = 2**53
+_DIGEST = re.compile("[a-z0-9_]{1,32}:[0-9a-f]{32}")
 _ENTRY_KEYS = {"device_id", "sources"}
 _byte_size = TypeAdapter(ByteSize)
 
@@ -37,6 +38,13 @@ class Int8Cache(Enum):
     NO = "no"
     HBM = "hbm"
     DRAM = "dram"
+
+
+class Transport(Enum):
+    """How the bytes of blocks travel."""
+
+    AUTO = "auto"
+    HTTP = "http"
 
 
 @dataclass(frozen=True)
@@ -72,16 +80,23 @@ class NetLoaderConfig:
         int8_cache: whether and where altered int8 parameters are kept.
         int8_cache_name: parts of parameter names that `int8_cache` applies to; None: all.
         output_prefix: a rank writes its address to `{output_prefix}{rank}.txt`.
-        max_sessions: clients fed at once.
+        max_sessions: connections of clients that are fed at once.
         max_send_rate: bytes per second that a rank sends to all its clients together; None: as fast
             as it goes.
         max_sources: sources pulled from at once.
-        chunk_mib: size of a chunk in MiB, the unit of transfer, verification and retry.
-        verify: whether a client checks the digest of every chunk.
+        source_wait: seconds to wait for sources that cannot serve yet; 0: not at all.
+        fallback: whether vLLM's default loader is tried when no source gave the weights.
+        weights_digest: the only weights that are taken from a source; None: any.
+        transport: `auto`: what the devices have (HCCL, NCCL), HTTP where they have nothing or
+            where no group can be formed; `http`: HTTP everywhere.
+        connections: connections to one source, over HTTP.
+        chunk_mib: size of one request or message in MiB; None: what suits the transport.
+        verify: whether a client checks the digest of every block.
         hccl_buffer_size: memory in MB that HCCL takes for each direction of a session, on NPUs.
         connect_timeout: seconds to reach a source.
-        handshake_timeout: seconds for the answer to a JOIN and for building the process group.
-        progress_timeout: seconds without a completed chunk after which a peer counts as lost.
+        handshake_timeout: seconds for the answer to a join, for a request to arrive, and for
+            forming a group.
+        progress_timeout: seconds without progress after which a peer counts as lost.
         disk: the keys of vLLM's default loader, for loading from disk.
     """
 
@@ -95,7 +110,12 @@ class NetLoaderConfig:
     max_sessions: int = 4
     max_send_rate: int | None = None
     max_sources: int = 4
-    chunk_mib: int = 4
+    source_wait: float = 300.0
+    fallback: bool = True
+    weights_digest: str | None = None
+    transport: Transport = Transport.AUTO
+    connections: int = 1
+    chunk_mib: int | None = None
     verify: bool = True
     hccl_buffer_size: int = 16
     connect_timeout: float = 5.0
@@ -104,15 +124,11 @@ class NetLoaderConfig:
     disk: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def chunk_bytes(self) -> int:
-        """The chunk size in bytes."""
-        return min(self.chunk_mib * MIB, self.max_chunk_bytes)
+    def max_message_bytes(self) -> int:
+        """The most bytes that `max_send_rate` lets a source send at once.
 
-    @property
-    def max_chunk_bytes(self) -> int:
-        """The largest chunk in bytes that `max_send_rate` lets a source send.
-
-        When all its sessions share the rate, each completes a chunk in half of `progress_timeout`.
+        When all its sessions share the rate, each completes a message in half of
+        `progress_timeout`.
         """
         if self.max_send_rate is None:
             return MAX_CHUNK_MIB * MIB
@@ -120,7 +136,7 @@ class NetLoaderConfig:
 
     @property
     def _least_send_rate(self) -> float:
-        """Bytes per second at which chunks of 1 MiB still come in time."""
+        """Bytes per second at which messages of 1 MiB still come in time."""
         return 2 * self.max_sessions * MIB / self.progress_timeout
 
     @property
@@ -144,7 +160,7 @@ class NetLoaderConfig:
         """Return this configuration with MODEL set to `model` where it was absent.
 
         Raises:
-            ConfigError: `model` is too long to travel in a JOIN.
+            ConfigError: `model` is too long.
         """
         return self if self.model is not None else replace(self, model=_model(model))
 
@@ -171,7 +187,7 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
     for key in values.keys() - disk.keys():
         parsed[key.lower()] = _PARSERS[key](values[key])
     config = NetLoaderConfig(**parsed)
-    if config.max_chunk_bytes == 0:
+    if config.max_message_bytes == 0:
         raise _wrong(
             "MAX_SEND_RATE",
             values["MAX_SEND_RATE"],
@@ -359,6 +375,21 @@ def _integer(key: str, low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
+def _weights_digest(value: object) -> str:
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        allowed = "a weights digest as in the log, such as 'xxh3_128:' and 32 hex digits"
+        raise _wrong("WEIGHTS_DIGEST", value, allowed)
+    return value
+
+
+def _transport(value: object) -> Transport:
+    if isinstance(value, str):
+        for member in Transport:
+            if member.value == value.lower():
+                return member
+    raise _wrong("TRANSPORT", value, "'auto' or 'http'")
+
+
 def _rate(value: object) -> int:
     match = _RATE.fullmatch(_text(value))
     try:
@@ -374,13 +405,13 @@ def _rate(value: object) -> int:
     return rate
 
 
-def _seconds(key: str) -> Callable[[object], float]:
+def _seconds(key: str, low: float = 0.1, high: float = 3600) -> Callable[[object], float]:
     def parse(value: object) -> float:
         number: object = float(_text(value)) if _DECIMAL.fullmatch(_text(value)) else value
         if not isinstance(number, int | float) or isinstance(number, bool):
             number = math.nan
-        if not 0.1 <= number <= 3600:
-            raise _wrong(key, value, "seconds, from 0.1 to 3600")
+        if not low <= number <= high:
+            raise _wrong(key, value, f"seconds, from {low:g} to {high:g}")
         return float(number)
 
     return parse
@@ -397,6 +428,11 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "MAX_SESSIONS": _integer("MAX_SESSIONS", 1, 256),
     "MAX_SEND_RATE": _rate,
     "MAX_SOURCES": _integer("MAX_SOURCES", 1, 64),
+    "SOURCE_WAIT": _seconds("SOURCE_WAIT", 0, 86400),
+    "FALLBACK": _bool("FALLBACK"),
+    "WEIGHTS_DIGEST": _weights_digest,
+    "TRANSPORT": _transport,
+    "CONNECTIONS": _integer("CONNECTIONS", 1, 16),
     "CHUNK_MIB": _integer("CHUNK_MIB", 1, MAX_CHUNK_MIB),
     "VERIFY": _bool("VERIFY"),
     "HCCL_BUFFER_SIZE": _integer("HCCL_BUFFER_SIZE", 1, 4096),

@@ -9,28 +9,58 @@ class ConfigError(NetLoaderError, ValueError):
     """A configuration value is wrong; the message names the key, the value and what is allowed."""
 
 
-class ProtocolError(NetLoaderError):
-    """A peer sent something that is not a message of the protocol, or not one for this moment."""
-
-
 class SourceError(NetLoaderError):
-    """One source could not be used; another one may."""
+    """One source could not be used; another one may.
+
+    Attributes:
+        code: what the source answered with (`interaction.api.Code`), empty if it did not.
+        retry_after: seconds after which the source wants to be asked again.
+        peers: addresses, as text, of others that have or get the same weights.
+    """
+
+    def __init__(
+        self, message: str, code: str = "", retry_after: float = 0.0, peers: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = retry_after
+        self.peers = peers
+
+
+class ProtocolError(SourceError):
+    """A peer sent something that is not a message of the protocol, or not one for this moment."""
 
 
 class SourceRefused(SourceError):
     """The source, or this client on seeing what it offers, declined before any transfer."""
 
 
-class ChunksRefused(SourceRefused):
-    """The source has the model, but not in chunks of the size that this load has begun with."""
+class SourceBusy(SourceError):
+    """The source may serve this client later: ask again, and meanwhile others."""
+
+
+class BlocksNotHere(SourceError):
+    """The source serves, but does not have these blocks (yet)."""
 
 
 class SourceLost(SourceError):
     """The source could not be reached, or went away, stalled or failed on the way."""
 
 
+class SourceUnreachable(SourceLost):
+    """No connection to the source came about: it may not have started yet."""
+
+
 class TransferCorrupt(SourceError):
     """A source sent bytes that differ from their digest more often than chance explains."""
+
+
+class Withdrawn(NetLoaderError):
+    """Weights that were offered are not any more, as their memory changes or goes away."""
+
+
+class NotHere(NetLoaderError):
+    """A block that was asked for has not come to this instance yet."""
 
 
 class LayoutUnsupported(NetLoaderError):

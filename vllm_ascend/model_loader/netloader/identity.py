@@ -11,7 +11,7 @@ import msgspec
 from .errors import ConfigError
 from .utils import plain
 
-MAX_REVISION_BYTES = 128  # a JOIN, which carries the revision, stays under 1,024 bytes
+MAX_REVISION_BYTES = 128
 _COMMIT = "[0-9a-f]{40}"
 _SNAPSHOT = re.compile(rf"(?:.*/)?models--([^/]+)/snapshots/({_COMMIT})/?")
 
@@ -80,26 +80,14 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str
     vllm_version: str | None
 
-    def digest(self) -> str:
-        """Return the hex SHA-256 of all fields that must be equal (a JOIN has no room for them).
-
-        The revision is not among them: two that are written differently may go together.
-        """
-        compared = msgspec.structs.replace(self, revision=Revision())
-        return hashlib.sha256(msgspec.json.encode(compared)).hexdigest()
-
-    def differences(self, other: "ModelIdentity") -> list[str]:
-        """Return one phrase for each field that differs, with both values."""
+    def differences(self, other: "ModelIdentity") -> list[tuple[str, Any, Any]]:
+        """Return each field that differs, with this side's value and the other's."""
         here, there = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
         if self.revision.differs(other.revision):
             here["revision"], there["revision"] = self.revision.name, other.revision.name
         else:
             del here["revision"]
-        return [
-            f"{field} is {here[field]!r} here and {there[field]!r} there"
-            for field in here
-            if here[field] != there[field]
-        ]
+        return [(field, here[field], there[field]) for field in here if here[field] != there[field]]
 
 
 def plain_identity(**fields: Any) -> ModelIdentity:
@@ -120,10 +108,10 @@ def plain_identity(**fields: Any) -> ModelIdentity:
 
 
 def revision_name(asked: str) -> str:
-    """Return a revision that was asked for, if a JOIN has room for it.
+    """Return a revision that was asked for, if it is short enough.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it is too long.
     """
     if len(json.dumps(asked)) - 2 > MAX_REVISION_BYTES:
         raise ConfigError(

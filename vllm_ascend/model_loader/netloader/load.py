@@ -1,19 +1,21 @@
-"""The client's story: from a list of sources to a model filled with verified weights."""
+"""The client's story: from a list of sources to a store filled with verified blocks."""
 
 import contextlib
+import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .config import NetLoaderConfig
+from .config import MIB, NetLoaderConfig, Transport
 from .errors import (
-    ChunksRefused,
     LayoutUnsupported,
     LoadFailed,
     ProtocolError,
@@ -22,35 +24,39 @@ from .errors import (
     SourceRefused,
     TransferCorrupt,
 )
-from .executor.devices import Device
-from .executor.digest import Digests, combine
-from .executor.elastic_load import P2PLoad, Target
-from .executor.ledger import Ledger
-from .executor.manifest import Manifest, match
-from .executor.pieces import size_of
-from .executor.plan import Plan, make_plan
-from .executor.process_group import CLIENT, form_group
-from .identity import ModelIdentity
-from .interaction.elastic import ElasticClient
-from .interaction.protocol import PROTOCOL, Abort, Done, Join, JoinAck, shortened
-from .utils import Address, gigabytes_per_second, logger, one_line
+from .executor.chunks.blocks import Blocks
+from .executor.chunks.digests import combine
+from .executor.chunks.manifest import Manifest
+from .executor.devices import Accelerator, Device
+from .executor.elastic_load import P2PLoad, Receiver
+from .executor.model.match import match
+from .executor.scheduler import Scheduler
+from .executor.store import BlockStore
+from .executor.transport.group import CLIENT, GroupReceiver, TransferGroup, form_group
+from .executor.transport.http import HttpReceiver
+from .identity import ModelIdentity, Revision
+from .interaction.api import Code, Done, Join, Joined
+from .interaction.elastic import ElasticClient, GroupControl
+from .interaction.source_queue import SourceQueue
+from .utils import Address, logger, one_line, rate, shortened, size
+
+# Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
+# hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
+# checked while the cache still has it: of 4, 8 and 16 MiB the second was fastest.
+_CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that has been filled.
+    """What a load has come to.
 
     Attributes:
-        manifest: what the sources offered.
-        tensors: this side's tensors of the manifest's entries, without aliases, in order.
-        plan: the chunks they travelled in.
-        digests: checksums of every chunk as verified on arrival; None if they were not checked.
+        store: the complete store.
+        sources: those that gave it, and how much if they are several.
     """
 
-    manifest: Manifest
-    tensors: Sequence[torch.Tensor]
-    plan: Plan
-    digests: Digests | None
+    store: BlockStore
+    sources: str
 
 
 def elastic_load(
@@ -66,7 +72,7 @@ def elastic_load(
     """Fill a model from the first sources that have it.
 
     Up to `config.max_sources` sources are pulled from at once. When one is lost, the next in order
-    takes its place, and only the chunks that were on their way are fetched again.
+    takes its place, and only the runs of blocks that were on their way are fetched again.
 
     Args:
         tensors: name -> tensor of the model; their memory is written, and replaced where it has a
@@ -81,91 +87,101 @@ def elastic_load(
     Raises:
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
     """
-    load = _Load(tensors, required, sources, identity, config, device)
-    count = min(config.max_sources, len(sources))
+    started = time.monotonic()
+    queue = SourceQueue(sources, config.source_wait)
+    target = _Target(tensors, required, identity, config, device)
+    sessions = _Sessions(queue, target, identity, config, device)
     threads = [
-        threading.Thread(target=load.work, name=f"netloader-load-{index}", daemon=True)
-        for index in range(count)
+        threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
+        for index in range(min(config.max_sources, len(sources)))
     ]
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
             thread.start()
-    bar: tqdm[None] | None = None
-    while not load.over.wait(0.1) and any(thread.is_alive() for thread in threads):
-        bar = _show(load, bar) if show_progress else None
-    if show_progress and (bar := _show(load, bar)) is not None:
-        bar.close()
+    with _ProgressBar(started) if show_progress else contextlib.nullcontext() as bar:
+        while not queue.over.wait(0.1) and any(thread.is_alive() for thread in threads):
+            if bar is not None:
+                bar.show(sessions.bytes_received(), target.nbytes)
+        if bar is not None:
+            bar.show(sessions.bytes_received(), target.nbytes)
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
-    # tensor any more: it takes chunks from the ledger first, and there are none.
-    loaded = load.result()
+    # tensor any more: it takes runs from the scheduler first, and there are none.
+    queue.succeeded()
     try:
-        load.restore_formats()
-        device.synchronize()
-        device.empty_cache()
+        store = target.complete()
     except RuntimeError as error:
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
-    seconds = time.monotonic() - load.started
+    if store is None:
+        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources")
+    loaded = Loaded(store, sessions.shares())
+    seconds = time.monotonic() - started
     logger.info(
-        "NetLoader rank %d: loaded %d tensors, %.1f MB in %.2f s (%.2f GB/s) from %s, digest %s",
+        "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s",
         identity.rank,
-        len(loaded.tensors),
-        loaded.plan.nbytes / 1e6,
+        len(store.tensors),
+        size(store.blocks.nbytes),
         seconds,
-        gigabytes_per_second(loaded.plan.nbytes, seconds),
-        load.shares(),
-        loaded.digests.model if loaded.digests else "not checked",
+        rate(store.blocks.nbytes, seconds),
+        loaded.sources,
+        store.digests.weights + ("" if config.verify else " (not checked)"),
     )
     return loaded
 
 
-def _show(load: "_Load", bar: "tqdm[None] | None") -> "tqdm[None] | None":
-    """Bring the progress bar up to date; there is none before the size is known."""
-    received, total = load.progress()
-    if bar is None and total:
-        bar = tqdm(total=total, desc="Loading weights from peers", unit="B", unit_scale=True)
-        bar.start_t = time.time() - (time.monotonic() - load.started)
-    if bar is not None:
-        bar.update(received - bar.n)
-    return bar
+class _ProgressBar:
+    """A progress bar, from when the size is known; log lines meanwhile get lines of their own."""
+
+    def __init__(self, started: float) -> None:
+        self._started = started
+        self._bar: tqdm[None] | None = None
+        self._lines = logging_redirect_tqdm([logging.getLogger("vllm")])
+
+    def __enter__(self) -> "_ProgressBar":
+        self._lines.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._lines.__exit__(*failure)
+
+    def show(self, received: int, total: int) -> None:
+        """Bring the bar up to date."""
+        if self._bar is None and total:
+            self._bar = tqdm(
+                total=total, desc="Loading weights from peers", unit="B", unit_scale=True
+            )
+            self._bar.start_t = time.time() - (time.monotonic() - self._started)
+        if self._bar is not None:
+            self._bar.update(received - self._bar.n)
 
 
-class _AskAgain(Exception):
-    """A source is to be asked once more, knowing more by now."""
+class _Postponed(Exception):
+    """A source has other weights than those that come from other sources just now."""
 
 
-class _Load:
-    """What the threads of one load share: the sources left, the offer agreed on, the reasons."""
+class _Target:
+    """The store that all sessions of a load fill, once the first source has said what it is."""
 
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
         required: Collection[str],
-        sources: Sequence[Address],
         identity: ModelIdentity,
         config: NetLoaderConfig,
         device: Device,
     ) -> None:
-        self.started = time.monotonic()
-        self.over = threading.Event()
         self._tensors = tensors
         self._required = required
         self._identity = identity
         self._config = config
         self._device = device
-        self._sources = deque(sources)
-        self._put_off: deque[Address] = deque()
         self._lock = threading.Lock()
-        self._working = min(config.max_sources, len(sources))
-        if not sources:
-            self.over.set()
-        self._reasons: list[str] = []
-        self._offer: JoinAck | None = None
-        self._manifest: Manifest | None = None
-        self._target: Target | None = None
-        self._loaded: Loaded | None = None
-        self._pulls: dict[Address, P2PLoad] = {}
-        self._open: set[Address] = set()
-        self._preparing: threading.Thread | None = None
+        self._store: BlockStore | None = None
+        self._scheduler: Scheduler | None = None
+        self._sessions = 0
+        self._over = threading.Event()
+        self._prefaulting: threading.Thread | None = None
         # As they are when in use; while they are filled they have none.
         self._formats = {
             name: form
@@ -174,113 +190,228 @@ class _Load:
         }
         self._restore: Callable[[], None] | None = None
 
-    def work(self) -> None:
-        """Pull from one source after the other until the model is complete or none is left."""
-        with self._device.attached():
-            while (turn := self._next_turn()) is not None:
-                self._try(*turn)
+    @property
+    def _in_groups(self) -> bool:
+        return self._device.accelerator is not None and self._config.transport is Transport.AUTO
 
-    def _next_turn(self) -> tuple[Address, bool] | None:
-        """Return the next source and whether it is the last resort; None ends the thread."""
-        with self._lock:
-            if not self.over.is_set():
-                if self._sources:
-                    return self._sources.popleft(), False
-                if self._put_off and self._working == 1:
-                    return self._put_off.popleft(), True
-            self._working -= 1
-            if self._working == 0:
-                self.over.set()
-            return None
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes to receive, 0 while that is not known."""
+        return self._store.blocks.nbytes if self._store else 0
 
-    def progress(self) -> tuple[int, int]:
-        """Return the bytes received and the bytes to receive, 0 while that is not known."""
-        with self._lock:
-            received = sum(pull.bytes_received for pull in self._pulls.values())
-            return received, self._target.plan.nbytes if self._target else 0
+    @property
+    def weights(self) -> str | None:
+        """Digest of the weights that are being loaded, None before the first source has told."""
+        return self._store.digests.weights if self._store else None
 
-    def result(self) -> Loaded:
-        """Return the filled model, once the load is over.
+    @contextlib.contextmanager
+    def agreed(self, address: Address, joined: Joined) -> Iterator[tuple[BlockStore, Scheduler]]:
+        """Take the first source's weights as this load's, and any later one's if they are the same.
 
         Raises:
-            LoadFailed: it is not complete.
+            SourceRefused: the weights do not fit this model.
+            _Postponed: other weights are coming from other sources.
         """
-        if self._preparing is not None:
-            self._preparing.join()  # the memory may go when this returns
-        if self._loaded is None:
-            raise LoadFailed("; ".join(self._reasons) or "there are no sources")
-        return self._loaded
+        with self._lock:
+            if self._over.is_set():
+                # The model belongs to the caller again: nothing may be written to it any more.
+                raise SourceRefused(f"{address}: answered after the model was complete")
+            if joined.weights != self.weights:
+                if self._sessions:
+                    raise _Postponed(
+                        f"{address}: its weights ({joined.weights}) are not those that are being "
+                        "loaded from other sources"
+                    )
+                # Nobody is left who has the weights begun with, if any: start over with these.
+                self._begin(address, joined)
+            store, scheduler = self._store, self._scheduler
+            assert store is not None
+            assert scheduler is not None
+            self._sessions += 1
+        try:
+            yield store, scheduler
+        finally:
+            with self._lock:
+                self._sessions -= 1
 
-    def restore_formats(self) -> None:
-        """Give the filled tensors the formats that inference uses."""
+    def complete(self) -> BlockStore | None:
+        """Give the tensors the formats that inference uses, once every block is here.
+
+        Returns:
+            The store, which is complete, or None if a block is missing.
+
+        Raises:
+            RuntimeError: the device failed.
+        """
+        with self._lock:
+            self._over.set()
+        if self._prefaulting is not None:
+            self._prefaulting.join()  # the memory may go when this returns
+        store = self._store
+        if store is None or not store.complete:
+            return None
         if self._restore is not None:
+            store.withdraw("its formats are changing")
             self._restore()
+        self._device.synchronize()
+        self._device.empty_cache()
+        return store.with_tensors(store.tensors)
+
+    def _begin(self, address: Address, joined: Joined) -> None:
+        if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
+            raise SourceRefused(f"{address}: sent no manifest")
+        try:
+            manifest = msgspec.json.decode(joined.manifest, type=Manifest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise SourceRefused(f"{address}: not a valid manifest: {one_line(error)}") from None
+        here, there = self._identity.layout, manifest.layout
+        if here != there:
+            raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
+        try:
+            tensors = match(manifest, self._tensors, self._required, self._formats)
+            blocks = Blocks([tensor.nbytes for tensor in tensors])
+            algorithm = joined.weights.partition(":")[0]
+            digests = combine(algorithm, manifest, blocks, joined.blocks)
+            if self._restore is None:
+                self._restore = self._device.writable(tensors)
+        except (LayoutUnsupported, ProtocolError) as error:
+            raise SourceRefused(f"{address}: {error}") from None
+        if digests.weights != joined.weights:
+            raise TransferCorrupt(
+                f"{address}: manifest and block digests make {digests.weights}, and the source "
+                f"says {joined.weights}"
+            )
+        self._prefault(tensors)
+        self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
+        chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
+        self._scheduler = Scheduler(blocks, chunk_mib * MIB)
+
+    def _prefault(self, tensors: Sequence[torch.Tensor]) -> None:
+        if self._prefaulting is not None:
+            return
+
+        def prefault() -> None:
+            try:
+                self._device.prefault(tensors, self._over)
+            except Exception:  # only speed is lost
+                logger.debug("NetLoader: cannot prefault memory", exc_info=True)
+
+        thread = threading.Thread(target=prefault, name="netloader-prefault", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
+            thread.start()
+            self._prefaulting = thread
+
+
+class _Sessions:
+    """What the threads of one load do: ask one source after the other, and pull from it."""
+
+    def __init__(
+        self,
+        queue: SourceQueue,
+        target: _Target,
+        identity: ModelIdentity,
+        config: NetLoaderConfig,
+        device: Device,
+    ) -> None:
+        self._queue = queue
+        self._target = target
+        self._identity = identity
+        self._config = config
+        self._device = device
+        self._lock = threading.Lock()
+        self._pulls: list[tuple[Address, P2PLoad]] = []  # that go on
+        self._gave: dict[Address, int] = {}  # bytes of those that are over
+
+    def work(self) -> None:
+        """Pull from one source after the other until the store is complete or none is left."""
+        with self._device.attached():
+            while (address := self._queue.next()) is not None:
+                self._try(address)
+
+    def bytes_received(self) -> int:
+        """Return the bytes that have come, at most what there is to come."""
+        return min(sum(self._shares().values()), self._target.nbytes)
 
     def shares(self) -> str:
         """Return the sources with what each gave, for the log."""
-        with self._lock:
-            gave = {a: pull.bytes_received for a, pull in self._pulls.items()}
-        gave = {address: nbytes for address, nbytes in gave.items() if nbytes}
+        gave = {address: nbytes for address, nbytes in self._shares().items() if nbytes}
         if len(gave) == 1:
             return str(*gave)
-        return ", ".join(f"{address} ({nbytes / 1e6:.1f} MB)" for address, nbytes in gave.items())
+        return ", ".join(f"{address} ({size(nbytes)})" for address, nbytes in gave.items())
 
-    def _try(self, address: Address, last_resort: bool) -> None:
+    def _shares(self) -> dict[Address, int]:
+        with self._lock:
+            gave = dict(self._gave)
+            for address, pull in self._pulls:
+                gave[address] = gave.get(address, 0) + pull.bytes_received
+        return gave
+
+    def _try(self, address: Address) -> None:
         try:
-            self._pull(address, last_resort)
+            self._pull(address)
             # Only now, with the session closed: a process may end right after its load.
-            self.over.set()
-        except _AskAgain as error:
+            self._queue.succeeded()
+        except _Postponed as error:
+            self._queue.postpone(address, str(error))
             logger.info("NetLoader rank %d: source %s", self._identity.rank, error)
-        except SourceError as error:
-            self._note(str(error))
         except Exception as error:
             # Whatever goes wrong with a source must not cost the start: there is the next one.
-            logger.debug("NetLoader: %s", address, exc_info=True)
-            self._note(f"{address}: {type(error).__name__}: {error}")
+            self._note(address, _blamed(address, error))
 
-    def _note(self, reason: str) -> None:
-        if self._loaded is not None:
+    def _note(self, address: Address, error: SourceError) -> None:
+        if self._queue.over.is_set():
             return  # nobody waits for this source any more
-        line = one_line(reason)
-        logger.warning("NetLoader rank %d: source %s", self._identity.rank, line)
-        with self._lock:
-            self._reasons.append(line)
+        news = self._queue.failed(address, error)
+        if news:
+            wait = f"; asking again for up to SOURCE_WAIT {self._config.source_wait:g} s"
+            again = wait if self._queue.waits(address) else ""
+            logger.warning(
+                "NetLoader rank %d: source %s%s", self._identity.rank, one_line(error), again
+            )
 
-    def _pull(self, address: Address, last_resort: bool) -> None:
+    def _pull(self, address: Address) -> None:
+        with self._connect(address) as client:
+            joined = self._join(client)
+            with self._target.agreed(address, joined) as (store, scheduler):
+                try:
+                    self._transfer(address, client, store, scheduler)
+                except BaseException as error:
+                    client.done(Done(complete=False, reason=one_line(error)))
+                    raise
+            client.done(Done(complete=True))
+
+    def _connect(self, address: Address) -> ElasticClient:
         config = self._config
-        with ElasticClient.connect(
+        return ElasticClient.connect(
             address,
             connect=config.connect_timeout,
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
-        ) as client:
-            # A last resort may cut the model as it likes, at the price of beginning anew.
-            join = self._join(0 if last_resort else self._chunk_bytes())
-            try:
-                offer = client.join(join, self._identity)
-                self._compare_revisions(address, offer)
-            except ChunksRefused as error:
-                if not join.chunk_bytes:
-                    raise
-                with self._lock:
-                    self._put_off.append(address)
-                raise _AskAgain(f"{error}; asked again when the others have failed") from None
-            try:
-                target = self._agree(address, join, offer)
-                try:
-                    self._transfer(address, client, offer, target)
-                finally:
-                    with self._lock:
-                        self._open.discard(address)
-            except BaseException as error:
-                client.finish(Abort(str(error)))
-                if isinstance(error, _AskAgain):
-                    client.last_words()  # until the source has closed, and has room again
-                raise
+        )
 
-    def _compare_revisions(self, address: Address, offer: JoinAck) -> None:
-        here, there = self._identity.revision, offer.revision
+    def _join(self, client: ElasticClient) -> Joined:
+        """Ask for the weights that are being loaded; for any, if there are none yet."""
+        identity, weights = self._identity, self._target.weights
+        try:
+            joined = client.join(Join(identity, weights))
+        except SourceRefused as error:
+            if error.code != Code.OTHER_WEIGHTS.text:
+                raise
+            # Its weights count when nobody is left who has the others.
+            joined = client.join(Join(identity))
+        pinned, algorithm = self._config.weights_digest, self._device.digest_algorithm
+        if pinned is not None and joined.weights != pinned:
+            raise SourceRefused(
+                f"{client.address}: its weights are {joined.weights} and WEIGHTS_DIGEST is {pinned}"
+            )
+        self._compare_revisions(client.address, joined.revision)
+        there = joined.weights.partition(":")[0]
+        if self._config.verify and there != algorithm:
+            raise SourceRefused(f"{client.address}: digests are {algorithm} here and {there} there")
+        return joined
+
+    def _compare_revisions(self, address: Address, there: Revision) -> None:
+        here = self._identity.revision
         if here.is_other(there):
             logger.warning(
                 "NetLoader rank %d: source %s has commit %s of the model, which is commit %s here; "
@@ -291,161 +422,110 @@ class _Load:
                 here.name,
             )
 
-    def _chunk_bytes(self) -> int:
-        with self._lock:
-            return 0 if self._offer is None else self._offer.chunk_bytes
-
-    def _join(self, chunk_bytes: int) -> Join:
-        identity = self._identity
-        return Join(
-            device_id=identity.rank,
-            model_path=identity.model,
-            tp=identity.tp,
-            pp=identity.pp,
-            group_name=identity.group,
-            int8_cache=self._config.int8_cache.value,
-            protocol=PROTOCOL,
-            identity=identity.digest(),
-            revision=identity.revision,
-            layouts=[identity.layout],
-            chunk_bytes=chunk_bytes,
-        )
-
-    def _agree(self, address: Address, join: Join, offer: JoinAck) -> Target:
-        """Take the first offer as this load's, and any later one only if it is the same."""
-        algorithm = self._device.digest_algorithm
-        if self._config.verify and offer.digest_algorithm != algorithm:
-            raise SourceRefused(
-                f"{address}: digests are {algorithm} here and {offer.digest_algorithm} there"
-            )
-        with self._lock:
-            if self._loaded is not None:
-                # The model belongs to the caller again: nothing may be written to it any more.
-                raise SourceRefused(f"{address}: answered after the model was complete")
-            agreed, target = self._offer, self._target
-            if (
-                agreed is not None
-                and self._open
-                and join.chunk_bytes != agreed.chunk_bytes != offer.chunk_bytes
-            ):
-                self._sources.appendleft(address)  # the next JOIN says which size it has to be
-                raise _AskAgain(f"{address}: asked again for chunks of {agreed.chunk_bytes} bytes")
-            if agreed is None or target is None or not _same(agreed, offer):
-                if self._open:
-                    self._put_off.append(address)  # for when those have failed
-                    raise SourceRefused(
-                        f"{address}: its weights (digest {offer.model_digest}) are not those that "
-                        f"are being loaded from other sources"
-                    )
-                # Nobody is left who has the weights begun with, if any: start over with these.
-                target = self._new_target(address, offer)
-            self._open.add(address)
-            return target
-
-    def _new_target(self, address: Address, offer: JoinAck) -> Target:
-        try:
-            manifest = msgspec.json.decode(offer.manifest, type=Manifest)
-        except msgspec.MsgspecError as error:
-            raise SourceRefused(f"{address}: not a valid manifest: {error}") from None
-        here, there = self._identity.layout, manifest.layout
-        if here != there:
-            raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
-        try:
-            tensors = match(manifest, self._tensors, self._required, self._formats)
-            if self._restore is None:
-                self._restore = self._device.writable(tensors)
-        except LayoutUnsupported as error:
-            raise SourceRefused(f"{address}: {error}") from None
-        if self._preparing is None:
-            thread = threading.Thread(
-                target=self._prepare, args=(tensors,), name="netloader-prepare", daemon=True
-            )
-            with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
-                thread.start()
-                self._preparing = thread
-        plan = make_plan([size_of(tensor) for tensor in tensors], offer.chunk_bytes)
-        names = [entry.name for entry in manifest.tensors if entry.alias_of is None]
-        ledger = Ledger(len(plan.chunks))
-        self._offer, self._manifest = offer, manifest
-        self._target = Target(names, tensors, plan, ledger, self._config.verify)
-        self._pulls.clear()
-        return self._target
-
-    def _prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        try:
-            self._device.prepare(tensors, self.over)
-        except Exception:  # only speed is lost
-            logger.debug("NetLoader: cannot prepare memory", exc_info=True)
-
     def _transfer(
-        self, address: Address, client: ElasticClient, offer: JoinAck, target: Target
+        self, address: Address, client: ElasticClient, store: BlockStore, scheduler: Scheduler
     ) -> None:
-        config = self._config
-        pull: P2PLoad | None = None
-        # Tells the source that its offer is taken; only then does it come to the process group.
-        client.request([])
-        try:
-            with (
-                _blaming(client),
-                form_group(
-                    self._device,
-                    client.tell,
-                    client.hear,
-                    CLIENT,
-                    client.local_host,
-                    handshake=config.handshake_timeout,
-                    progress=config.progress_timeout,
-                    gone=client.hung_up,
-                ) as group,
-            ):
-                pull = P2PLoad(
-                    client, group, target, self._device, keep_alive=config.progress_timeout / 3
+        accelerator = self._device.accelerator
+        if accelerator is not None and self._config.transport is Transport.AUTO:
+            try:
+                control, group = self._form_group(client, store, accelerator)
+            except (RuntimeError, SourceRefused) as error:
+                logger.warning(
+                    "NetLoader rank %d: source %s: no process group, so the weights come over "
+                    "HTTP: %s",
+                    self._identity.rank,
+                    address,
+                    one_line(error),
                 )
-                with self._lock:
-                    self._pulls[address] = pull
-                client.sending()
+            else:
+                through = GroupReceiver(control, group, store, accelerator, control.max_bytes)
+                self._receive(address, through, store, scheduler, group)
+                return
+        with self._more_connections(address, store, scheduler):
+            receiver = HttpReceiver(client, store)
+            self._receive(address, receiver, store, scheduler, contextlib.nullcontext())
+
+    def _form_group(
+        self, client: ElasticClient, store: BlockStore, accelerator: Accelerator
+    ) -> tuple[GroupControl, TransferGroup]:
+        control = client.open_group(store.digests.weights)
+        group = form_group(
+            accelerator,
+            control.tell,
+            control.hear,
+            CLIENT,
+            client.local_host,
+            handshake=self._config.handshake_timeout,
+            progress=self._config.progress_timeout,
+            gone=client.hung_up,
+        )
+        return control, group
+
+    def _receive(
+        self,
+        address: Address,
+        receiver: Receiver,
+        store: BlockStore,
+        scheduler: Scheduler,
+        group: AbstractContextManager[object],
+    ) -> None:
+        pull = P2PLoad(
+            receiver,
+            store,
+            scheduler,
+            verify=self._config.verify,
+            keep_alive=self._config.progress_timeout / 3,
+        )
+        with self._lock:
+            self._pulls.append((address, pull))
+        try:
+            with group:
                 pull.run()
-                self._conclude(offer, target)
-                # Before anybody goes on to post-process, which would hold this thread up.
-                client.finish(Done(complete=True, model_digest=offer.model_digest))
         finally:
             # Only now, with the group closed, can nothing of this session reach the tensors.
-            if pull is not None:
-                target.ledger.give_back(pull.outstanding)
+            scheduler.give_back(pull.outstanding)
+            # Not kept any longer, as it has staging buffers of the device.
+            with self._lock:
+                self._pulls.remove((address, pull))
+                self._gave[address] = self._gave.get(address, 0) + pull.bytes_received
 
-    def _conclude(self, offer: JoinAck, target: Target) -> None:
-        manifest = self._manifest
-        assert manifest is not None
-        digests = combine(manifest, target.ledger.hashes()) if self._config.verify else None
-        with self._lock:
-            if digests is not None and digests.model != offer.model_digest:
-                # Each chunk is what its source said, and the whole is not: believe none of it.
-                self._target = None
-                raise TransferCorrupt(
-                    f"the model's digest is {digests.model} and was announced as "
-                    f"{offer.model_digest}"
-                )
-            self._loaded = Loaded(manifest, target.tensors, target.plan, digests)
+    @contextlib.contextmanager
+    def _more_connections(
+        self, address: Address, store: BlockStore, scheduler: Scheduler
+    ) -> Iterator[None]:
+        """Let further connections to a source pull, too; what goes wrong with them is no news."""
+
+        def pull() -> None:
+            try:
+                with self._device.attached(), self._connect(address) as client:
+                    receiver = HttpReceiver(client, store)
+                    self._receive(address, receiver, store, scheduler, contextlib.nullcontext())
+                    client.done(Done(complete=True))
+            except Exception as error:
+                logger.debug("NetLoader: a further connection: %s", one_line(error))
+
+        threads = [
+            threading.Thread(target=pull, name=f"netloader-load-more-{index}", daemon=True)
+            for index in range(self._config.connections - 1)
+        ]
+        try:
+            for thread in threads:
+                with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
+                    thread.start()
+            yield
+        finally:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
 
 
-def _same(one: JoinAck, other: JoinAck) -> bool:
-    return (
-        one.chunk_bytes == other.chunk_bytes
-        and one.model_digest == other.model_digest
-        and bytes(one.manifest) == bytes(other.manifest)
-    )
-
-
-@contextlib.contextmanager
-def _blaming(client: ElasticClient) -> Iterator[None]:
-    """Put a source's address, and its own words if there are any, on what goes wrong with it."""
-    try:
-        yield
-    except TransferCorrupt as error:
-        raise TransferCorrupt(f"{client.address}: {error}") from None
-    except ProtocolError as error:
-        raise SourceLost(f"{client.address}: transfer failed: {error}") from None
-    except RuntimeError as error:  # torch's and gloo's
-        if words := client.last_words():
-            raise SourceLost(f"{client.address}: gave up: {words}") from None
-        raise SourceLost(f"{client.address}: transfer failed: {error}") from None
+def _blamed(address: Address, error: Exception) -> SourceError:
+    """Return what went wrong with a source as an error that begins with its address."""
+    if isinstance(error, SourceError):
+        return (
+            error if str(error).startswith(f"{address}: ") else type(error)(f"{address}: {error}")
+        )
+    if isinstance(error, RuntimeError):  # torch raises them
+        return SourceLost(f"{address}: transfer failed: {one_line(error)}")
+    logger.debug("NetLoader: %s", address, exc_info=error)
+    return SourceLost(f"{address}: {type(error).__name__}: {one_line(error)}")

@@ -3,10 +3,9 @@
 import contextlib
 import copy
 import gc
-import weakref
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from multiprocessing.util import Finalize
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from . import register_if_put_off
+from . import register_if_put_off, registry
 from .compat import (
     can_reload_from_sources,
     feed_reload,
@@ -32,16 +31,16 @@ from .compat import (
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
+from .executor.chunks.manifest import PROCESSED, RAW, Manifest, Scalar
 from .executor.devices import Device, device_of
-from .executor.digest import digest_model
-from .executor.manifest import PROCESSED, RAW, Manifest, Scalar, allocate
-from .executor.processed import (
+from .executor.model.match import allocate
+from .executor.model.processed import (
     capture_processed,
     changed_scalars,
     defined_memory,
     processed_tensors,
 )
-from .executor.weight_cache import (
+from .executor.model.raw import (
     after_processing,
     apply_attributes,
     before_loading,
@@ -50,35 +49,55 @@ from .executor.weight_cache import (
     raw_tensors,
     scalars,
 )
-from .executor.weights import Weights
+from .executor.store import BlockStore
 from .identity import ModelIdentity
-from .interaction.protocol import DRAFT_GROUP
-from .load import Loaded, elastic_load
-from .serve import Offer, WeightServer
-from .utils import Address, logger, one_line
+from .interaction.api import DRAFT_GROUP
+from .load import elastic_load
+from .registry import InUse
+from .serve import Offer
+from .utils import Address, logger, one_line, rate, size
 
 
-@dataclass(frozen=True)
-class _InUse:
-    """A model that inference runs on.
+@dataclass
+class _Load:
+    """One load of one model, from what vLLM asks for to what others can pull.
 
     Attributes:
-        server: where others pull it from; None: nowhere.
-        identity: who it is.
-        path: the `model_config.model` it was loaded for.
-        manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
+        identity: who the model is.
+        device: where it is.
+        serving: whether others may pull it, if it turns out to be possible.
+        from_disk: whether the sources are out of the question.
+        store: its weights, as far as others can pull them.
+        manifest: of its raw tensors, if that is known.
+        copies: of raw tensors that post-processing may change.
+        scalars: the plain attributes before loading, in the processed layout.
+        to_fill: whether the model is still empty, as it is filled after post-processing.
+        unserved: why others cannot pull it.
+        loaded_from: where the weights came from.
     """
 
-    server: WeightServer | None
     identity: ModelIdentity
-    path: str
-    manifest: Manifest | None
+    device: Device
+    serving: bool
+    from_disk: bool = False
+    store: BlockStore | None = None
+    manifest: Manifest | None = None
+    copies: dict[int, torch.Tensor] = field(default_factory=dict)
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+    to_fill: bool = False
+    unserved: str = ""
+    loaded_from: str = "disk"
 
-
-# Reloads come with a loader of their own, so what belongs to a model outlives the loader.
-_in_use: "weakref.WeakKeyDictionary[nn.Module, _InUse]" = weakref.WeakKeyDictionary()
-# A target and its draft are served on one port.
-_servers: dict[tuple[int | None, str | None, int], WeightServer] = {}
+    @contextlib.contextmanager
+    def preparing_to_serve(self) -> Iterator[None]:
+        """Record why this instance cannot serve instead of failing the start."""
+        try:
+            yield
+        except LayoutUnsupported as error:
+            self.unserved = str(error)
+        except RuntimeError as error:  # torch's, such as a device that is out of memory
+            logger.debug("NetLoader: preparing to be a source failed", exc_info=True)
+            self.unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
 
 
 class ModelNetLoaderElastic(BaseModelLoader):
@@ -96,19 +115,12 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._config = parse_config(load_config.model_loader_extra_config)
         self._disk = _disk_loader(load_config, self._config)
         self._vllm_config: VllmConfig | None = None
-        self._known: ModelIdentity | None = None
-        self._from_disk = False
-        self._to_fill = False
-        self._scalars: Mapping[str, Scalar] = {}
-        self._manifest: Manifest | None = None
-        self._weights: Weights | None = None
-        self._copies: dict[int, torch.Tensor] = {}
-        self._unserved = ""
+        self._load: _Load | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
         if any(sources.addresses for sources in self._config.source.values()):
-            logger.info("NetLoader: nothing downloaded, the weights come from other instances")
+            logger.info("NetLoader: no weights downloaded, as SOURCE has sources for them")
         else:
             self._disk.download_model(model_config)
 
@@ -118,31 +130,37 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Load a model from the first sources that have it, else from disk, and offer it.
 
         Raises:
-            LoadFailed: neither a source nor the disk has the weights; the message says both.
+            LoadFailed: neither a source nor the disk has the weights; the message says both. Or no
+                source has them, and FALLBACK is false.
         """
         self._vllm_config = vllm_config
         if not self._supported():
             return self._disk.load_model(vllm_config, model_config, prefix)
         # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
         # an error, and no reason to go to disk.
-        self._known = self._identify(model_config)
+        identity = self._identify(model_config)
+        load = self._load = self._new_load(identity)
         restore_registrations = remember_registrations(vllm_config)
         failure = ""
         try:
-            model = self._load_from_sources(vllm_config, model_config, prefix)
+            model = self._load_from_sources(load, vllm_config, model_config, prefix)
         except NetLoaderError as error:
+            if not self._config.fallback:
+                raise
             failure = str(error)
         # Outside the handler: there the exception would keep the half-filled model alive.
         if failure:
             logger.warning(
-                "NetLoader rank %d: loading from disk, as no source gave the weights: %s",
-                _rank(),
+                "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
+                identity.rank,
                 failure,
             )
             restore_registrations()
+            load = self._load = self._new_load(identity, from_disk=True)
             gc.collect()
-            model = self._load_from_disk(vllm_config, model_config, prefix, failure)
-        self._offer(model, model_config)
+            model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
+        self._load = None
+        self._offer(load, model, vllm_config, model_config)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -150,38 +168,34 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if not self._supported():
             self._disk.load_weights(model, model_config)
             return
-        if model in _in_use:
+        if registry.in_use(model) is not None:
             weights = self.get_all_weights(model_config, model)
             initialize_layerwise_reload(model)
             model.load_weights(weights)
             finalize_layerwise_reload(model, model_config)
             return
-        self._unserved = ""  # what an attempt before this one has met
-        device, identity = self._device(), self._identity(model_config)
-        sources = () if self._from_disk else self._of_rank(identity.rank).addresses
-        serving = self._config.port_for(identity.rank) is not None
-        if identity.layout == PROCESSED:
-            self._scalars, self._to_fill = scalars(model), bool(sources)
+        load = self._load or self._new_load(self._identify(model_config))
+        sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
+        if load.identity.layout == PROCESSED:
+            load.scalars, load.to_fill = scalars(model), bool(sources)
             if not sources:
-                self._disk.load_weights(model, model_config)
-            return
-        if sources:
+                self._read_disk(load, model, model_config)
+        elif sources:
             tensors, required = raw_tensors(model)
-            loaded = self._pull(tensors, required, sources, identity, device)
-            apply_attributes(model, loaded.manifest.attributes)
-            self._manifest = loaded.manifest
-            self._weights = _weights(loaded, device) if serving else None
+            store = self._pull(load, tensors, required, sources)
+            apply_attributes(model, store.manifest.attributes)
+            load.manifest = store.manifest
+            load.store = store if load.serving else None
         else:
-            before = before_loading(model, device)
-            self._disk.load_weights(model, model_config)
-            self._weights = None
-            if serving:
-                with self._preparing_to_serve():
-                    self._weights = capture_loaded(model, before, self._config.chunk_bytes, device)
-        if self._weights is not None:
-            with self._preparing_to_serve():
-                self._copies = copy_int8(
-                    self._weights, self._config.int8_cache, self._config.int8_cache_name
+            before = before_loading(model, load.device)
+            self._read_disk(load, model, model_config)
+            if load.serving or self._config.weights_digest is not None:
+                with load.preparing_to_serve():
+                    load.store = capture_loaded(model, before, load.device)
+        if load.store is not None:
+            with load.preparing_to_serve():
+                load.copies = copy_int8(
+                    load.store, self._config.int8_cache, self._config.int8_cache_name
                 )
 
     def get_all_weights(
@@ -199,164 +213,180 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return self._disk.get_all_weights(model_config, model)
         if reason := why_no_reload(model, self._device_name()):
             raise LayoutUnsupported(reason)
-        in_use = _in_use.get(model)
-        if in_use is not None and in_use.path == model_config.model and in_use.manifest is not None:
+        known = registry.in_use(model)
+        if known is not None and known.path == model_config.model and known.manifest is not None:
             try:
-                if sources := self._sources(in_use.identity.rank):
-                    return self._renewed(model, in_use, in_use.manifest, sources)
+                if sources := self._sources(known.identity.rank):
+                    return self._renewed(model, known, known.manifest, sources)
             except LoadFailed as error:
+                if not self._config.fallback:
+                    raise
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                    in_use.identity.rank,
+                    known.identity.rank,
                     error,
                 )
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if in_use is not None and in_use.server is not None and in_use.server.listening:
+        if known is not None and known.server is not None and known.server.listening:
             logger.info(
                 "NetLoader rank %d: reloading from disk; this instance is no source from now on",
-                in_use.identity.rank,
+                known.identity.rank,
             )
-            in_use.server.withdraw(in_use.identity.group)
+            reason = "this instance was reloaded from disk"
+            known.server.offer(Offer(known.identity, None, reason))
         return self._disk.get_all_weights(model_config, model)
 
     def _renewed(
-        self, model: nn.Module, in_use: _InUse, manifest: Manifest, sources: Sequence[Address]
+        self, model: nn.Module, known: InUse, manifest: Manifest, sources: Sequence[Address]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
-        device = self._device()
+        load = self._new_load(known.identity)
         with self._device_name():
             tensors = allocate(manifest)
-        loaded = self._pull(tensors, tensors.keys(), sources, in_use.identity, device)
-        if in_use.server is not None:
-            in_use.server.withdraw(in_use.identity.group)
+        store = self._pull(load, tensors, tensors.keys(), sources)
+        if known.server is not None:
+            known.server.withdraw(known.identity.group)
 
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             feed_reload(model, tensors)
-            apply_attributes(model, loaded.manifest.attributes)
-            if in_use.server is not None and in_use.server in _servers.values():
-                in_use.server.offer(Offer(in_use.identity, _weights(loaded, device), device))
-                _open(in_use.server, self._config, in_use.identity.rank)
+            apply_attributes(model, store.manifest.attributes)
+            registry.offer_again(known, Offer(known.identity, store, "", load.loaded_from))
             yield from ()
 
         return fill()
 
     def _load_from_sources(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+        self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
     ) -> nn.Module:
         """Load from the sources; where none are configured, vLLM's own steps load from disk.
 
         In the processed layout `load_weights` has left the model empty. It has been post-processed
         since, so that its tensors are those that inference uses, and they are filled now.
         """
-        identity = self._identity(model_config)
-        sources = self._sources(identity.rank)
-        if identity.layout == RAW or not sources:
-            return self._follow_vllm(vllm_config, model_config, prefix)
+        sources = self._sources(load.identity.rank)
+        if load.identity.layout == RAW or not sources:
+            return self._follow_vllm(load, vllm_config, model_config, prefix)
         try:
             with defined_memory():
                 model = super().load_model(vllm_config, model_config, prefix)
         except Exception as error:
-            if not self._to_fill:
+            if not load.to_fill:
                 raise
             # Loading from disk does not depend on what post-processing makes of an empty model.
             raise LayoutUnsupported(
                 f"an empty model cannot be post-processed: {type(error).__name__}: {error}"
             ) from None
-        device, tensors = self._device(), processed_tensors(model)
-        loaded = self._pull(tensors, tensors.keys(), sources, identity, device)
-        apply_attributes(model, loaded.manifest.attributes)
-        if self._config.port_for(identity.rank) is not None:
-            self._weights = _weights(loaded, device)
+        tensors = processed_tensors(model)
+        store = self._pull(load, tensors, tensors.keys(), sources)
+        apply_attributes(model, store.manifest.attributes)
+        load.store = store if load.serving else None
         return model
 
     def _load_from_disk(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, failure: str
+        self,
+        load: _Load,
+        vllm_config: VllmConfig,
+        model_config: ModelConfig,
+        prefix: str,
+        failure: str,
     ) -> nn.Module:
-        self._from_disk = True
         try:
-            return self._follow_vllm(vllm_config, model_config, prefix)
+            return self._follow_vllm(load, vllm_config, model_config, prefix)
         except Exception as error:
             raise LoadFailed(
                 f"no source gave the weights ({failure}), and they cannot be loaded from disk "
                 f"either ({type(error).__name__}: {error})"
             ) from error
-        finally:
-            self._from_disk = False
 
     def _follow_vllm(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
+        self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
     ) -> nn.Module:
         """Make, load and post-process a model in vLLM's own steps."""
         # A draft may have tensors that no checkpoint fills, as it uses the target's in their place;
         # what instances offer should be the same in all of them. A target would take longer for it.
-        draft = self._identity(model_config).group == DRAFT_GROUP
+        draft = load.identity.group == DRAFT_GROUP
         with defined_memory() if draft else contextlib.nullcontext():
             return super().load_model(vllm_config, model_config, prefix)
 
+    def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
+        """Let vLLM's default loader fill a model, and say so in one line."""
+        started = time.monotonic()
+        tensors = {tensor.data_ptr(): tensor for tensor in raw_tensors(model)[0].values()}
+        self._disk.load_weights(model, model_config)
+        seconds = time.monotonic() - started
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        logger.info(
+            "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from disk",
+            load.identity.rank,
+            len(tensors),
+            size(nbytes),
+            seconds,
+            rate(nbytes, seconds),
+        )
+
     def _pull(
         self,
+        load: _Load,
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
         sources: Sequence[Address],
-        identity: ModelIdentity,
-        device: Device,
-    ) -> Loaded:
+    ) -> BlockStore:
+        rank = load.identity.rank
         try:
-            return elastic_load(
+            loaded = elastic_load(
                 tensors,
                 set(required),
                 sources,
-                identity,
+                load.identity,
                 self._config,
-                device,
-                show_progress=identity.rank == 0 and bool(self.load_config.use_tqdm_on_load),
+                load.device,
+                show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
-            malformed = _malformed(self._of_rank(identity.rank))
+            malformed = _malformed(self._of_rank(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None
+        load.loaded_from = loaded.sources
+        if load.serving and not self._config.verify:
+            return loaded.store.hashed_anew()  # these have to be right
+        return loaded.store
 
-    def _offer(self, model: nn.Module, model_config: ModelConfig) -> None:
-        device, identity = self._device(), self._identity(model_config)
-        weights, copies = self._weights, self._copies
-        self._weights, self._copies = None, {}
-        with self._preparing_to_serve():
-            if identity.layout == PROCESSED:
-                if weights is None and self._config.port_for(identity.rank) is not None:
-                    attributes = changed_scalars(self._scalars, scalars(model))
-                    weights = capture_processed(model, attributes, self._config.chunk_bytes, device)
-            elif weights is not None and not self._unserved:
+    def _offer(
+        self, load: _Load, model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig
+    ) -> None:
+        store, rank = load.store, load.identity.rank
+        pinned = self._config.weights_digest
+        with load.preparing_to_serve():
+            if load.identity.layout == PROCESSED:
+                if store is None and (load.serving or pinned is not None):
+                    attributes = changed_scalars(load.scalars, scalars(model))
+                    store = capture_processed(model, attributes, load.device)
+            elif store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
-                in_use = processed_tensors(model) if dram else {}
-                weights = after_processing(weights, copies, device, in_use)
-        if self._unserved:
-            weights = None
+                used = processed_tensors(model) if dram else {}
+                store = after_processing(store, load.copies, used)
+        if store is not None and pinned is not None and store.digests.weights != pinned:
             logger.warning(
-                "NetLoader rank %d: this model cannot be a source: %s",
-                identity.rank,
-                self._unserved,
+                "NetLoader rank %d: the weights from disk are %s and WEIGHTS_DIGEST is %s",
+                rank,
+                store.digests.weights,
+                pinned,
             )
-        assert self._vllm_config is not None
-        to_come = groups_to_come(self._vllm_config, identity)
-        server = _serve(self._config, Offer(identity, weights, device, self._unserved), to_come)
-        manifest = self._manifest if weights is None else weights.manifest
-        if not can_reload_from_sources(self._device_name()):
-            manifest = None
-        _in_use[model] = _InUse(server, identity, model_config.model, manifest)
-        if server is not None:
-            # At exit the server stops by itself, and in a forked child it is not to be stopped.
-            weakref.finalize(model, _retire, server, identity.group).atexit = False
-
-    @contextlib.contextmanager
-    def _preparing_to_serve(self) -> Iterator[None]:
-        """Let nothing that keeps an instance from being a source keep it from starting."""
-        try:
-            yield
-        except LayoutUnsupported as error:
-            self._unserved = str(error)
-        except (RuntimeError, MemoryError) as error:  # torch's, above all for want of memory
-            logger.debug("NetLoader: no source", exc_info=True)
-            self._unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
+        if load.unserved:
+            store = None
+            logger.warning(
+                "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
+            )
+        manifest = load.manifest if store is None else store.manifest
+        registry.put_in_use(
+            model,
+            model_config.model,
+            manifest if can_reload_from_sources(self._device_name()) else None,
+            self._config,
+            self._config.announced_host or get_ip(),
+            Offer(load.identity, store, load.unserved, load.loaded_from),
+            groups_to_come(vllm_config, load.identity),
+        )
 
     def _of_rank(self, rank: int) -> Sources:
         return self._config.source.get(rank, Sources())
@@ -385,8 +415,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         return sources.addresses
 
-    def _identity(self, model_config: ModelConfig) -> ModelIdentity:
-        return self._known or self._identify(model_config)
+    def _new_load(self, identity: ModelIdentity, *, from_disk: bool = False) -> _Load:
+        serving = self._config.port_for(identity.rank) is not None
+        return _Load(identity, self._device(), serving, from_disk)
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
@@ -433,73 +464,6 @@ def _malformed(sources: Sources) -> list[str]:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _weights(loaded: Loaded, device: Device) -> Weights:
-    manifest, plan, tensors = loaded.manifest, loaded.plan, loaded.tensors
-    digests = loaded.digests or digest_model(manifest, plan, tensors, device)
-    return Weights(manifest, tensors, plan, digests)
-
-
-def _retire(server: WeightServer, group: str) -> None:
-    """Let a model that is gone be served no more, and close a server that has none left."""
-    if not any(
-        known.server is server and known.identity.group == group for known in _in_use.values()
-    ):
-        server.withdraw(group)
-    if not any(known.server is server for known in _in_use.values()):
-        server.stop()
-        for key in [key for key, known in _servers.items() if known is server]:
-            del _servers[key]
-
-
-def _serve(
-    config: NetLoaderConfig, offer: Offer, to_come: Iterable[str] = ()
-) -> WeightServer | None:
-    """Offer a model on this process's server for a configuration, started if need be.
-
-    With nothing to give it is not started. The offer is kept for its reason: a draft that comes
-    later, or a reload, may start the server.
-    """
-    rank = offer.identity.rank
-    if config.port_for(rank) is None:
-        logger.info(
-            "NetLoader rank %d: no server, as LISTEN_PORT %s is outside 1024-65535",
-            rank,
-            config.listen_port,
-        )
-        return None
-    key = (config.listen_port, config.output_prefix, rank)
-    if (server := _servers.get(key)) is None:
-        server = WeightServer(config, rank, config.announced_host or get_ip())
-        _servers[key] = server
-    server.offer(offer)  # before anybody can ask for it
-    for group in to_come:
-        server.expect(group)
-    if offer.declined or _open(server, config, rank):
-        return server
-    del _servers[key]
-    return None
-
-
-def _open(server: WeightServer, config: NetLoaderConfig, rank: int) -> bool:
-    """Listen, if the server does not yet; return whether it does."""
-    port = config.port_for(rank)
-    if server.listening or port is None:
-        return server.listening
-    try:
-        server.start(port)
-    except OSError as error:
-        logger.error(
-            "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
-            rank,
-            port,
-            error,
-        )
-        return False
-    # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
-    Finalize(None, server.stop, exitpriority=100)
-    return True
 
 
 # vLLM's loaders are there by now. Where this module was the first to import them, they have not

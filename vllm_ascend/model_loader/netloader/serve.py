@@ -1,121 +1,58 @@
-"""The source's story: a model offered, and sessions in which clients pull it."""
+"""The source's story: models offered, and sessions in which clients pull their blocks."""
 
-import functools
+import contextlib
 import threading
 import time
-from collections import OrderedDict
+import uuid
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
 
-from .config import MIB, NetLoaderConfig
-from .errors import ProtocolError
-from .executor.devices import Device
-from .executor.digest import Digests, digest_model
+from . import __version__
+from .config import NetLoaderConfig, Transport
+from .errors import NotHere, ProtocolError, SourceBusy, Withdrawn
+from .executor.chunks.blocks import Run
+from .executor.devices import Accelerator
 from .executor.elastic_load import P2PSend
-from .executor.pace import Pace
-from .executor.pieces import size_of
-from .executor.plan import Plan, make_plan
-from .executor.process_group import SOURCE, form_group
-from .executor.weights import Weights
+from .executor.rate_limiter import RateLimiter
+from .executor.store import BlockStore
+from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
+from .executor.transport.http import HttpSender
+from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
-from .interaction.elastic import ElasticServer
-from .interaction.protocol import (
-    PROTOCOL,
-    Abort,
-    Connection,
-    Done,
-    Fetch,
-    Join,
-    JoinAck,
-    JoinNack,
-    Missing,
-    Request,
-    Sending,
-    Status,
-    StoreSet,
-    shortened,
-)
+from .interaction import api
+from .interaction.api import Bytes, Code, Done, Join, Joined, Refusal
+from .interaction.elastic import ElasticServer, Session
 from .port_file import PortFile
-from .utils import Address, gigabytes_per_second, logger, one_line, unmapped
+from .utils import Address, logger, one_line, rate, shortened, size
 
-# Plans and digests kept for such clients, besides the model's own.
-_OTHER_CHUNKINGS = 2
+# Names this process to others, so that another one at the same address is noticed.
+INSTANCE = uuid.uuid4().hex
+
+_PIECE = 4 << 20  # bytes of a run that are sent at once over HTTP
 
 
 @dataclass(frozen=True)
-class Chunking:
-    """A model cut into chunks of one size.
-
-    Attributes:
-        plan: the chunks.
-        digests: their checksums.
-    """
-
-    plan: Plan
-    digests: Digests
-
-
 class Offer:
     """One model of this instance, or the reason why it is not to be had.
 
-    Args:
-        identity: what it is.
-        weights: its tensors; None: not to be had.
-        reason: why not.
-        device: where the tensors are.
-
     Attributes:
-        declined: why it is not to be had; empty if it is.
-        withdrawn: set once it is not to be had any more.
+        identity: what it is.
+        store: its weights; None: not to be had.
+        reason: why not.
+        loaded_from: `disk`, or the addresses of the sources.
     """
 
-    def __init__(
-        self,
-        identity: ModelIdentity,
-        weights: Weights | None,
-        device: Device,
-        reason: str = "",
-    ) -> None:
-        self.identity = identity
-        self.weights = weights
-        self.device = device
-        self.declined = reason
-        self.withdrawn = threading.Event()
-        self._lock = threading.Lock()
-        self._chunkings: OrderedDict[int, Chunking] = OrderedDict()
-
-    def withdraw(self, reason: str) -> None:
-        """Send nothing of it any more."""
-        self.declined = reason
-        self.withdrawn.set()
-
-    @functools.cached_property
-    def manifest(self) -> msgspec.Raw:
-        """The manifest as it travels."""
-        assert self.weights is not None
-        return msgspec.Raw(msgspec.json.encode(self.weights.manifest))
-
-    def chunking(self, chunk_bytes: int) -> Chunking:
-        """Return the model's chunks of one size; 0: the size it was hashed in, at no cost."""
-        assert self.weights is not None
-        own = self.weights.plan.chunk_bytes
-        if chunk_bytes in (0, own):
-            return Chunking(self.weights.plan, self.weights.digests)
-        with self._lock:
-            if chunk_bytes not in self._chunkings:
-                tensors = self.weights.tensors
-                plan = make_plan([size_of(tensor) for tensor in tensors], chunk_bytes)
-                digests = digest_model(self.weights.manifest, plan, tensors, self.device)
-                self._chunkings[chunk_bytes] = Chunking(plan, digests)
-            self._chunkings.move_to_end(chunk_bytes)
-            while len(self._chunkings) > _OTHER_CHUNKINGS:
-                self._chunkings.popitem(last=False)
-            return self._chunkings[chunk_bytes]
+    identity: ModelIdentity
+    store: BlockStore | None
+    reason: str = ""
+    loaded_from: str = "disk"
 
 
 class WeightServer:
-    """Serves the models of one worker process on one port.
+    """Serves the models of one worker process on one port; see `interaction.elastic.Service`.
 
     Args:
         config: port, bounds and deadlines.
@@ -127,23 +64,24 @@ class WeightServer:
     """
 
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
-        self._config = config
-        self._rank = rank
+        self.config = config
+        self.rank = rank
+        self.listening = False
         self._host = host
         self._offers: dict[str, Offer] = {}
-        self._expected: set[str] = set()
-        self._bytes_sent = 0
-        self._pace = Pace(config.max_send_rate)
+        self._epochs: dict[str, int] = {}
+        self._unavailable: dict[str, Refusal] = {}
+        self._served: dict[Session, _Served] = {}
+        self._bytes_sent = 0  # in sessions that are over
+        self._limiter = RateLimiter(config.max_send_rate)
         self._lock = threading.Lock()
-        self._offered = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
-        self.listening = False
         self._server = ElasticServer(
-            self._serve,
-            self._status,
-            self._await_offer,
+            self,
             max_sessions=config.max_sessions,
             handshake_timeout=config.handshake_timeout,
+            progress_timeout=config.progress_timeout,
+            idle_timeout=config.progress_timeout,
         )
 
     def start(self, port: int) -> Address:
@@ -152,251 +90,360 @@ class WeightServer:
         Raises:
             OSError: the port is taken, or the port file cannot be written; nothing is left open.
         """
-        address = Address(self._host, self._server.start(self._config.listen_host, port))
-        if self._config.output_prefix is not None:
-            self._port_file = PortFile(self._config.output_prefix, self._rank, address)
+        address = Address(self._host, self._server.start(self.config.listen_host, port))
+        if self.config.output_prefix is not None:
+            self._port_file = PortFile(self.config.output_prefix, self.rank, address)
             try:
                 self._port_file.publish()
             except OSError:
                 self.stop()
                 raise
         self.listening = True
-        logger.info("NetLoader rank %d: listening on %s", self._rank, address)
+        logger.info(
+            "NetLoader rank %d: listening on port %d of %s; clients use %s",
+            self.rank,
+            address.port,
+            self.config.listen_host or "all addresses",
+            address,
+        )
         return address
 
     def offer(self, offer: Offer) -> None:
         """Offer a model, in the place of any earlier one of its group."""
-        self.withdraw(offer.identity.group)
-        with self._offered:
-            self._offers[offer.identity.group] = offer
-            self._expected.discard(offer.identity.group)
-            self._offered.notify_all()
+        group = offer.identity.group
+        self.withdraw(group)
+        with self._lock:
+            self._epochs[group] = self._epochs.get(group, 0) + 1
+            self._unavailable.pop(group, None)
+            self._offers[group] = offer
 
     def expect(self, group: str) -> None:
-        """Let clients that ask for this group's model wait a little, as it is being loaded."""
+        """Let clients that ask for this group's model come again later, as it is being loaded."""
         with self._lock:
             if group not in self._offers:
-                self._expected.add(group)
+                self._unavailable[group] = Refusal(Code.LOADING, "the weights are being loaded")
 
     def withdraw(self, group: str) -> None:
         """Offer a group's model no more; sessions that pull it end."""
         with self._lock:
             offer = self._offers.pop(group, None)
-        if offer is not None:
-            offer.withdraw("the weights are being replaced")
+            if offer is not None:
+                reason = "the weights are being replaced"
+                self._unavailable[group] = Refusal(Code.CHANGING, reason)
+        if offer is not None and offer.store is not None:
+            offer.store.withdraw(reason)
 
     def stop(self) -> None:
         """Close the port and all sessions, and remove the port file if it is still this one's."""
         with self._lock:
             for offer in self._offers.values():
-                offer.withdraw("the source is shutting down")
+                if offer.store is not None:
+                    offer.store.withdraw("the source is shutting down")
             self._offers.clear()
-            self._expected.clear()
-            self._offered.notify_all()
+            self._unavailable.clear()
         self._server.stop()
         if self._port_file is not None:
             self._port_file.remove()
 
-    def _status(self, sessions: int) -> Status:
+    # What `ElasticServer` asks
+
+    def join(self, session: Session, join: Join) -> Joined:
+        """Let a client in whose model is this one."""
+        group = join.identity.group
         with self._lock:
-            identities = [offer.identity for offer in self._offers.values()]
-            sent = self._bytes_sent
-        return Status(identities, sessions, self._config.max_sessions, sent)
-
-    def _await_offer(self, join: Join) -> None:
-        """Wait for a model that is being loaded."""
-        # A client waits for its answer for as long as its own deadline says, likely the same.
-        patience = self._config.handshake_timeout / 2
-        with self._offered:
-            self._offered.wait_for(lambda: join.group_name not in self._expected, patience)
-
-    def _serve(self, join: Join, connection: Connection) -> None:
+            offer, unavailable = self._offers.get(group), self._unavailable.get(group)
+            epoch = self._epochs.get(group, 0)
+        try:
+            if offer is None:
+                raise unavailable or Refusal(
+                    Code.NO_MODEL, f"there is no model of group {group!r} here"
+                )
+            if differ := api.differences(join.identity, offer.identity):
+                raise Refusal(Code.OTHER_MODEL, "the models differ", differences=differ)
+            if offer.store is None:
+                raise Refusal(Code.CANNOT_SERVE, offer.reason)
+            known = offer.store.digests.weights
+            if join.weights not in (None, known):
+                raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
+        except Refusal as refusal:
+            self._log_refusal(session, refusal)
+            raise
         with self._lock:
-            offer = self._offers.get(join.group_name)
-        nack = self._objection(join, offer)
-        if nack is not None:
-            logger.info(
-                "NetLoader rank %d: declined %s: %s",
-                self._rank,
-                _peer(connection),
-                nack.reason,
-            )
-            connection.send(nack, self._config.handshake_timeout)
-            return
-        assert offer is not None
-        with offer.device.attached():
-            session = _Session(self._config, self._rank, offer, join, connection, self._pace)
-            try:
-                session.run()
-            finally:
-                with self._lock:
-                    self._bytes_sent += session.bytes_sent
+            self._session(session, offer.store)
+        joined = Joined(known, epoch, INSTANCE, offer.identity.revision)
+        if join.weights == known:
+            return joined
+        return msgspec.structs.replace(
+            joined,
+            manifest=msgspec.Raw(offer.store.encoded_manifest),
+            blocks=offer.store.digests.blocks,
+        )
 
-    def _objection(self, join: Join, offer: Offer | None) -> JoinNack | None:
-        if join.protocol != PROTOCOL:
-            return JoinNack(f"protocol {join.protocol} is not spoken here, only {PROTOCOL}")
-        if offer is None:
-            yet = " yet" if join.group_name in self._expected else ""
-            return JoinNack(f"there is no model of group {join.group_name!r} here{yet}")
-        own = offer.identity
-        if join.identity != own.digest() or join.revision.differs(own.revision):
-            return JoinNack("the models differ", own)
-        if offer.declined:
-            return JoinNack(offer.declined)
-        if join.chunk_bytes % MIB or join.chunk_bytes > self._config.max_chunk_bytes:
-            largest = self._config.max_chunk_bytes
-            return JoinNack(
-                f"chunks of {join.chunk_bytes} bytes are not made here, only multiples of {MIB} up "
-                f"to {largest}",
-                max_chunk_bytes=largest,
-            )
-        return None
+    def blocks(self, session: Session, weights: str, first: int, last: int) -> Bytes:
+        """Return the bytes of blocks."""
+        run = Run(first, last)
+        with self._lock:
+            served = self._session(session, self._store(weights))
+        store = served.store
+        if not store.blocks.contains(run):
+            allowed = f"there are no blocks {run}; allowed: 0-{store.blocks.count - 1}"
+            raise Refusal(Code.OUT_OF_RANGE, allowed)
+        with _as_refusals():
+            store.check(run)
+        return Bytes(store.blocks.size_of(run), self._pieces(served, run))
+
+    def open_group(self, session: Session, weights: str) -> "_ServedGroup":
+        """Begin to form a two-rank group with the client."""
+        with self._lock:
+            served = self._session(session, self._store(weights))
+        accelerator = served.store.device.accelerator
+        if accelerator is None or self.config.transport is Transport.HTTP:
+            raise Refusal(Code.NO_GROUPS, "this instance sends over HTTP only")
+        group = _ServedGroup(session, served, accelerator, self.config, self._limiter)
+        session.on_close(group.close)
+        group.start()
+        return group
+
+    def done(self, session: Session, done: Done) -> None:
+        """Take note of how the client's session has ended."""
+        with self._lock:
+            served = self._served.get(session)
+        if served is not None:
+            gave_up = f"the client gave up: {shortened(done.reason, 300)}"
+            served.end = api.COMPLETE if done.complete else gave_up
+
+    def status(self, sessions: int) -> api.Status:
+        """Say how this instance is."""
+        with self._lock:
+            models = [
+                api.ModelStatus(
+                    offer.identity,
+                    "serving" if offer.store is not None else Code.CANNOT_SERVE.text,
+                    offer.reason,
+                    offer.store.digests.weights if offer.store is not None else None,
+                    self._epochs[group],
+                    offer.loaded_from,
+                )
+                for group, offer in self._offers.items()
+            ]
+            served = [*self._served.values()]
+            bytes_sent = self._bytes_sent + sum(one.bytes_sent for one in served)
+        return api.Status(
+            version=__version__,
+            instance=INSTANCE,
+            rank=self.rank,
+            models=models,
+            sessions=[one.status() for one in served],
+            places=self.config.max_sessions,
+            places_taken=sessions,
+            bytes_sent=bytes_sent,
+        )
+
+    def _store(self, weights: str) -> BlockStore:
+        """Return the store of a weights digest; the lock is held."""
+        for offer in self._offers.values():
+            if offer.store is not None and offer.store.digests.weights == weights:
+                return offer.store
+        raise Refusal(Code.CHANGED, "these weights are not served here, or no longer")
+
+    def _session(self, session: Session, store: BlockStore) -> "_Served":
+        """Return what a session gets from a store, which may be new to it; the lock is held."""
+        served = self._served.get(session)
+        if served is not None and served.store is store:
+            return served
+        if served is None:
+            session.on_close(lambda: self._over(session))
+        else:
+            self._end(served)
+        served = self._served[session] = _Served(session, store, self._limiter)
+        return served
+
+    def _over(self, session: Session) -> None:
+        with self._lock:
+            self._end(self._served.pop(session))
+
+    def _end(self, served: "_Served") -> None:
+        """Count and log what a session got from a store; the lock is held."""
+        self._bytes_sent += served.bytes_sent
+        served.log(self.rank)
+
+    def _pieces(self, served: "_Served", run: Run) -> Generator[list[memoryview], None, None]:
+        """Yield the memory of a run, piece by piece, as the rate limiter lets them go."""
+        nbytes = min(_PIECE, self.config.max_message_bytes)
+        with served.store.device.attached():
+            for piece in served.store.blocks.split(run, nbytes):
+                with _as_refusals():
+                    views = served.views(piece)
+                yield views
+
+    def _log_refusal(self, session: Session, refusal: Refusal) -> None:
+        # A client that is to come again asks many times.
+        log = logger.debug if refusal.code.error is SourceBusy else logger.info
+        log(
+            "NetLoader rank %d: declined %s: %s",
+            self.rank,
+            session.peer,
+            one_line(": ".join([str(refusal), *map(str, refusal.problem.differences)])),
+        )
 
 
-class _Session:
-    """One client pulling one model."""
+class _Served:
+    """What one session gets: the store it pulls, and how much of it was sent."""
+
+    def __init__(self, session: Session, store: BlockStore, limiter: RateLimiter) -> None:
+        self.store = store
+        self.end = ""
+        self._peer = session.peer
+        self._started = time.monotonic()
+        self._views: list[memoryview] = []
+        self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter)
+        self._group: P2PSend | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks that were sent, by any transport."""
+        return self._http.bytes_sent + (self._group.bytes_sent if self._group else 0)
+
+    def views(self, run: Run) -> list[memoryview]:
+        """Return the memory of a run that goes out over HTTP."""
+        self._views.clear()
+        self._http.send(run)
+        return [*self._views]
+
+    def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
+        """Return what sends through a group."""
+        self._group = P2PSend(self.store, sender, limiter)
+        return self._group
+
+    def status(self) -> api.SessionStatus:
+        """Say how far it is."""
+        seconds = time.monotonic() - self._started
+        return api.SessionStatus(
+            str(self._peer), self.store.digests.weights, self.bytes_sent, round(seconds, 3)
+        )
+
+    def log(self, rank: int) -> None:
+        """Write the session's one line: a warning unless it ended as it should."""
+        seconds = time.monotonic() - self._started
+        log = logger.info if self.end == api.COMPLETE else logger.warning
+        log(
+            "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "
+            "%s: %s",
+            rank,
+            size(self.bytes_sent),
+            size(self.store.blocks.nbytes),
+            len(self.store.tensors),
+            seconds,
+            rate(self.bytes_sent, seconds),
+            self._peer,
+            self.store.digests.weights,
+            one_line(self.end) or "the client went away",
+        )
+
+
+class _ServedGroup:
+    """The source's end of a two-rank group; see `interaction.elastic.Group`."""
 
     def __init__(
         self,
+        session: Session,
+        served: _Served,
+        accelerator: Accelerator,
         config: NetLoaderConfig,
-        rank: int,
-        offer: Offer,
-        join: Join,
-        connection: Connection,
-        pace: Pace,
+        limiter: RateLimiter,
     ) -> None:
+        self.max_bytes = config.max_message_bytes
+        self._session = session
+        self._served = served
+        self._accelerator = accelerator
         self._config = config
-        self._rank = rank
-        self._offer = offer
-        self._connection = connection
-        self._pace = pace
-        self._chunking = offer.chunking(join.chunk_bytes or self._chunk_bytes())
-        self._end = "cut off"
-        self.bytes_sent = 0
+        self._limiter = limiter
+        self._mailbox = Mailbox()
+        self._formed: Future[TransferGroup] = Future()
+        self._sender: GroupSender | None = None
+        self._send: P2PSend | None = None
 
-    def run(self) -> None:
-        """Serve until the client is done, gives up or goes away; one log line says which."""
-        started = time.monotonic()
+    def start(self) -> None:
+        """Begin to form the group, in a thread of its own."""
+        threading.Thread(target=self._form, name="netloader-group", daemon=True).start()
+
+    def exchange(self, values: list[api.Value]) -> list[api.Value]:
+        """Pass values of the group's store on, both ways."""
+        with _as_refusals():
+            return self._mailbox.exchange(values, api.MAX_EXCHANGE_SECONDS)
+
+    def sizes(self, runs: list[api.Run]) -> list[int]:
+        """Return the sizes of runs that can be sent."""
+        blocks = self._served.store.blocks
+        sizes = []
+        for run in (Run(*run) for run in runs):
+            if not blocks.contains(run) or blocks.size_of(run) > self.max_bytes:
+                allowed = f"blocks 0-{blocks.count - 1}, {self.max_bytes} bytes of them at once"
+                raise Refusal(Code.OUT_OF_RANGE, f"blocks {run} asked for; allowed: {allowed}")
+            with _as_refusals():
+                self._served.store.check(run)
+            sizes.append(blocks.size_of(run))
+        return sizes
+
+    def send(self, runs: list[api.Run]) -> None:
+        """Start to send runs, after waiting for room in the window."""
+        with self._accelerator.attached(), _as_refusals():
+            send = self._ready()
+            for run in runs:
+                send.send(Run(*run))
+
+    def settle(self) -> None:
+        """Return when all that was sent has arrived."""
+        if self._sender is not None:
+            with self._accelerator.attached(), _as_refusals():
+                self._sender.finish()
+
+    def close(self) -> None:
+        """Leave the group, or stop forming it."""
+        self._mailbox.close()
+        with contextlib.suppress(Exception):  # it was not formed
+            self._formed.result(self._config.handshake_timeout).close()
+
+    def _form(self) -> None:
+        config, mailbox = self._config, self._mailbox
         try:
-            self._transfer()
-        except (OSError, RuntimeError, ProtocolError) as error:  # torch raises RuntimeErrors
-            self._end = one_line(error) or type(error).__name__
-            # Cutting the connection tells a client that waits in a transfer, too.
-        finally:
-            seconds = time.monotonic() - started
-            logger.info(
-                "NetLoader rank %d: sent %.1f MB of %d tensors in %.2f s (%.2f GB/s) to %s, "
-                "digest %s: %s",
-                self._rank,
-                self.bytes_sent / 1e6,
-                len(self._offer.weights.tensors) if self._offer.weights else 0,
-                seconds,
-                gigabytes_per_second(self.bytes_sent, seconds),
-                _peer(self._connection),
-                self._chunking.digests.model,
-                self._end,
-            )
+            with self._accelerator.attached():
+                group = form_group(
+                    self._accelerator,
+                    mailbox.tell,
+                    mailbox.hear,
+                    SOURCE,
+                    self._session.local_host,
+                    handshake=config.handshake_timeout,
+                    progress=config.progress_timeout,
+                    gone=self._session.gone,
+                )
+        except BaseException as error:
+            self._formed.set_exception(error)
+        else:
+            self._formed.set_result(group)
 
-    def _chunk_bytes(self) -> int:
-        """The chunk size for a client that does not mind; 0: the one hashed already."""
-        assert self._offer.weights is not None
-        own = self._offer.weights.plan.chunk_bytes
-        return 0 if own <= self._config.max_chunk_bytes else self._config.chunk_bytes
-
-    def _transfer(self) -> None:
-        offer, config, connection = self._offer, self._config, self._connection
-        assert offer.weights is not None
-        ack = JoinAck(
-            self._chunking.plan.chunk_bytes,
-            offer.device.digest_algorithm,
-            self._chunking.digests.model,
-            offer.manifest,
-            offer.identity.revision,
-        )
-        connection.send(ack, config.handshake_timeout)
-        # A client that does not take the offer says so here, and nobody waits for its group.
-        request = connection.receive_request(config.handshake_timeout)
-        if not isinstance(request, Fetch):
-            self._note_end(request)
-            return
-        with form_group(
-            offer.device,
-            self._tell,
-            self._hear,
-            SOURCE,
-            unmapped(connection.local_host),
-            handshake=config.handshake_timeout,
-            progress=config.progress_timeout,
-            gone=lambda: connection.hung_up,
-        ) as group:
-            sender = P2PSend(group, offer.weights.tensors, self._chunking.plan, offer.device)
+    def _ready(self) -> P2PSend:
+        """Return what sends through the group, once that is formed."""
+        if self._send is None:
+            handshake = self._config.handshake_timeout
             try:
-                while isinstance(request, Fetch) and self._send(request, sender):
-                    request = self._next_request(sender)
-                if isinstance(request, Done):
-                    sender.finish()
-                self._note_end(request)
-            finally:
-                self.bytes_sent = sender.bytes_sent
-
-    def _tell(self, key: str, value: bytes) -> None:
-        self._connection.send(StoreSet(key, value), self._config.handshake_timeout)
-
-    def _hear(self, timeout: float) -> tuple[str, bytes]:
-        request = self._connection.receive_request(timeout)
-        if isinstance(request, StoreSet):
-            return request.key, request.value
-        if isinstance(request, Abort):
-            self._note_end(request)
-            raise RuntimeError(self._end)
-        raise ProtocolError(f"a {type(request).__name__} came before the process group")
-
-    def _next_request(self, sender: P2PSend) -> Request:
-        try:
-            return self._connection.receive_request(self._config.progress_timeout)
-        except TimeoutError:
-            if not sender.in_flight:
-                raise
-            # A client whose chunks still move is slow, not gone.
-            sender.finish()
-            return self._connection.receive_request(self._config.progress_timeout)
-
-    def _send(self, request: Fetch, sender: P2PSend) -> bool:
-        """Serve a request; return whether another one may come."""
-        timeout = self._config.progress_timeout
-        count = len(self._chunking.plan.chunks)
-        if any(chunk >= count for chunk in request.chunks):
-            raise ProtocolError(f"chunks {request.chunks} asked for; there are {count}")
-        if self._declined(request.chunks):
-            return False
-        digests = [self._chunking.digests.chunks[chunk] for chunk in request.chunks]
-        sizes = [self._chunking.plan.chunks[chunk].nbytes for chunk in request.chunks]
-        self._connection.send(Sending(request.chunks, digests, sizes), timeout)
-        for index, (chunk, nbytes) in enumerate(zip(request.chunks, sizes, strict=True)):
-            self._pace.wait(nbytes, self._offer.withdrawn)
-            if self._declined(request.chunks[index:]):
-                return False
-            sender.post(chunk)
-        return True
-
-    def _declined(self, chunks: list[int]) -> bool:
-        """Return whether the model is not to be had any more, and if so tell the client."""
-        if self._offer.declined:
-            missing = Missing(chunks, self._offer.declined)
-            self._connection.send(missing, self._config.progress_timeout)
-            self._end = self._offer.declined
-        return bool(self._offer.declined)
-
-    def _note_end(self, request: Request) -> None:
-        if isinstance(request, Done):
-            self._end = "complete"
-            if request.model_digest and request.model_digest != self._chunking.digests.model:
-                self._end = f"the client has digest {request.model_digest}"
-        elif isinstance(request, Abort):
-            self._end = f"the client gave up: {shortened(request.reason, 300)}"
-        elif not isinstance(request, Fetch):
-            raise ProtocolError(f"a {type(request).__name__} does not belong in a session")
+                group = self._formed.result(handshake)
+            except TimeoutError:
+                raise RuntimeError(f"no process group within {handshake:g} s") from None
+            self._sender = GroupSender(group, self._served.store, self._accelerator)
+            self._send = self._served.through(self._sender, self._limiter)
+        return self._send
 
 
-def _peer(connection: Connection) -> Address:
-    return Address(unmapped(connection.peer_host), connection.peer_port)
+@contextlib.contextmanager
+def _as_refusals() -> Iterator[None]:
+    """Tell the client in a code what keeps the data plane from sending."""
+    try:
+        yield
+    except Withdrawn as error:
+        raise Refusal(Code.CHANGED, str(error)) from None
+    except NotHere as error:
+        raise Refusal(Code.NOT_HERE, str(error)) from None
+    except (RuntimeError, ProtocolError, TimeoutError) as error:  # torch raises RuntimeErrors
+        raise Refusal(Code.TRANSFER_FAILED, one_line(error)) from None

@@ -20,8 +20,8 @@ logger = logging.getLogger("vllm.netloader")
 MIN_PORT, MAX_PORT = 1024, 65535
 _LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")
-Plain: TypeAlias = bool | int | float | str | None
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+Plain: TypeAlias = bool | int | float | str | None
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 
@@ -97,6 +97,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def shortened(text: str, limit: int = 2000) -> str:
+    """Return a peer's text made fit for a log: one line, printable, bounded."""
+    printable = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
+    return printable if len(printable) <= limit else f"{printable[:limit]}..."
+
+
 def plain(name: str, value: object) -> Plain:
     """Return a value as a type that messages can carry.
 
@@ -124,9 +130,14 @@ def plain(name: str, value: object) -> Plain:
     )
 
 
-def gigabytes_per_second(nbytes: int, seconds: float) -> float:
-    """Return a rate in GB/s (1e9 bytes per second)."""
-    return nbytes / max(seconds, 1e-9) / 1e9
+def size(nbytes: float) -> str:
+    """Return a number of bytes for people, in MB or GB (1e6 and 1e9 bytes)."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+
+
+def rate(nbytes: int, seconds: float) -> str:
+    """Return a rate for people, in MB/s or GB/s."""
+    return f"{size(nbytes / max(seconds, 1e-9))}/s"
 
 
 class Patience:

@@ -1,42 +1,30 @@
 """The only tests here that import vLLM, which takes seconds; those with an engine are elsewhere."""
 
 import dataclasses
-import gc
-import os
+import functools
+import types
 
 import pytest
 import torch
-from torch import nn
 from vllm.config import CompilationConfig, LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.platforms import current_platform
 
 import vllm_ascend
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
-from vllm_ascend.model_loader.netloader.config import KEYS, parse_config
+from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
     ConfigError,
     LayoutUnsupported,
     LoadFailed,
 )
-from vllm_ascend.model_loader.netloader.executor.devices import amx, device_of
+from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
-from vllm_ascend.model_loader.netloader.serve import Offer
-from vllm_ascend.model_loader.netloader.utils import Address, parse_address
+from vllm_ascend.model_loader.netloader.utils import Address
 
-from .support import (
-    DEVICE,
-    HOST,
-    closed_port,
-    dial,
-    identity,
-    load,
-    python,
-    source,
-    weights_of,
-)
+from .support import DEVICE, closed_port, identity, python, store_of
 
 # Registration
 
@@ -143,9 +131,7 @@ def test_what_prevents_registration_is_logged(monkeypatch, log):
 
     monkeypatch.setattr(vllm_loaders, "register_model_loader", fail)
     register_netloader()
-    assert log[-1].endswith(
-        "no load format netloader, as registering it failed: RuntimeError: not today"
-    )
+    assert log[-1].endswith("registering load format netloader failed: RuntimeError: not today")
 
 
 def test_registration_is_immediate_once_the_loaders_are_imported(monkeypatch):
@@ -161,15 +147,6 @@ def test_registering_again_changes_nothing(monkeypatch):
     monkeypatch.setattr(vllm_loaders, "register_model_loader", None)  # would warn of a duplicate
     vllm_ascend.register_model_loader()
     register_netloader()
-
-
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_registration_asks_for_amx_tiles_where_vllm_runs_on_the_cpu(is_cpu, monkeypatch):
-    asked = []
-    monkeypatch.setattr(amx, "request_amx_tiles", lambda: asked.append(True))
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: is_cpu)
-    register_netloader()
-    assert asked == [True] * is_cpu
 
 
 def test_vllm_makes_the_loader_from_the_load_format():
@@ -249,9 +226,10 @@ def test_without_a_good_address_the_reasons_for_going_to_disk_are_the_malformed_
 
 def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed_load():
     address = closed_port()
-    loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1)
+    loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1, SOURCE_WAIT=0)
+    load = netloader._Load(identity(), DEVICE, serving=False)
     with pytest.raises(LoadFailed) as failed:
-        loader._pull({}, (), [address], identity(), DEVICE)
+        loader._pull(load, {}, (), [address])
     assert str(failed.value).startswith("malformed source 'a': no port")
     assert f"; {address}: cannot connect: " in str(failed.value)
 
@@ -300,118 +278,147 @@ def test_a_device_that_is_not_known_is_refused_by_name():
         device_of("meta", 16)
 
 
-# Servers
+# From sources, from disk, and what is offered then
 
 
-@pytest.fixture
-def servers(monkeypatch):
-    """The servers of this process, and none of them left afterwards."""
-    known = {}
-    monkeypatch.setattr(netloader, "_servers", known)
-    monkeypatch.setattr(netloader, "get_ip", lambda: HOST)
-    yield known
-    for server in known.values():
-        server.stop()
+ON_CPU = types.SimpleNamespace(device_config=types.SimpleNamespace(device="cpu"))
 
 
-WEIGHTS = {"a": torch.ones(1)}
+class Steps:
+    """A loader whose steps towards vLLM are noted and not taken."""
+
+    def __init__(self, monkeypatch, **extra_config):
+        self.taken, self.offered = [], []
+        self.loader = make(LISTEN_PORT=1, **extra_config)
+        self.failure = LoadFailed("192.0.2.7:1: gone")
+        restore = functools.partial(self.taken.append, "restore")
+        monkeypatch.setattr(netloader, "remember_registrations", lambda config: restore)
+        monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
+        monkeypatch.setattr(netloader, "groups_to_come", lambda config, identity: [])
+        monkeypatch.setattr(netloader.registry, "put_in_use", self._put_in_use)
+        monkeypatch.setattr(self.loader, "_identify", lambda config: identity())
+        monkeypatch.setattr(self.loader, "_load_from_sources", self._fail)
+        monkeypatch.setattr(self.loader, "_follow_vllm", self._follow)
+
+    def load(self):
+        return self.loader.load_model(ON_CPU, types.SimpleNamespace(model="m"))
+
+    def _fail(self, load, *_):
+        self.taken.append("sources")
+        raise self.failure
+
+    def _follow(self, load, *_):
+        self.taken.append(f"disk {load.from_disk}")
+        if isinstance(self.model, Exception):
+            raise self.model
+        return self.model
+
+    model = "model"
+
+    def _put_in_use(self, model, path, manifest, config, host, offer, to_come):
+        self.offered.append(offer)
 
 
-def serve(config, rank=0, group="netloader", declined="", to_come=()):
-    """Offer a small model, or none with a reason."""
-    weights = None if declined else weights_of(WEIGHTS)
-    offer = Offer(identity(rank=rank, group=group), weights, DEVICE, declined)
-    return netloader._serve(config, offer, to_come)
+def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
+    steps = Steps(monkeypatch)
+    assert steps.load() == "model"
+    assert steps.taken == ["sources", "restore", "disk True"]
+    assert log == [
+        "NetLoader rank 0: trying the disk, as no source gave the weights: 192.0.2.7:1: gone"
+    ]
+    assert [offer.loaded_from for offer in steps.offered] == ["disk"]
 
 
-def address_of(tmp_path, rank=0):
-    return parse_address((tmp_path / f"rank_{rank}.txt").read_text())
+def test_without_fallback_the_start_ends_with_all_reasons_and_the_disk_is_not_tried(monkeypatch):
+    steps = Steps(monkeypatch, FALLBACK=False)
+    with pytest.raises(LoadFailed, match=r"192\.0\.2\.7:1: gone"):
+        steps.load()
+    assert steps.taken == ["sources"]
+    assert steps.offered == []
 
 
-def test_target_and_draft_share_one_server(servers, tmp_path):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    server = serve(config)
-    assert serve(config, group="netloader_draft") is server
-    groups = {one.group for one in server._status(0).identities}
-    assert groups == {"netloader", "netloader_draft"}
-    dial(address_of(tmp_path)).close()
+def test_when_the_disk_has_no_weights_either_one_error_says_both(monkeypatch):
+    steps = Steps(monkeypatch)
+    steps.model = RuntimeError("no safetensors")
+    with pytest.raises(LoadFailed) as failed:
+        steps.load()
+    assert str(failed.value) == (
+        "no source gave the weights (192.0.2.7:1: gone), and they cannot be loaded from disk "
+        "either (RuntimeError: no safetensors)"
+    )
 
 
-def is_refused(address, group, reason):
-    with pytest.raises(LoadFailed, match=f"refused: {reason}"):
-        load([address], {"a": torch.zeros(1)}, who=identity(group=group))
+@pytest.mark.parametrize("fallback", [True, False])
+def test_what_is_wrong_with_vllm_is_no_reason_to_go_to_disk(monkeypatch, fallback):
+    steps = Steps(monkeypatch, FALLBACK=fallback)
+    steps.failure = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        steps.load()
+    assert steps.taken == ["sources"]
 
 
-def test_without_a_model_to_give_there_is_no_port_and_no_port_file(servers, tmp_path, log):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    server = serve(config, declined="no copy", to_come=["netloader_draft"])
-    assert serve(config, group="netloader_draft", declined="none either") is server
-    assert not server.listening
-    assert os.listdir(tmp_path) == []
-    assert log == []
+STORE = store_of({"a": torch.ones(3)})
 
 
-def test_a_draft_opens_the_port_and_its_target_is_refused_with_the_reason(servers, tmp_path):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    server = serve(config, declined="no copy", to_come=["netloader_draft"])
-    assert serve(config, group="netloader_draft") is server
-    is_refused(address_of(tmp_path), "netloader", "no copy")
-    load([address_of(tmp_path)], WEIGHTS, who=identity(group="netloader_draft"))
+def offered(monkeypatch, load, **extra_config):
+    """What comes of a load that has got so far."""
+    steps = Steps(monkeypatch, **extra_config)
+    steps.loader._vllm_config = ON_CPU
+    steps.loader._offer(load, "model", ON_CPU, types.SimpleNamespace(model="m"))
+    [offer] = steps.offered
+    return offer
 
 
-def test_a_draft_that_is_not_to_be_had_is_refused_with_the_reason(servers, tmp_path):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    serve(config, to_come=["netloader_draft"])
-    serve(config, group="netloader_draft", declined="no copy")
-    is_refused(address_of(tmp_path), "netloader_draft", "no copy")
+def in_progress(**changes):
+    return netloader._Load(identity(), DEVICE, serving=True, store=STORE, **changes)
 
 
-def test_the_host_listened_on_is_the_one_published(servers, tmp_path, monkeypatch):
-    monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_", "LISTEN_HOST": HOST})
-    serve(config)
-    assert address_of(tmp_path).host == HOST
+@pytest.mark.parametrize("pinned", [STORE.digests.weights, f"xxh3_128:{'0' * 32}"])
+def test_other_weights_than_those_pinned_are_a_warning_when_they_come_from_disk(
+    monkeypatch, log, pinned
+):
+    offer = offered(monkeypatch, in_progress(), WEIGHTS_DIGEST=pinned)
+    assert offer.store.digests == STORE.digests
+    found = STORE.digests.weights
+    warning = f"NetLoader rank 0: the weights from disk are {found} and WEIGHTS_DIGEST is {pinned}"
+    assert log == ([] if pinned == found else [warning])
 
 
-def test_ranks_have_servers_of_their_own(servers, tmp_path):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    assert serve(config, 0) is not serve(config, 1)
-    assert address_of(tmp_path, 0) != address_of(tmp_path, 1)
+def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monkeypatch, log):
+    load = in_progress(unserved="post-processing has changed x")
+    offer = offered(monkeypatch, load)
+    assert (offer.store, offer.reason) == (None, "post-processing has changed x")
+    [line] = log
+    assert line.endswith("this model cannot be a source: post-processing has changed x")
 
 
-@pytest.mark.parametrize("port", [0, 1023, 65536])
-def test_a_port_out_of_range_is_no_server(servers, port, log):
-    assert serve(parse_config({"LISTEN_PORT": port})) is None
-    assert f"no server, as LISTEN_PORT {port} is outside 1024-65535" in log[-1]
+def test_what_keeps_an_instance_from_being_a_source_does_not_end_its_start():
+    load = in_progress()
+    with load.preparing_to_serve():
+        raise LayoutUnsupported("t was made by loading")
+    assert load.unserved == "t was made by loading"
+    with load.preparing_to_serve():
+        raise RuntimeError("out of\nmemory")
+    assert load.unserved == "preparing it failed: RuntimeError: out of memory"
+    with pytest.raises(TypeError), load.preparing_to_serve():
+        raise TypeError
 
 
-def test_a_port_that_is_taken_is_no_server_and_one_error(servers, log):
-    with source({"a": torch.ones(1)}) as other:
-        config = parse_config({"LISTEN_PORT": other.address.port})
-        assert serve(config) is None
-    assert f"cannot listen on port {other.address.port}" in log[-1]
-    assert servers == {}
-
-
-def test_a_model_that_is_gone_is_served_no_more(servers, tmp_path):
-    config = parse_config({"OUTPUT_PREFIX": f"{tmp_path}/rank_"})
-    server = serve(config)
-    address = address_of(tmp_path)
-    target, draft = nn.Linear(1, 1), nn.Linear(1, 1)
-    for model, group in ((target, "netloader"), (draft, "netloader_draft")):
-        who = identity(group=group)
-        server.offer(Offer(who, weights_of(dict(model.named_parameters())), DEVICE))
-        netloader._in_use[model] = netloader._InUse(server, who, "path", None)
-        netloader.weakref.finalize(model, netloader._retire, server, group)
-    del draft, model
-    gc.collect()
-    assert [one.group for one in server._status(0).identities] == ["netloader"]
-    del target
-    gc.collect()
-    assert os.listdir(tmp_path) == []
-    assert servers == {}
-    with pytest.raises(OSError):
-        dial(address, 1)
+@pytest.mark.parametrize(("verify", "serving"), [(True, True), (False, True), (False, False)])
+def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
+    monkeypatch, verify, serving
+):
+    tensor = torch.ones(3)
+    store = store_of({"a": tensor})
+    tensor.zero_()  # as if a source had lied
+    loaded = Loaded(store, "192.0.2.7:1")
+    monkeypatch.setattr(netloader, "elastic_load", lambda *_, **options: loaded)
+    load = netloader._Load(identity(), DEVICE, serving=serving)
+    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)])
+    assert load.loaded_from == "192.0.2.7:1"
+    assert (got is store) == (verify or not serving)
+    if got is not store:
+        assert got.digests == store_of({"a": tensor}).digests
 
 
 # What making a model leaves in the configuration

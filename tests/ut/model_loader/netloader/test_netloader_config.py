@@ -6,16 +6,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_ascend.model_loader.netloader.config import KEYS as KNOWN_KEYS
 from vllm_ascend.model_loader.netloader.config import (
     MAX_MODEL_NAME_BYTES,
     Int8Cache,
     NetLoaderConfig,
     Sources,
+    Transport,
     parse_config,
 )
 from vllm_ascend.model_loader.netloader.errors import ConfigError, NetLoaderError
 from vllm_ascend.model_loader.netloader.utils import Address
 
+DIGEST = f"xxh3_128:{'0123456789abcdef' * 2}"
 KEYS = [
     "SOURCE",
     "MODEL",
@@ -27,6 +30,11 @@ KEYS = [
     "MAX_SESSIONS",
     "MAX_SEND_RATE",
     "MAX_SOURCES",
+    "SOURCE_WAIT",
+    "FALLBACK",
+    "WEIGHTS_DIGEST",
+    "TRANSPORT",
+    "CONNECTIONS",
     "CHUNK_MIB",
     "VERIFY",
     "HCCL_BUFFER_SIZE",
@@ -50,6 +58,13 @@ def test_nothing_given_is_a_valid_configuration():
     assert config.verify
     assert config.int8_cache is Int8Cache.NO
     assert config.hccl_buffer_size == 16
+    assert config.chunk_mib is None  # what suits the transport
+    assert config.transport is Transport.AUTO
+    assert (config.source_wait, config.fallback, config.weights_digest) == (300, True, None)
+
+
+def test_these_are_all_keys():
+    assert sorted([*KEYS, "CONFIG_FILE"]) == KNOWN_KEYS
 
 
 @pytest.mark.parametrize(
@@ -79,6 +94,16 @@ def test_nothing_given_is_a_valid_configuration():
         ("MAX_SEND_RATE", "500mb/s", 500_000_000),
         ("MAX_SOURCES", 1, 1),
         ("MAX_SOURCES", 64, 64),
+        ("SOURCE_WAIT", 0, 0.0),
+        ("SOURCE_WAIT", 86400, 86400.0),
+        ("SOURCE_WAIT", "0.05", 0.05),
+        ("FALLBACK", False, False),
+        ("FALLBACK", "true", True),
+        ("WEIGHTS_DIGEST", DIGEST, DIGEST),
+        ("TRANSPORT", "auto", Transport.AUTO),
+        ("TRANSPORT", "HTTP", Transport.HTTP),
+        ("CONNECTIONS", 1, 1),
+        ("CONNECTIONS", "16", 16),
         ("CHUNK_MIB", 1, 1),
         ("CHUNK_MIB", 64, 64),
         ("MAX_SEND_RATE", " 2GiB/s\n", 2 << 30),
@@ -103,6 +128,7 @@ INTEGER_KEYS = {
     "LISTEN_PORT": st.integers(-(10**6), 10**6),
     "MAX_SESSIONS": st.integers(1, 256),
     "MAX_SOURCES": st.integers(1, 64),
+    "CONNECTIONS": st.integers(1, 16),
     "CHUNK_MIB": st.integers(1, 64),
     "HCCL_BUFFER_SIZE": st.integers(1, 4096),
 }
@@ -174,6 +200,20 @@ SOURCE_ENTRY = "an object with device_id and sources, and no other keys"
         ("MAX_SESSIONS", True, "an integer from 1 to 256"),
         ("MAX_SOURCES", 0, "an integer from 1 to 64"),
         ("MAX_SOURCES", 65, "an integer from 1 to 64"),
+        ("SOURCE_WAIT", -1, "seconds, from 0 to 86400"),
+        ("SOURCE_WAIT", 86401, "seconds, from 0 to 86400"),
+        ("FALLBACK", 0, "true or false"),
+        ("WEIGHTS_DIGEST", "", "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", DIGEST.upper(), "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", DIGEST[:-1], "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", DIGEST + "0", "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", DIGEST.partition(":")[2], "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", DIGEST + "\n", "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", 5, "a weights digest as in the log"),
+        ("TRANSPORT", "hccl", "'auto' or 'http'"),
+        ("TRANSPORT", True, "'auto' or 'http'"),
+        ("CONNECTIONS", 0, "an integer from 1 to 16"),
+        ("CONNECTIONS", 17, "an integer from 1 to 16"),
         ("CHUNK_MIB", 0, "an integer from 1 to 64"),
         ("CHUNK_MIB", 65, "an integer from 1 to 64"),
         ("HCCL_BUFFER_SIZE", 0, "an integer from 1 to 4096"),
@@ -315,21 +355,22 @@ def test_the_host_listened_on_is_announced_unless_it_stands_for_all(host, announ
 
 
 @pytest.mark.parametrize(
-    ("rate", "sessions", "chunk_mib", "largest_mib"),
+    ("rate", "sessions", "most_mib"),
     [
-        ("1GB/s", 4, 8, 64),
-        ("10MiB/s", 4, 8, 12),
-        ("5MiB/s", 4, 6, 6),
-        ("1MiB/s", 4, 1, 1),
-        ("1MiB/s", 1, 5, 5),
+        (None, 4, 64),
+        ("1GB/s", 4, 64),
+        ("10MiB/s", 4, 12),
+        ("5MiB/s", 4, 6),
+        ("1MiB/s", 4, 1),
+        ("1MiB/s", 1, 5),
     ],
 )
-def test_a_chunk_takes_half_of_the_progress_deadline_at_most_when_all_sessions_share_the_rate(
-    rate, sessions, chunk_mib, largest_mib
+def test_a_message_takes_half_of_the_progress_deadline_at_most_when_all_sessions_share_the_rate(
+    rate, sessions, most_mib
 ):
     config = parse_config({"MAX_SEND_RATE": rate, "MAX_SESSIONS": sessions, "CHUNK_MIB": 8})
-    assert config.chunk_bytes == chunk_mib << 20
-    assert config.max_chunk_bytes == largest_mib << 20
+    assert config.max_message_bytes == most_mib << 20
+    assert config.chunk_mib == 8  # which says what a client asks for, and nothing of what it sends
 
 
 def test_a_rate_too_low_for_the_smallest_chunk_is_refused_with_the_lowest_rate():

@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, LoadFailed
-from vllm_ascend.model_loader.netloader.executor.manifest import PROCESSED, describe, match
-from vllm_ascend.model_loader.netloader.executor.processed import (
+from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Span
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED
+from vllm_ascend.model_loader.netloader.executor.memory import write
+from vllm_ascend.model_loader.netloader.executor.model.match import describe, match
+from vllm_ascend.model_loader.netloader.executor.model.processed import (
     capture_processed,
     changed_scalars,
     defined_memory,
     processed_tensors,
 )
-from vllm_ascend.model_loader.netloader.executor.weight_cache import apply_attributes, scalars
+from vllm_ascend.model_loader.netloader.executor.model.raw import apply_attributes, scalars
 
-from .support import DEVICE, MIB, blank_like, bytes_of, differing, identity, load, source
-from .test_netloader_plan import DTYPES
-
-WHO = identity(layout=PROCESSED, vllm_version="vllm 1")
+from .support import DEVICE, DTYPES, blank_like, bytes_of, differing
 
 # Models as vLLM Ascend leaves them
 
@@ -247,10 +247,17 @@ def test_a_tensor_that_has_several_names_is_found_under_all():
 
 def captured(model, before=None):
     attributes = changed_scalars(before, scalars(model)) if before is not None else {}
-    return capture_processed(model, attributes, MIB, DEVICE)
+    return capture_processed(model, attributes, DEVICE)
 
 
-def test_a_model_is_filled_with_what_another_one_uses():
+def pull(store, into):
+    """Bring a store's bytes to other tensors, as transports do."""
+    received = match(store.manifest, into, into.keys(), {})
+    for there, here in zip(store.tensors, received, strict=True):
+        write(Span(0, 0, there.nbytes), [here], bytes_of(there).clone())
+
+
+def test_a_model_is_filled_with_what_another_one_uses_and_is_a_source_of_the_same():
     there, here = Model(0), Model(1)
     before = scalars(there)
     there.flag, there.layers[1].limit = True, 7.5
@@ -258,26 +265,17 @@ def test_a_model_is_filled_with_what_another_one_uses():
     strides = {name: tensor.stride() for name, tensor in tensors.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     assert differing(tensors, processed_tensors(there))
-    with source(captured(there, before), who=WHO) as running:
-        loaded = load([running], tensors, who=WHO)
-    apply_attributes(here, loaded.manifest.attributes)
+    store = captured(there, before)
+    pull(store, tensors)
+    unfilled = scalars(here)
+    apply_attributes(here, store.manifest.attributes)
     assert differing(processed_tensors(here), processed_tensors(there)) == []
     assert {name: tensor.stride() for name, tensor in tensors.items()} == strides
     assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == addresses
     assert (here.flag, here.layers[1].limit) == (True, 7.5)
-
-
-def test_a_filled_model_is_a_source_of_the_same_weights():
-    there, here, third = Model(0), Model(1), Model(2)
-    first = captured(there)
-    with source(first, who=WHO) as running:
-        load([running], processed_tensors(here), who=WHO)
-    second = captured(here)
-    assert second.digests == first.digests
-    assert second.manifest == first.manifest
-    with source(second, who=WHO) as running:
-        load([running], processed_tensors(third), who=WHO)
-    assert differing(processed_tensors(third), processed_tensors(there)) == []
+    again = captured(here, unfilled)
+    assert again.digests == store.digests
+    assert again.manifest == store.manifest
 
 
 def turned(dtype=torch.float32, count=24):
@@ -323,9 +321,7 @@ def test_tensors_of_any_strides_arrive_as_they_are(made):
 
 def test_memory_between_the_elements_of_a_tensor_is_left_alone():
     there, around = {"t": torch.ones(4, 4)[:, ::2]}, torch.zeros(4, 4)
-    model = captured_of(there)
-    with source(model, who=WHO) as running:
-        load([running], {"t": around[:, ::2]}, who=WHO)
+    pull(captured_of(there), {"t": around[:, ::2]})
     assert (around[:, ::2] == 1).all()
     assert (around[:, 1::2] == 0).all()
 
@@ -375,36 +371,16 @@ def test_a_tensor_that_only_one_side_has_is_refused_by_name(side):
     there, here = Model(0), Model(0)
     more = here if side == "here" else there
     more.layers[1].attn.impl.W_K = torch.ones(3)
-    with source(captured(there), who=WHO) as running, pytest.raises(LoadFailed) as failed:
-        load([running], processed_tensors(here), who=WHO)
-    assert f"layers.1.attn.impl.W_K is only {side}" in str(failed.value)
+    message = refusal(processed_tensors(there), processed_tensors(here))
+    assert message == f"tensors differ: layers.1.attn.impl.W_K is only {side}"
 
 
-def test_post_processing_that_turned_another_way_is_refused_before_anything_is_written():
+def test_post_processing_that_turned_another_way_is_refused_by_name():
     there, here = Model(0), Model(1)
     impl = here.layers[0].attn.impl
     impl.W_UK_T = impl.W_UK_T.contiguous()
-    before = {name: tensor.clone() for name, tensor in processed_tensors(here).items()}
-    with source(captured(there), who=WHO) as running, pytest.raises(LoadFailed) as failed:
-        load([running], processed_tensors(here), who=WHO)
-    assert r"layers.0.attn.impl.W_UK_T is row-major here and strided" in str(failed.value)
-    assert differing(processed_tensors(here), before) == []
-
-
-def test_the_layouts_do_not_mix():
-    tensors = {"t": torch.ones(2)}
-    raw = identity()
-    with source(captured_of(tensors), who=WHO) as running, pytest.raises(LoadFailed) as failed:
-        load([running], tensors, who=raw)
-    assert "layout is 'raw' here and 'processed' there" in str(failed.value)
-
-
-def test_another_version_of_post_processing_is_refused():
-    tensors = {"t": torch.ones(2)}
-    newer = identity(layout=PROCESSED, vllm_version="vllm 2")
-    with source(captured_of(tensors), who=WHO) as running, pytest.raises(LoadFailed) as failed:
-        load([running], tensors, who=newer)
-    assert "vllm_version is 'vllm 2' here and 'vllm 1' there" in str(failed.value)
+    message = refusal(processed_tensors(there), processed_tensors(here))
+    assert "layers.0.attn.impl.W_UK_T is row-major here and strided" in message
 
 
 def test_post_processed_tensors_of_a_subclass_without_memory_are_refused():
@@ -440,10 +416,7 @@ def test_numbers_that_json_does_not_have_do_not_travel(value):
     model = Model()
     before = scalars(model)
     model.layers[0].limit = value
-    weights = captured(model, before)
-    assert weights.manifest.attributes == {}
-    with source(weights, who=WHO) as running:
-        load([running], processed_tensors(Model(1)), who=WHO)
+    assert captured(model, before).manifest.attributes == {}
 
 
 # Defined memory
@@ -478,10 +451,11 @@ RARE = [
 @pytest.fixture
 def dirty_memory():
     """New memory is anything but ones and zeros."""
-    torch.use_deterministic_algorithms(True)
+    # `torch.use_deterministic_algorithms` imports torch's compiler first, which takes seconds.
+    torch._C._set_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 def assert_defined(make, dtype):

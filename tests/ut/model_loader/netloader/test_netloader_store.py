@@ -1,122 +1,310 @@
+"""The block store, complete and incomplete: one suite for both."""
+
+import itertools
 import threading
-import time
-from datetime import timedelta
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import PrefixStore
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.executor.store import PeerStore
+from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, NotHere, Withdrawn
+from vllm_ascend.model_loader.netloader.executor import store as module
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
+from vllm_ascend.model_loader.netloader.executor.memory import write
+from vllm_ascend.model_loader.netloader.executor.model.match import match
 
-from .support import PATIENCE, channels
-
-
-@pytest.fixture
-def pair():
-    with channels() as (near, far):
-        yield PeerStore(near.tell, near.hear, PATIENCE), PeerStore(far.tell, far.hear, PATIENCE)
-
-
-def scripted(*said, timeout=PATIENCE):
-    """A store that hears this, and what it tells."""
-    told, said = [], list(said)
-
-    def hear(timeout):
-        if not said:
-            raise TimeoutError("nothing")
-        return said.pop(0)
-
-    return PeerStore(lambda key, value: told.append((key, value)), hear, timeout), told
+from .support import (
+    MIB,
+    PATIENCE,
+    Tapped,
+    any_model,
+    assorted,
+    blank_like,
+    bytes_of,
+    flipped,
+    incomplete,
+    random_tensor,
+    store_of,
+)
 
 
-@given(st.dictionaries(st.text(max_size=20), st.binary(max_size=5000), max_size=8))
-def test_what_one_sets_the_other_gets_as_torch_asks_for_it(values):
-    with channels() as (near, far):
-        here = PeerStore(near.tell, near.hear, PATIENCE)
-        there = PeerStore(far.tell, far.hear, PATIENCE)
-        one, other = PrefixStore("group", here), PrefixStore("group", there)
-        for key, value in values.items():
-            one.set(key, value)
-            assert one.get(key) == value
-        for key, value in reversed(values.items()):
-            assert other.get(key) == value
-        other.wait(list(values), timedelta(seconds=1))
-        assert other.check(list(values))
-        assert not other.check(["what nobody has set"])
+def client_of(store, tensors):
+    """A client's empty store, over memory with something else in it."""
+    blanks = blank_like(tensors)
+    return incomplete(store, match(store.manifest, blanks, blanks.keys(), {}))
 
 
-def test_both_go_on_once_both_have_come(pair):
-    one, other = pair
-    met = []
-
-    def meet():
-        other.meet(1, "is here")
-        met.append(1)
-
-    thread = threading.Thread(target=meet)
-    thread.start()
-    assert one.get("1 is here") == b""
-    assert not met
-    one.meet(0, "is here")
-    thread.join(PATIENCE)
-    assert met == [1]
+def fetch(there, here, run):
+    """Bring a run to another store, as a transport does."""
+    for span, part in zip(there.blocks.spans(run), there.parts(run), strict=True):
+        write(span, here.tensors, bytes_of(part).clone())
 
 
-def test_all_that_was_set_before_a_meeting_has_been_heard_after_it():
-    store, told = scripted(("a", b"1"), ("b", b"2"), ("1 is here", b""))
-    store.meet(0, "is here")
-    assert told == [("0 is here", b"")]
-    store.close()
-    assert (store.get("a"), store.get("b")) == (b"1", b"2")
+def fill(there, here):
+    for run in there.blocks.cut(MIB):
+        fetch(there, here, run)
+        assert here.wrong(run) == []
+        here.add(run)
 
 
-def test_a_value_that_is_not_set_is_an_error_when_the_deadline_passes():
-    with channels() as (near, _):
-        store = PeerStore(near.tell, near.hear, 1.0)
-        started = time.monotonic()
-        for _ in range(3):  # of all calls together
-            with pytest.raises(TimeoutError):
-                store.get("a")
-        assert time.monotonic() - started < 2.5
-        assert isinstance(store.failure, TimeoutError)
-        assert store.remaining == 0
+def whole(store):
+    return Run(0, store.blocks.count - 1)
 
 
-def test_why_it_failed_is_known_whatever_torch_makes_of_it():
-    error = ProtocolError("not a valid message")
-
-    def fail(*_):
-        raise error
-
-    for store, call in (
-        (PeerStore(fail, fail, 1), lambda store: store.set("a", "b")),
-        (PeerStore(fail, fail, 1), lambda store: store.get("a")),
-        (PeerStore(fail, fail, 1), lambda store: store.wait(["a"])),
-    ):
-        with pytest.raises(Exception, match="not a valid message"):
-            call(PrefixStore("group", store))
-        assert store.failure is error
+@pytest.fixture(params=["from the start", "once filled"])
+def full(request):
+    """A store that is complete, however it came to be."""
+    tensors = assorted()
+    store = store_of(tensors, attributes={"a.scale": 0.5})
+    if request.param == "from the start":
+        return store
+    client = client_of(store, tensors)
+    fill(store, client)
+    return client
 
 
-def test_a_peer_that_sets_without_end_is_an_error():
-    def hear(timeout):
-        numbers.append(len(numbers))
-        return str(numbers[-1]), b"x"
-
-    numbers = []
-    store = PeerStore(lambda *_: None, hear, PATIENCE)
-    with pytest.raises(ProtocolError, match="more than 64 values"):
-        store.get("a")
-    assert len(numbers) == 65
+# Complete stores, whichever way they came about
 
 
-def test_a_store_that_is_closed_tells_and_hears_nothing_more():
-    store, told = scripted(("a", b"1"))
-    store.close()
-    store.set("b", b"2")
-    assert told == []
-    assert store.get("b") == b"2"
-    with pytest.raises(RuntimeError, match="'a' was not set"):
-        store.get("a")
+def test_a_complete_store_has_every_block(full):
+    assert full.complete
+    full.check(whole(full))
+    for run in full.blocks.cut(4 * MIB):
+        full.check(run)
+        assert full.wrong(run) == []
+
+
+def test_a_complete_store_is_the_same_whichever_way_it_came_about(full):
+    model = store_of(assorted(), attributes={"a.scale": 0.5})
+    assert full.digests == model.digests
+    assert full.manifest == model.manifest
+    parts = [torch.cat([bytes_of(part) for part in one.parts(whole(one))]) for one in (full, model)]
+    assert torch.equal(*parts)
+
+
+def test_hashing_a_store_anew_makes_the_same_of_it(full):
+    again = full.hashed_anew()
+    assert again.digests == full.digests
+    assert again.complete
+    assert again.tensors is full.tensors
+
+
+def test_a_store_whose_memory_has_changed_is_another_one_when_hashed_anew(full):
+    full.tensors[0].view(-1).view(torch.uint8)[0] ^= 1
+    again = full.hashed_anew()
+    assert again.digests.weights != full.digests.weights
+    assert again.wrong(Run(0, 0)) == []
+    assert full.wrong(Run(0, 0)) == [0]
+
+
+def test_a_store_may_go_on_in_other_memory(full):
+    elsewhere = [tensor.clone() for tensor in full.tensors]
+    full.withdraw("its memory changes")
+    moved = full.with_tensors(elsewhere)
+    assert (moved.digests, moved.manifest, moved.complete) == (full.digests, full.manifest, True)
+    moved.check(whole(moved))
+    assert moved.wrong(whole(moved)) == []
+    assert moved.parts(Run(0, 0))[0].data_ptr() == elsewhere[0].data_ptr()
+
+
+def test_blocks_that_are_wrong_are_known_one_by_one(full):
+    large = full.manifest.names.index("large")
+    first, last = full.blocks.blocks_of(large)
+    full.tensors[large].view(torch.uint8)[MIB + 5] ^= 1
+    full.tensors[large].view(torch.uint8)[-1] ^= 1
+    assert full.wrong(Run(first - 1, last + 1)) == [first + 1, last]
+    assert full.wrong(Run(first, first)) == []
+    assert full.names([last, first + 1]) == ["large"]
+
+
+def test_a_flip_in_any_tensor_is_found(full):
+    for index, tensor in enumerate(full.tensors):
+        if tensor.numel():
+            right, tensors = tensor, list(full.tensors)
+            tensors[index] = flipped(right.contiguous())
+            wrong = full.with_tensors(tensors)
+            assert wrong.names(wrong.wrong(whole(wrong))) == [full.manifest.names[index]]
+
+
+def test_names_are_in_the_order_of_the_manifest_each_once(full):
+    assert full.names(range(full.blocks.count)) == full.manifest.names
+    assert full.names([full.blocks.count - 1, 0, 0]) == [
+        full.manifest.names[0],
+        full.manifest.names[-1],
+    ]
+    assert full.names([]) == []
+
+
+# Withdrawn ones
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_nothing_can_be_read_from_a_store_that_is_withdrawn(filled):
+    tensors = assorted()
+    store = store_of(tensors)
+    store = store if filled else client_of(store, tensors)
+    assert not store.withdrawn.is_set()
+    store.withdraw("the weights are being replaced")
+    store.withdraw("something else")
+    assert store.withdrawn.is_set()
+    with pytest.raises(Withdrawn, match="the weights are being replaced"):
+        store.check(Run(0, 0))
+
+
+def test_whoever_is_told_that_a_store_is_withdrawn_finds_it_so():
+    store = store_of({"t": torch.ones(2)})
+    told = []
+
+    class Told:
+        def set(self):
+            with pytest.raises(Withdrawn, match="why"):
+                store.check(Run(0, 0))
+            told.append(True)
+
+    store.withdrawn = Told()
+    store.withdraw("why")
+    assert told
+
+
+# Incomplete ones
+
+
+def test_an_empty_store_has_no_block():
+    tensors = assorted()
+    client = client_of(store_of(tensors), tensors)
+    assert not client.complete
+    for block in range(client.blocks.count):
+        with pytest.raises(NotHere, match=f"block {block} is not here"):
+            client.check(Run(block, block))
+
+
+def test_a_store_of_no_blocks_is_complete():
+    store = store_of({})
+    assert incomplete(store, []).complete
+
+
+@given(any_model(), st.randoms())
+def test_a_store_is_filled_in_any_order_and_can_be_read_meanwhile(model, random):
+    store = store_of(model)
+    client = client_of(store, model)
+    runs = store.blocks.cut(random.choice([1, MIB]))
+    random.shuffle(runs)
+    for run, later in itertools.zip_longest(runs, runs[1:]):
+        assert not client.complete
+        fetch(store, client, run)
+        client.add(run)
+        client.check(run)
+        assert client.wrong(run) == []
+        if later is not None:
+            with pytest.raises(NotHere):
+                client.check(later)
+            with pytest.raises(NotHere):
+                client.check(whole(client))
+    assert client.complete
+
+
+def test_the_first_block_that_is_missing_from_a_run_is_named():
+    store = store_of({"t": random_tensor(0, torch.uint8, 5 * MIB)})
+    client = client_of(store, {"t": store.tensors[0]})
+    client.add(Run(0, 1))
+    client.add(Run(3, 3))
+    client.check(Run(0, 1))
+    with pytest.raises(NotHere, match="block 2 is not here"):
+        client.check(Run(0, 4))
+    with pytest.raises(NotHere, match="block 4 is not here"):
+        client.check(Run(3, 4))
+
+
+def test_a_run_that_comes_twice_or_in_part_again_is_counted_once():
+    store = store_of({"t": random_tensor(0, torch.uint8, 4 * MIB)})
+    client = client_of(store, {"t": store.tensors[0]})
+    client.add(Run(0, 1))
+    client.add(Run(0, 2))
+    assert not client.complete
+    client.add(Run(3, 3))
+    assert client.complete
+
+
+def test_several_sessions_fill_a_store_together():
+    tensors = {f"{i}": torch.empty(100, dtype=torch.uint8) for i in range(400)}
+    client = client_of(store_of(tensors), tensors)
+    ready = threading.Barrier(4)
+
+    def add(turn):
+        ready.wait(PATIENCE)
+        for block in range(turn, 400, 4):
+            client.add(Run(block, block))
+
+    threads = [threading.Thread(target=add, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert client.complete
+
+
+def test_what_came_wrong_is_known_before_it_is_here():
+    tensors = {"t": random_tensor(0, torch.uint8, 3 * MIB)}
+    store = store_of(tensors)
+    client = client_of(store, tensors)
+    assert client.wrong(Run(0, 2)) == [0, 1, 2]
+    fetch(store, client, Run(1, 1))
+    assert client.wrong(Run(0, 2)) == [0, 2]
+    with pytest.raises(NotHere):
+        client.check(Run(1, 1))
+
+
+# Making one
+
+
+def test_a_tensor_without_memory_makes_no_store():
+    with pytest.raises(LayoutUnsupported, match="late has no memory"):
+        store_of({"late": torch.empty(3, device="meta")})
+
+
+def test_a_store_is_hashed_once_its_device_has_come_to_rest(monkeypatch):
+    happened = []
+
+    class Noting(CpuDevice):
+        def synchronize(self):
+            happened.append("synchronize")
+
+        def digests(self, parts):
+            happened.append("digests")
+            return super().digests(parts)
+
+    store_of({"t": torch.ones(2)}, Noting())
+    assert happened == ["synchronize", "digests"]
+
+
+def test_a_model_is_hashed_in_parts_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(module, "_HASHED_AT_ONCE", 2 * MIB)
+    at_once = []
+
+    class Noting(CpuDevice):
+        def digests(self, parts):
+            at_once.append(sum(part.nbytes for part in parts))
+            return super().digests(parts)
+
+    store = store_of(assorted(), Noting())
+    assert max(at_once) <= 2 * MIB
+    assert sum(at_once) == store.blocks.nbytes
+
+
+def test_what_is_read_is_what_the_device_makes_readable():
+    """Copies without a format of their own: see `Device.readable`."""
+    asked = []
+
+    class Formatting(CpuDevice):
+        def readable(self, tensors):
+            return Tapped(tensors, lambda index, count: asked.append(index))
+
+    tensors = {"a": torch.ones(2), "b": torch.ones(3)}
+    store = store_of(tensors, Formatting())
+    assert asked == [0, 1]
+    store.parts(Run(1, 1))
+    store.wrong(Run(0, 0))
+    assert asked == [0, 1, 1, 0]
+    assert store.readable is store.readable

@@ -1,3 +1,4 @@
+import enum
 import os
 import signal
 import stat
@@ -9,15 +10,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_ascend.model_loader.netloader import utils
 from vllm_ascend.model_loader.netloader.port_file import PortFile, write_atomically
 from vllm_ascend.model_loader.netloader.utils import (
     Address,
-    gigabytes_per_second,
+    Patience,
+    one_line,
     parse_address,
+    plain,
+    rate,
+    shortened,
+    size,
     unmapped,
+    within,
 )
 
-from .support import end, python, until
+from .support import PATIENCE, Clock, end, python, until
 
 _label = st.text(string.ascii_letters + string.digits, min_size=1, max_size=20)
 _host_names = st.lists(_label, min_size=1, max_size=4).map(".".join)
@@ -109,16 +117,137 @@ def test_a_mapped_ipv4_address_is_shown_as_ipv4_and_anything_else_as_it_is(host,
     assert unmapped(host) == shown
 
 
-# Rates
+# Lines of text
 
 
-def test_gigabytes_are_counted_in_powers_of_ten():
-    assert gigabytes_per_second(3_000_000_000, 2.0) == 1.5
+@pytest.mark.parametrize(
+    ("nbytes", "shown"),
+    [
+        (0, "0.0 MB"),
+        (49_999, "0.0 MB"),
+        (2_500_000, "2.5 MB"),
+        (999_000_000, "999.0 MB"),
+        (1_000_000_000, "1.00 GB"),
+        (14_483_000_000, "14.48 GB"),
+    ],
+)
+def test_a_size_is_in_the_unit_that_suits_it(nbytes, shown):
+    assert size(nbytes) == shown
+
+
+def test_a_rate_is_in_the_unit_that_suits_it():
+    assert rate(3_000_000_000, 2.0) == "1.50 GB/s"
+    assert rate(30_000_000, 2.0) == "15.0 MB/s"
 
 
 def test_a_rate_over_no_time_is_not_an_error():
-    assert gigabytes_per_second(0, 0.0) == 0.0
-    assert gigabytes_per_second(1, 0.0) > 0
+    assert rate(0, 0.0) == "0.0 MB/s"
+    assert rate(1, 0.0).endswith("/s")
+
+
+def test_a_text_is_shown_on_one_line():
+    assert one_line(ValueError("a\n  b\tc\r\n")) == "a b c"
+
+
+@given(st.text(max_size=300), st.integers(1, 100))
+@example("\x1b[31mred\x1b[0m\n" * 9, 60)
+@example("\u202eright to left", 100)
+def test_what_a_peer_says_is_shown_printable_and_bounded(text, limit):
+    shown = shortened(text, limit)
+    assert shown.isprintable()
+    assert len(shown) <= limit + 3
+    assert shown.endswith("...") or len(text) <= limit
+    if text.isprintable() and len(text) <= limit:
+        assert shown == text
+
+
+# Plain values
+
+
+class Text(str):
+    pass
+
+
+class Whole(int):
+    pass
+
+
+class Choice(enum.Enum):
+    ONE, OTHER = "one", object()
+
+
+@pytest.mark.parametrize(
+    ("value", "made"),
+    [
+        (None, None),
+        (True, True),
+        (7, 7),
+        (2.5, 2.5),
+        ("x", "x"),
+        (Text("x"), "x"),
+        (Whole(7), 7),
+        (Choice.ONE, "one"),
+    ],
+)
+def test_a_value_becomes_a_type_that_messages_carry(value, made):
+    found = plain("name", value)
+    assert found == made
+    assert type(found) is type(made)
+
+
+@pytest.mark.parametrize("value", [object(), [1], b"x", 1j, "\ud800", Choice.OTHER])
+def test_a_value_that_no_message_can_carry_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"field is .*; allowed: "):
+        plain("field", value)
+
+
+# Deadlines
+
+
+def test_patience_ends_with_its_time(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(utils, "time", clock)
+    patience = Patience(5.0, lambda: False, 1.0)
+    clock.sleep(4.9)
+    assert not patience.over()
+    clock.sleep(0.2)
+    assert patience.over()
+    assert not patience.hung_up
+
+
+@pytest.mark.parametrize(("when", "until"), [(1.0, 1.5), (4.8, 5.0)])
+def test_a_peer_that_has_hung_up_gets_a_moment_within_the_deadline(when, until, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(utils, "time", clock)
+    patience = Patience(5.0, lambda: clock.passed >= when, 0.5)
+    while not patience.over():
+        clock.sleep(0.01)
+    assert patience.hung_up
+    assert until < clock.passed < until + 0.05
+
+
+def never():
+    return False
+
+
+def test_a_call_within_its_time_gives_its_result_or_its_error():
+    assert within(Patience(PATIENCE, never, 0.0), lambda: 7, print) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(Patience(PATIENCE, never, 0.0), lambda: 1 / 0, print)
+
+
+def test_a_result_that_comes_too_late_is_undone():
+    late, undone = threading.Event(), threading.Event()
+
+    def call():
+        assert late.wait(PATIENCE)
+        return undone
+
+    with pytest.raises(TimeoutError):
+        within(Patience(0.01, never, 0.0), call, threading.Event.set)
+    assert not undone.is_set()
+    late.set()
+    assert undone.wait(PATIENCE)
 
 
 # Port files

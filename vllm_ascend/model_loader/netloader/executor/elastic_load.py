@@ -1,311 +1,173 @@
-"""The two ends of a transfer: `P2PLoad` receives, `P2PSend` sends."""
+"""The two ends of a session: `P2PLoad` receives, `P2PSend` sends."""
 
-import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
-from ..errors import ProtocolError, TransferCorrupt
-from .devices import Device
-from .digest import chunk_digest
-from .ledger import Ledger
-from .pieces import in_place, pack, piece_hashes, unpack
-from .plan import Chunk, Plan
-from .process_group import TransferGroup
-
-# Messages of one session that are under way. Each end has at most as many staging buffers of a
-# chunk each, and only for chunks that are packed.
-WINDOW = 6
-# Chunks asked for in one request, and asked for in all before they have arrived: enough that the
-# next ones are announced long before they are needed, since a round trip of the control plane can
-# take as long as several chunks when all cores are busy.
-BATCH = 8
-AHEAD = 2 * BATCH
+from ..errors import TransferCorrupt
+from .chunks.blocks import Run
+from .rate_limiter import RateLimiter
+from .scheduler import Scheduler
+from .store import BlockStore
 
 
-class Answer(Protocol):
-    """What a source says about the chunks it is about to send."""
+class Sender(Protocol):
+    """A transport's end at the source."""
 
-    @property
-    def chunks(self) -> list[int]:
-        """The chunks, in the order in which they travel."""
+    def send(self, run: Run) -> None:
+        """Send a run, or start to.
 
-    @property
-    def digests(self) -> list[str]:
-        """Their digests."""
-
-    @property
-    def sizes(self) -> list[int]:
-        """Their numbers of bytes."""
+        Raises:
+            OSError: the client is gone.
+            RuntimeError: this or an earlier run could not be sent.
+        """
 
 
-class Control(Protocol):
-    """The way to ask a source for chunks."""
-
-    def request(self, chunks: list[int]) -> None:
-        """Ask for chunks, in order."""
-
-    def sending(self) -> Answer:
-        """Return the answer to the oldest request not answered yet."""
-
-    @property
-    def answered(self) -> bool:
-        """Whether `sending` has something to return, or at least the beginning of it."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A model that is being filled, by one session or several.
+class Receiver(Protocol):
+    """A transport's end at the client.
 
     Attributes:
-        names: name of each tensor.
-        tensors: the plan's tensors, in order; their memory is written.
-        plan: the chunks.
-        ledger: which of them are done.
-        verify: whether digests are checked.
+        batch: runs that are asked for at once.
+        ahead: runs that may have been asked for and not have come.
+        max_bytes: size of a run that is not to be exceeded.
     """
 
-    names: Sequence[str]
-    tensors: Sequence[torch.Tensor]
-    plan: Plan
-    ledger: Ledger
-    verify: bool
+    batch: int
+    ahead: int
+    max_bytes: int
 
+    def request(self, runs: Sequence[Run]) -> None:
+        """Ask for runs, in order; for none: say that this client is still there."""
 
-class _Staging:
-    """At most `WINDOW` buffers for packed chunks, made when first needed and used again."""
+    def receive(self) -> None:
+        """Return once the oldest run that was asked for is in the store's memory.
 
-    def __init__(self, device: Device, nbytes: int) -> None:
-        self._device = device
-        self._nbytes = nbytes
-        self._free: list[torch.Tensor] = []
-
-    def take(self) -> torch.Tensor:
-        return self._free.pop() if self._free else self._device.empty(self._nbytes)
-
-    def give_back(self, buffer: torch.Tensor) -> None:
-        self._free.append(buffer)
+        Raises:
+            SourceError: the source refused it or is lost.
+            RuntimeError: the transfer failed.
+            ProtocolError: the source sends something else.
+        """
 
 
 class P2PSend:
-    """Sends chunks of a model in the order asked for.
+    """Sends runs of a store in the order asked for.
 
     Args:
-        group: the session's group.
-        tensors: the plan's tensors.
-        plan: the chunks.
-        device: where the tensors are.
+        store: the weights.
+        sender: how they travel.
+        limiter: at which rate.
+
+    Attributes:
+        bytes_sent: bytes of the runs that were sent.
     """
 
-    def __init__(
-        self,
-        group: TransferGroup,
-        tensors: Sequence[torch.Tensor],
-        plan: Plan,
-        device: Device,
-    ) -> None:
-        self._group = group
-        self._tensors = device.readable(tensors)
-        self._plan = plan
-        self._device = device
-        self._staging = _Staging(device, plan.chunk_bytes)
-        self._staged: deque[torch.Tensor | None] = deque()
+    def __init__(self, store: BlockStore, sender: Sender, limiter: RateLimiter) -> None:
+        self._store = store
+        self._sender = sender
+        self._limiter = limiter
         self.bytes_sent = 0
 
-    def post(self, chunk: int) -> None:
-        """Start sending a chunk, after waiting for room in the window.
+    def send(self, run: Run) -> None:
+        """Send a run, once the rate limiter lets it go.
 
         Raises:
-            RuntimeError: an earlier chunk could not be sent.
+            Withdrawn: the weights are not to be had any more.
+            Exception: see `Sender.send`.
         """
-        while self._group.in_flight >= WINDOW:
-            self._finish_oldest()
-        planned = self._plan.chunks[chunk]
-        message, buffer = _own_memory(planned, self._tensors, self._device), None
-        if message is None:
-            buffer = self._staging.take()
-            message = pack(planned, self._tensors, buffer, self._device)
-        self._staged.append(buffer)
-        self._group.send(message)
-        self.bytes_sent += planned.nbytes
-
-    @property
-    def in_flight(self) -> int:
-        """Number of chunks posted that may not have been sent yet."""
-        return self._group.in_flight
-
-    def finish(self) -> None:
-        """Wait until every chunk posted has been sent.
-
-        Raises:
-            RuntimeError: one could not be sent.
-        """
-        while self._group.in_flight:
-            self._finish_oldest()
-
-    def _finish_oldest(self) -> None:
-        self._group.wait()
-        buffer = self._staged.popleft()
-        if buffer is not None:
-            self._staging.give_back(buffer)
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    chunk: int
-    digest: str
-    buffer: torch.Tensor | None
+        nbytes = self._store.blocks.size_of(run)
+        self._limiter.wait(nbytes, self._store.withdrawn)
+        self._store.check(run)
+        self._sender.send(run)
+        self.bytes_sent += nbytes
 
 
 class P2PLoad:
-    """Pulls what a model still lacks from one source, verified chunk by chunk.
+    """Pulls what a store still lacks from one source, verified run by run.
 
     Args:
-        control: the way to ask the source.
-        group: the session's group.
-        target: the model.
-        device: where its tensors are.
+        receiver: the way from the source.
+        store: what is filled, by this session and others.
+        scheduler: which runs are wanted.
+        verify: whether digests are checked.
         keep_alive: seconds after which a session with nothing to fetch says that it is there.
+
+    Attributes:
+        bytes_received: bytes of the runs that have come and are right.
     """
 
     def __init__(
         self,
-        control: Control,
-        group: TransferGroup,
-        target: Target,
-        device: Device,
+        receiver: Receiver,
+        store: BlockStore,
+        scheduler: Scheduler,
         *,
+        verify: bool,
         keep_alive: float,
     ) -> None:
-        self._control = control
-        self._group = group
-        self._target = target
-        self._device = device
+        self._receiver = receiver
+        self._store = store
+        self._scheduler = scheduler
+        self._verify = verify
         self._keep_alive = keep_alive
-        self._staging = _Staging(device, target.plan.chunk_bytes)
-        self._requested: deque[list[int]] = deque()
-        self._announced: deque[tuple[int, str]] = deque()
-        self._arriving: deque[_Arrival] = deque()
-        self._wrong_before: set[int] = set()
+        self._requested: deque[Run] = deque()
+        self._checking: Run | None = None
+        self._wrong_before: set[Run] = set()
         self.bytes_received = 0
 
     @property
-    def outstanding(self) -> list[int]:
-        """Chunks taken from the ledger that are neither done nor given back."""
-        return [
-            *itertools.chain.from_iterable(self._requested),
-            *(chunk for chunk, _ in self._announced),
-            *(arrival.chunk for arrival in self._arriving),
-        ]
+    def outstanding(self) -> list[Run]:
+        """Runs taken from the scheduler that are neither done nor given back."""
+        return [*self._requested, *([self._checking] if self._checking else [])]
 
     def run(self) -> None:
-        """Fetch until every chunk of the model is done, here or by another session.
+        """Fetch until every block of the store is here, through this session or another.
 
-        After an exception the `outstanding` chunks can be given back to the ledger, once the group
-        is closed.
+        After an exception the `outstanding` runs can be given back to the scheduler, once nothing
+        of this session can reach the store any more.
 
         Raises:
-            SourceLost: the control connection failed.
-            RuntimeError: the process group failed.
-            ProtocolError: the source sends other chunks than those asked for.
-            TransferCorrupt: a chunk came with wrong bytes for the second time.
+            TransferCorrupt: a run came with wrong bytes for the second time.
+            Exception: see `Receiver.receive`.
         """
-        with self._target.ledger.session():
-            while not self._target.ledger.finished:
+        with self._scheduler.session():
+            while not self._scheduler.finished:
                 self._request()
-                if self._requested and not self._announced and self._may_hear():
-                    self._hear()
-                self._receive()
-                if self._arriving:
-                    self._group.wait()
-                    # Meanwhile the backend's own thread receives the messages behind this one.
-                    self._settle(self._arriving[0])
-                elif not self._requested:
+                if not self._requested:
                     self._idle()
+                    continue
+                self._receiver.receive()
+                self._checking = self._requested.popleft()
+                self._request()  # so that the next one is on its way while this one is checked
+                self._check(self._checking)
+                self._checking = None
 
     def _request(self) -> None:
-        held = len(self.outstanding)
-        if held <= AHEAD - BATCH and (chunks := self._target.ledger.take(BATCH, held)):
-            self._requested.append(chunks)
-            self._control.request(chunks)
+        receiver, held = self._receiver, len(self._requested)
+        if held <= receiver.ahead - receiver.batch and (
+            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes)
+        ):
+            self._requested.extend(runs)
+            receiver.request(runs)
 
-    def _may_hear(self) -> bool:
-        # A source with a rate to keep answers a request long after the first chunks of the one
-        # before it are here.
-        return not self._arriving or self._control.answered
-
-    def _hear(self) -> None:
-        answer = self._control.sending()
-        wanted = self._requested[0]
-        if answer.chunks != wanted:
-            raise ProtocolError(f"chunks {wanted} were asked for, {answer.chunks} announced")
-        sizes = [self._target.plan.chunks[chunk].nbytes for chunk in wanted]
-        if answer.sizes != sizes:
-            # Gloo would end this process if more came than there is room for.
-            raise ProtocolError(f"chunks {wanted} have {sizes} bytes here and {answer.sizes} there")
-        self._requested.popleft()
-        self._announced.extend(zip(wanted, answer.digests, strict=True))
-
-    def _receive(self) -> None:
-        while self._announced and len(self._arriving) < WINDOW:
-            chunk, digest = self._announced[0]
-            planned = self._target.plan.chunks[chunk]
-            message, buffer = _own_memory(planned, self._target.tensors, self._device), None
-            if message is None:
-                buffer = self._staging.take()
-                message = buffer[: planned.nbytes]
-            self._group.receive(message)
-            self._announced.popleft()
-            self._arriving.append(_Arrival(chunk, digest, buffer))
-
-    def _land(self, arrival: _Arrival) -> tuple[bytes, ...] | None:
-        target, device = self._target, self._device
-        planned = target.plan.chunks[arrival.chunk]
-        if arrival.buffer is not None:
-            unpack(planned, target.tensors, arrival.buffer[: planned.nbytes], device)
-        if not target.verify:
-            return ()
-        # Read back from the tensors, so that a chunk put in the wrong place is noticed as well.
-        hashes = piece_hashes(planned, target.tensors, device)
-        return hashes if chunk_digest(hashes) == arrival.digest else None
-
-    def _settle(self, arrival: _Arrival) -> None:
-        hashes = self._land(arrival)
-        if hashes is None and arrival.chunk in self._wrong_before:
-            names = _names(self._target, self._target.plan.chunks[arrival.chunk])
-            raise TransferCorrupt(f"wrong bytes twice in chunk {arrival.chunk} ({names})")
-        self._arriving.popleft()
-        if arrival.buffer is not None:
-            self._staging.give_back(arrival.buffer)
-        if hashes is None:
-            self._wrong_before.add(arrival.chunk)
-            self._target.ledger.give_back([arrival.chunk])
-        else:
-            self.bytes_received += self._target.plan.chunks[arrival.chunk].nbytes
-            self._target.ledger.done(arrival.chunk, hashes)
+    def _check(self, run: Run) -> None:
+        wrong = self._store.wrong(run) if self._verify else []
+        if not wrong:
+            self._store.add(run)
+            self.bytes_received += self._store.blocks.size_of(run)
+            self._scheduler.done()
+            return
+        if run in self._wrong_before:
+            names = self._store.names(wrong)
+            raise TransferCorrupt(f"wrong bytes twice in blocks {run} ({_first_few(names)})")
+        self._wrong_before.add(run)
+        self._scheduler.give_back([run])
 
     def _idle(self) -> None:
-        self._target.ledger.wait(self._keep_alive)
-        if not self._target.ledger.finished:
-            self._control.request([])
-            self._control.sending()
+        self._scheduler.wait(self._keep_alive)
+        if not self._scheduler.finished:
+            self._receiver.request([])
 
 
-def _own_memory(
-    chunk: Chunk, tensors: Sequence[torch.Tensor], device: Device
-) -> torch.Tensor | None:
-    memory = in_place(chunk.pieces[0], tensors) if len(chunk.pieces) == 1 else None
-    return memory if memory is not None and device.reachable(memory) else None
-
-
-def _names(target: Target, chunk: Chunk) -> str:
-    return ", ".join(_first_few(target.names[piece.tensor] for piece in chunk.pieces))
-
-
-def _first_few(names: Iterable[str], limit: int = 3) -> list[str]:
-    every = list(names)
-    more = len(every) - limit
-    return every if more <= 0 else [*every[:limit], f"and {more} more"]
+def _first_few(names: Sequence[str], limit: int = 3) -> str:
+    more = len(names) - limit
+    return ", ".join(names if more <= 0 else [*names[:limit], f"and {more} more"])

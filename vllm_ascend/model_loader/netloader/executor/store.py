@@ -1,116 +1,167 @@
-"""Where the two ranks of a session meet: a store whose values go over their control connection."""
+"""The block store: weights as blocks in tensors' memory, complete or still being filled."""
 
-import time
-from collections.abc import Callable
-from datetime import timedelta
+import functools
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch.distributed import Store
+import msgspec
+import torch
 
-from ..errors import ProtocolError
+from ..errors import NotHere, Withdrawn
+from .chunks.blocks import Blocks, Run
+from .chunks.digests import DIGEST_BYTES, Digests, combine
+from .chunks.manifest import Manifest, Scalar
+from .devices import Device
+from .memory import read
+from .model.match import describe
 
-# A backend sets one or two values, and another pair for each attempt on NPUs.
-_MOST_VALUES = 64
-
-Tell = Callable[[str, bytes], object]
-Hear = Callable[[float], tuple[str, bytes]]
+# Bytes that are hashed at once when all of a model is: on accelerators that costs some launches.
+_HASHED_AT_ONCE = 16 << 20
 
 
-class PeerStore(Store):
-    """A key-value store of two ranks, each of which sends the other whatever it sets.
+class BlockStore:
+    """What an instance holds: manifest, digests, which blocks are here, and their bytes.
 
-    torch's `TCPStore` would be one more port for each session to reach. It also asks the DNS for
-    the name of every client's address, which can take longer than a handshake may, and waits
-    without a deadline for a server that is stopped.
+    A source's store is complete from the start. A client's is filled, run by run, by one session or
+    several, and can be read from meanwhile.
 
     Args:
-        tell: sends the peer a key and its value.
-        hear: returns the key and the value that the peer has sent next, within so many seconds.
-        timeout: seconds for all that has to be said.
-        acceptable: see `devices.Device`.
+        manifest: the tensors' names and kinds.
+        blocks: how the tensors are cut.
+        tensors: the manifest's tensors without aliases, in order; their memory is read, and written
+            where the store is not complete.
+        digests: of the blocks, as a source has told them or as they were computed here.
+        device: where the tensors are.
+        complete: whether all blocks are here already.
 
     Attributes:
-        failure: what `tell` or `hear` has raised. torch passes it on in words of its own.
+        withdrawn: set once nothing can be read any more.
     """
 
     def __init__(
         self,
-        tell: Tell,
-        hear: Hear,
-        timeout: float,
-        acceptable: Callable[[bytes, bytes], bool] = lambda theirs, ours: True,
+        manifest: Manifest,
+        blocks: Blocks,
+        tensors: Sequence[torch.Tensor],
+        digests: Digests,
+        device: Device,
+        *,
+        complete: bool,
     ) -> None:
-        super().__init__()
-        self._tell = tell
-        self._hear = hear
-        self._acceptable = acceptable
-        self._deadline = time.monotonic() + timeout
-        self._values: dict[str, bytes] = {}
-        self._last = b""  # that this side has set
-        self._closed = False
-        self.failure: Exception | None = None
+        self.manifest = manifest
+        self.blocks = blocks
+        self.tensors = tensors
+        self.digests = digests
+        self.device = device
+        self.withdrawn = threading.Event()
+        self._reason = ""
+        self._lock = threading.Lock()
+        self._here = bytearray(b"\1" if complete else b"\0") * blocks.count
+        self._missing = 0 if complete else blocks.count
+
+    @functools.cached_property
+    def readable(self) -> Sequence[torch.Tensor]:
+        """The tensors as their bytes are read: see `devices.Device.readable`."""
+        return self.device.readable(self.tensors)
+
+    @functools.cached_property
+    def encoded_manifest(self) -> bytes:
+        """The manifest as it travels; for many tensors encoding it takes milliseconds."""
+        return msgspec.json.encode(self.manifest)
 
     @property
-    def remaining(self) -> float:
-        """Seconds until the deadline."""
-        return max(0.0, self._deadline - time.monotonic())
+    def complete(self) -> bool:
+        """Whether all blocks are here."""
+        return self._missing == 0
 
-    def meet(self, rank: int, where: str) -> None:
-        """Return once the other of the ranks 0 and 1 has called this, too.
+    def withdraw(self, reason: str) -> None:
+        """Let nothing be read from now on, as the memory is about to change or to go away."""
+        self._reason = self._reason or reason
+        self.withdrawn.set()
 
-        Everything that it has set before has been heard by then.
-        """
-        self.set(f"{rank} {where}", b"")
-        self.get(f"{1 - rank} {where}")
-
-    def close(self) -> None:
-        """Say and hear nothing more: the connection is for other messages now."""
-        self._closed = True
-        self.failure = None  # whose traceback has frames that refer to this
-
-    # What torch calls
-
-    def set(self, key: str, value: bytes) -> None:
-        """Set a value, here and there."""
-        try:
-            if not self._closed:
-                self._tell(key, bytes(value))
-        except Exception as error:
-            self.failure = error
-            raise
-        self._values[key] = self._last = bytes(value)
-
-    def get(self, key: str) -> bytes:
-        """Return a value once it has been set.
+    def check(self, run: Run) -> None:
+        """Return if a run can be read.
 
         Raises:
-            OSError: the connection failed, or the time is up.
-            ProtocolError: the peer sets more than any backend does, or not what a backend does.
-            RuntimeError: it had not been set when the store was closed.
+            Withdrawn: nothing can be read any more; says why.
+            NotHere: a block of it has not come yet.
         """
-        try:
-            while key not in self._values:
-                if self._closed:
-                    raise RuntimeError(f"{key!r} was not set while the group was built")
-                name, value = self._hear(self.remaining)
-                if len(self._values) >= _MOST_VALUES:
-                    raise ProtocolError(f"more than {_MOST_VALUES} values for a process group")
-                self._values[name] = value
-            if not self._acceptable(self._values[key], self._last):
-                raise ProtocolError(f"the value of {key!r} is not what a process group sets")
-        except Exception as error:
-            self.failure = error
-            raise
-        return self._values[key]
+        if self._reason:
+            raise Withdrawn(self._reason)
+        if self._missing and (block := self._here.find(0, run.first, run.last + 1)) >= 0:
+            raise NotHere(f"block {block} is not here")
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return once all have been set; this store's deadline is the one that counts."""
-        for key in keys:
-            self.get(key)
+    def parts(self, run: Run) -> list[torch.Tensor]:
+        """Return a run's bytes as contiguous tensors, one after the other, copies where need be."""
+        return [read(span, self.readable) for span in self.blocks.spans(run)]
 
-    def check(self, keys: list[str]) -> bool:
-        """Return whether all have been set, as far as that is known here."""
-        return all(key in self._values for key in keys)
+    def wrong(self, run: Run) -> list[int]:
+        """Return the blocks of a run that are not what their digests say.
 
-    def has_extended_api(self) -> bool:
-        """Appending and the like are not there."""
-        return False
+        They are read back from the tensors, so that one put in the wrong place is noticed as well.
+        """
+        found = self.device.digests(self.parts(run))
+        expected = self.digests.blocks[run.first * DIGEST_BYTES : (run.last + 1) * DIGEST_BYTES]
+        if found == expected:
+            return []
+        return [
+            block
+            for block in range(run.first, run.last + 1)
+            if found[(at := (block - run.first) * DIGEST_BYTES) : at + DIGEST_BYTES]
+            != self.digests.of(block)
+        ]
+
+    def add(self, run: Run) -> None:
+        """Record that a run is here."""
+        count = run.last - run.first + 1
+        with self._lock:
+            self._missing -= self._here.count(0, run.first, run.last + 1)
+            self._here[run.first : run.last + 1] = b"\1" * count
+
+    def names(self, blocks: Iterable[int]) -> list[str]:
+        """Return the names of the tensors that blocks belong to."""
+        names = self.manifest.names
+        return [names[tensor] for tensor in sorted({self.blocks.tensor_of(b) for b in blocks})]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "BlockStore":
+        """Return a complete store of the same bytes in other memory."""
+        return BlockStore(
+            self.manifest, self.blocks, tensors, self.digests, self.device, complete=True
+        )
+
+    def hashed_anew(self) -> "BlockStore":
+        """Return a complete store with the digests of what is in memory now."""
+        return _hashed(self.manifest, self.blocks, self.tensors, self.device)
+
+
+def make_store(
+    tensors: Mapping[str, torch.Tensor],
+    layout: str,
+    attributes: Mapping[str, Scalar],
+    device: Device,
+) -> BlockStore:
+    """Describe and hash named tensors as they are to be served.
+
+    Args:
+        tensors: name -> tensor.
+        layout: the manifest's layout.
+        attributes: the manifest's attributes.
+        device: where the tensors are.
+
+    Raises:
+        LayoutUnsupported: a tensor has no memory.
+    """
+    manifest, distinct = describe(tensors, layout, attributes, device.format_of)
+    return _hashed(manifest, Blocks([tensor.nbytes for tensor in distinct]), distinct, device)
+
+
+def _hashed(
+    manifest: Manifest, blocks: Blocks, tensors: Sequence[torch.Tensor], device: Device
+) -> BlockStore:
+    device.synchronize()
+    readable = device.readable(tensors)
+    of_blocks = bytearray()
+    for run in blocks.cut(_HASHED_AT_ONCE):
+        of_blocks += device.digests([read(span, readable) for span in blocks.spans(run)])
+    digests = combine(device.digest_algorithm, manifest, blocks, bytes(of_blocks))
+    return BlockStore(manifest, blocks, tensors, digests, device, complete=True)

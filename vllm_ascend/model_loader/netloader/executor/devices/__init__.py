@@ -15,8 +15,12 @@ class Device(Protocol):
     """What the data plane needs of an accelerator."""
 
     @property
+    def accelerator(self) -> "Accelerator | None":
+        """This device if its memory is its own; None: it is the host's, which sockets can reach."""
+
+    @property
     def digest_algorithm(self) -> str:
-        """Name of the algorithm behind `hashes`."""
+        """Name of the algorithm behind `digests`."""
 
     @property
     def layout(self) -> str:
@@ -28,74 +32,16 @@ class Device(Protocol):
         What the thread queues there waits for nothing that inference does, and the other way round.
         """
 
-    def create_group(
-        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
-    ) -> ProcessGroup:
-        """Make a two-rank process group outside torch's default one.
+    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+        """Return the digests of blocks.
 
         Args:
-            store: where the two meet; no other group uses its keys.
-            rank: 0: the client, 1: the source.
-            local_host: the address of this machine that the peer reaches.
-            timeout: seconds for making it.
-            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
+            parts: contiguous tensors of any dtype and shape, each of which begins a block.
 
-        Raises:
-            RuntimeError: the peer did not come, or went away.
+        Returns:
+            16 bytes for each `BLOCK_BYTES` of each part, and for what is left of it, if only that
+            it has no bytes.
         """
-
-    def acceptable(self, theirs: bytes, ours: bytes) -> bool:
-        """Return whether a value that the peer has put into the store can be given to the backend.
-
-        Args:
-            theirs: what the peer has set.
-            ours: what this side has set last.
-        """
-
-    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:
-        """Start sending contiguous uint8 memory; return what to `wait` for.
-
-        Messages of one group complete in the order in which they were started. Backends that may
-        match them out of order go by the tag.
-        """
-
-    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Any:
-        """Start receiving into contiguous uint8 memory; see `send`."""
-
-    def wait(self, transfer: Any, timeout: float, gone: Callable[[], bool]) -> None:
-        """Return once a transfer has happened, not merely been queued.
-
-        Args:
-            transfer: what `send` or `receive` has returned.
-            timeout: seconds after which the peer counts as lost.
-            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
-
-        Raises:
-            RuntimeError: it failed, the peer is gone, or `timeout` seconds passed.
-        """
-
-    def close(self, group: ProcessGroup, unfinished: Sequence[Any]) -> None:
-        """Leave a group, after which no byte is written to any tensor.
-
-        Args:
-            group: the group, which nobody uses any more.
-            unfinished: the transfers that were started and not waited for.
-        """
-
-    def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
-        """Return the checksum of each contiguous tensor's bytes, whatever its dtype and shape."""
-
-    def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
-        """Copy the bytes of contiguous tensors, one after the other, into a uint8 message."""
-
-    def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy a uint8 message into contiguous tensors, one after the other."""
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Return uninitialized uint8 memory for staging."""
-
-    def reachable(self, tensor: torch.Tensor) -> bool:
-        """Return whether messages can be sent from and received into a tensor's own memory."""
 
     def format_of(self, tensor: torch.Tensor) -> str | None:
         """Name the way a tensor's elements lie in memory if strides do not tell it."""
@@ -116,8 +62,8 @@ class Device(Protocol):
             LayoutUnsupported: a tensor shares its memory with another one that would not follow.
         """
 
-    def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
-        """Get memory ready that is about to be written for the first time; contents stay.
+    def prefault(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
+        """Have memory that is about to be written for the first time mapped; contents stay.
 
         Runs beside the transfer, in a thread of its own, until it is done or `stop` is set.
         """
@@ -129,6 +75,70 @@ class Device(Protocol):
         """Give back memory that torch keeps for later: HCCL and NCCL ask the device for theirs.
 
         Waits for what is queued on the device, so nothing calls it while an instance infers.
+        """
+
+
+class Accelerator(Device, Protocol):
+    """A device with memory and a fabric of its own, such as HCCL's or NCCL's."""
+
+    def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
+        """Copy the bytes of contiguous tensors, one after the other, into a uint8 message."""
+
+    def unpack(self, message: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy a uint8 message into contiguous tensors, one after the other."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Return uninitialized uint8 memory for staging."""
+
+    def empty_host(self, nbytes: int) -> torch.Tensor:
+        """Return uninitialized uint8 memory of the host that the device copies from and to fast."""
+
+    def reachable(self, tensor: torch.Tensor) -> bool:
+        """Return whether messages can be sent from and received into a tensor's own memory."""
+
+    def create_group(
+        self, store: Store, rank: int, local_host: str, timeout: float, gone: Callable[[], bool]
+    ) -> ProcessGroup:
+        """Make a two-rank process group outside torch's default one.
+
+        Args:
+            store: where the two meet; no other group uses its keys.
+            rank: 0: the client, 1: the source.
+            local_host: the address of this machine that the peer reaches.
+            timeout: seconds for making it.
+            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
+
+        Raises:
+            RuntimeError: the peer did not come, or went away.
+        """
+
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Any:
+        """Start sending contiguous uint8 memory of the device; return what to `wait` for.
+
+        Messages of one group complete in the order in which they were started.
+        """
+
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Any:
+        """Start receiving into contiguous uint8 memory; see `send`."""
+
+    def wait(self, transfer: Any, timeout: float, gone: Callable[[], bool]) -> None:
+        """Return once a transfer has happened, not merely been queued.
+
+        Args:
+            transfer: what `send` or `receive` has returned.
+            timeout: seconds after which the peer counts as lost.
+            gone: whether the peer has hung up; asked where the backend cannot tell by itself.
+
+        Raises:
+            RuntimeError: it failed, the peer is gone, or `timeout` seconds passed.
+        """
+
+    def close(self, group: ProcessGroup, unfinished: Sequence[Any]) -> None:
+        """Leave a group, after which no byte is written to any tensor.
+
+        Args:
+            group: the group, which nobody uses any more.
+            unfinished: the transfers that were started and not waited for.
         """
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import itertools
 import threading
 import time
 import weakref
@@ -41,6 +42,7 @@ class NpuDevice(StreamDevice):
     def __init__(self, index: int, hccl_buffer_mb: int) -> None:
         super().__init__(torch.device("npu", index), torch.npu)
         self._hccl_buffer_mb = hccl_buffer_mb
+        self._messages = itertools.count()
         self._lock = threading.Lock()
         self._streams: weakref.WeakKeyDictionary[ProcessGroup, Any] = weakref.WeakKeyDictionary()
 
@@ -53,6 +55,14 @@ class NpuDevice(StreamDevice):
         instance that serves. Here the session looks after its peer.
         """
         return self.connect(timeout, gone, lambda: self._connected(store, rank, timeout, gone))
+
+    def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Multiply as for quantized layers, but leave the sums as they are: int32, not scaled."""
+        return torch_npu.npu_quant_matmul(rows, weights, self._one, output_dtype=torch.int32)
+
+    @functools.cached_property
+    def _one(self) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.float32, device=self.device)
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
         """Take what is under way off its stream, then destroy the communicator.
@@ -104,7 +114,7 @@ class NpuDevice(StreamDevice):
                 left = max(0.0, deadline - time.monotonic())
                 return self.exchange(group, rank, left, gone)
             self.close(group, [])
-        raise RuntimeError("the peer agreed to no stream")
+        raise RuntimeError("no stream is free on both sides")
 
     def _new_group(self, store: Store, rank: int) -> ProcessGroup:
         options = ProcessGroupHCCL.Options()
@@ -156,18 +166,16 @@ class NpuDevice(StreamDevice):
     # sends and receives takes no notice of `hccl_buffer_size`, only of an environment variable
     # (P2P_HCCL_BUFFSIZE), which would also be for the instance's own groups.
 
-    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Transfer:
         """Broadcast to the only other rank."""
-        return self._take_part(group, message, group.rank(), tag)
+        return self._take_part(group, message, group.rank())
 
-    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Transfer:
         """Take part in the peer's broadcast."""
-        return self._take_part(group, message, peer, tag)
+        return self._take_part(group, message, peer)
 
-    def _take_part(
-        self, group: ProcessGroup, message: torch.Tensor, root: int, tag: int
-    ) -> Transfer:
-        if tag % _FORGET_EVERY == 0:
+    def _take_part(self, group: ProcessGroup, message: torch.Tensor, root: int) -> Transfer:
+        if next(self._messages) % _FORGET_EVERY == 0:
             group.clear_workmeta_list()
         return self._broadcast(group, message, root, self._streams[group])
 
@@ -238,23 +246,24 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _CastToNd(Sequence[torch.Tensor]):
-    """Tensors, those in FRACTAL_NZ as ND copies, of which only the last one is kept."""
+    """Tensors, those in FRACTAL_NZ as ND copies, of which each thread keeps only the last one."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], device: NpuDevice) -> None:
         self._tensors = tensors
         self._device = device
-        self._last: tuple[int, torch.Tensor] | None = None
+        self._of_thread = threading.local()
 
     def __len__(self) -> int:
         return len(self._tensors)
 
     def __getitem__(self, index: Any) -> Any:  # an overload for slices is of no use here
-        if self._last is None or self._last[0] != index:
+        last: tuple[int, torch.Tensor] | None = getattr(self._of_thread, "last", None)
+        if last is None or last[0] != index:
             tensor = self._device.to_nd(self._tensors[index])
             if tensor is self._tensors[index]:
                 return tensor
-            self._last = index, tensor
-        return self._last[1]
+            self._of_thread.last = last = index, tensor
+        return last[1]
 
 
 _connecting = threading.Lock()

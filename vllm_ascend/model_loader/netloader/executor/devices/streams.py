@@ -6,17 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.distributed import ProcessGroup, Work
 
 from ...utils import Patience, logger, within
-from .. import manifest
-from ..pieces import bytes_of
-from . import rowsums
+from ..chunks.manifest import PROCESSED
+from ..memory import bytes_of
+from . import Accelerator, rowsums
+from .cpu import CpuDevice
 
-_ON_HOST = "xxh3_128 of copies on the host"
 # How often a transfer is looked at: at first often, as a chunk takes a fraction of a millisecond.
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 # Seconds for what should have happened already, such as the end of what a peer sent and hung up.
@@ -51,26 +51,33 @@ class StreamDevice:
     """
 
     # Post-processed weights are tensors here, and are sent as inference uses them.
-    layout = manifest.PROCESSED
+    layout = PROCESSED
 
     def __init__(self, device: torch.device, api: ModuleType) -> None:
         self.device = device
         self._api = api
         self._idle_streams: list[Any] = []
 
+    @property
+    def accelerator(self) -> Accelerator:
+        """Its memory is its own."""
+        return cast(Accelerator, self)  # with what subclasses add
+
     @functools.cached_property
     def _hashes_on_device(self) -> bool:
-        agrees = rowsums.agrees_with_host(self.device)
+        agrees = rowsums.agrees_with_host(self.device, self.int8_product)
         if not agrees:
             logger.warning(
-                "NetLoader: %s computes other checksums than a CPU: %s", self.device, _ON_HOST
+                "NetLoader: %s does not compute the digests that a CPU computes; they are computed "
+                "on the host",
+                self.device,
             )
         return agrees
 
     @property
     def digest_algorithm(self) -> str:
-        """Row sums, unless the device gets them wrong."""
-        return rowsums.ALGORITHM if self._hashes_on_device else _ON_HOST
+        """Row sums, unless the device cannot compute them or gets them wrong."""
+        return rowsums.ALGORITHM if self._hashes_on_device else CpuDevice.digest_algorithm
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -129,22 +136,18 @@ class StreamDevice:
         started: list[Transfer] = []
         try:
             start = self.send if rank else self.receive
-            started.append(start(group, self.empty(1), 1 - rank, 0))
+            started.append(start(group, self.empty(1), 1 - rank))
             self.wait(started[0], timeout, gone)
         except RuntimeError:
             self.close(group, started)
             raise
         return group
 
-    def acceptable(self, theirs: bytes, ours: bytes) -> bool:
-        """HCCL's and NCCL's parts of torch look at the length by themselves."""
-        return True
-
-    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+    def send(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Transfer:
         """Send as int8, which every version of HCCL and NCCL knows."""
         return Transfer(group.send([message.view(torch.int8)], peer, 0), message)
 
-    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int, tag: int) -> Transfer:
+    def receive(self, group: ProcessGroup, message: torch.Tensor, peer: int) -> Transfer:
         """Receive as int8."""
         return Transfer(group.recv([message.view(torch.int8)], peer, 0), message)
 
@@ -156,7 +159,7 @@ class StreamDevice:
         patience, pause = Patience(timeout, gone, GRACE), _FIRST_PAUSE
         while not transfer.work.is_completed():
             if patience.over():
-                stalled = f"nothing moved in {timeout:g} s"
+                stalled = f"no progress for {timeout:g} s"
                 raise RuntimeError("the peer has hung up" if patience.hung_up else stalled)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -187,13 +190,15 @@ class StreamDevice:
         group.abort()
         return False
 
-    def hashes(self, tensors: Sequence[torch.Tensor]) -> tuple[bytes, ...]:
+    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
         """See `rowsums`."""
         if self._hashes_on_device:
-            return rowsums.hashes(tensors)
-        from .cpu import CpuDevice
+            return rowsums.digests(parts, self.int8_product)
+        return CpuDevice().digests([part.cpu() for part in parts])
 
-        return CpuDevice().hashes([tensor.cpu() for tensor in tensors])
+    def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """See `rowsums.Product`."""
+        return rowsums.exact_product(rows, weights)
 
     def pack(self, tensors: Sequence[torch.Tensor], message: torch.Tensor) -> None:
         """Copy in one operation where all of it is on the device."""
@@ -212,6 +217,10 @@ class StreamDevice:
         """Return memory of the device."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
+    def empty_host(self, nbytes: int) -> torch.Tensor:
+        """Return pinned memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
     def reachable(self, tensor: torch.Tensor) -> bool:
         """Host memory is not: backends take tensors of their device only."""
         return tensor.device == self.device
@@ -228,8 +237,8 @@ class StreamDevice:
         """Nothing has to be done."""
         return lambda: None
 
-    def prepare(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
-        """A device's memory has no pages to be found."""
+    def prefault(self, tensors: Sequence[torch.Tensor], stop: threading.Event) -> None:
+        """A device's memory has no pages to be mapped."""
 
     def synchronize(self) -> None:
         """Wait for all streams of the device."""

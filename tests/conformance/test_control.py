@@ -1,0 +1,463 @@
+"""What is said between a client and a source, damaged, held, cut, or not true.
+
+Each time the load brings right bytes or says in one line why not, within its deadlines; another
+source after this one is enough; and this one serves the next client.
+"""
+
+import contextlib
+import random
+import time
+
+import pytest
+
+from .faults import Last, Proxy, as_it_is, cut_at, on
+from .models import MIB
+from .sides import load, loading, source, until
+from .ways import Way
+
+# The control plane is the same on NPUs, where every load takes longer.
+pytestmark = pytest.mark.ways(Way.HTTP, Way.STREAM)
+
+SOON = 0.8
+HANDSHAKE = 2.0
+QUICK = {
+    "max_sources": 1,
+    "connect_timeout": HANDSHAKE,
+    "handshake_timeout": HANDSHAKE,
+    "progress_timeout": SOON,
+}
+# Reaching a source, its answer, its group, and a message that does not come.
+PER_SOURCE = 3 * HANDSHAKE + 4 * SOON
+
+
+def survived(way, ways, over):
+    """Return the outcome of a load through a `Proxy` alone, after all else has been seen right."""
+    with (
+        source(way, handshake_timeout=HANDSHAKE, progress_timeout=SOON) as running,
+        source(way) as good,
+        Proxy(running.address, *ways()) as alone,
+        Proxy(running.address, *ways()) as followed,
+        loading(way, [alone], **QUICK) as result,
+    ):
+        load(way, [followed, good], **QUICK).check()
+        outcome = result(PER_SOURCE).check_right_or_failed()
+        # While something is still held back.
+        until(lambda: running.sessions == 0, PER_SOURCE)
+        load(way, [running]).check()
+        over.set()
+        until(lambda: running.sessions == good.sessions == 0, PER_SOURCE)
+    if outcome.reasons:
+        assert outcome.reasons.startswith(f"{alone.address}: ")
+    return outcome
+
+
+def part(share):
+    """The connection is cut within the message."""
+
+    def fault(said):
+        data = bytes(said)
+        return Last(data[: int(share * len(data))])
+
+    return fault
+
+
+def torn(said):
+    """Half of the body, as if that were all."""
+    said.body = said.body[: len(said.body) // 2]
+    return said
+
+
+def delayed(said):
+    time.sleep(SOON / 10)
+    return said
+
+
+def held(over):
+    def fault(said):
+        over.wait(30)
+        return said
+
+    return fault
+
+
+DAMAGE = {
+    "cut in the head": lambda over: part(0.01),
+    "cut in the middle": lambda over: part(0.5),
+    "cut before the last byte": lambda over: part(0.9999),
+    "cut after": lambda over: part(1),
+    "torn": lambda over: torn,
+    "late": lambda over: delayed,
+    "held": held,
+    "repeated": lambda over: lambda said: bytes(said) * 2,
+    "garbage before": lambda over: lambda said: b"\x00\xff{[\r\n" + bytes(said),
+}
+STEPS = {"join": 0, "blocks": 2, "done": 0, "groups": 0, "store": 1, "send": 1}
+
+
+def has(way, step):
+    return step in ("join", "done") or (step == "blocks") != way.in_groups
+
+
+def applicable(steps):
+    """Each name with the ways that have its step."""
+    return [
+        pytest.param(way, name, id=f"{way.value}-{name}")
+        for way in (Way.HTTP, Way.STREAM)
+        for name, step in steps.items()
+        if has(way, step)
+    ]
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+@pytest.mark.parametrize("side", ["request", "answer"])
+@pytest.mark.parametrize(("way", "step"), applicable({step: step for step in STEPS}))
+def test_damage_is_survived(way, over, step, side, fault):
+    def ways():
+        damaged = on(step, STEPS[step], DAMAGE[fault](over))
+        return (as_it_is, damaged) if side == "request" else (damaged, as_it_is)
+
+    outcome = survived(way, ways, over)
+    if step == "done" or fault == "late":
+        # A client is done before it says so.
+        outcome.check()
+    elif step == "join" and fault not in ("cut after", "repeated", "cut before the last byte"):
+        outcome.check_failed()
+
+
+@pytest.mark.parametrize("side", ["request", "answer"])
+@pytest.mark.parametrize("count", [1, 150, 700, 1500, 3000])
+def test_a_connection_that_is_cut_after_any_byte_is_survived(way, over, side, count):
+    def ways():
+        return (as_it_is, cut_at(count)) if side == "request" else (cut_at(count), as_it_is)
+
+    survived(way, ways, over)
+
+
+# Lies
+
+
+def putting(**fields):
+    return lambda said: said.put(**fields)
+
+
+def manifest(change):
+    """A change of the list of tensors, each of which is [name, dtype, shape, alias]."""
+
+    def changed(was):
+        change(was["tensors"])
+        return was
+
+    return lambda said: said.put(manifest=changed)
+
+
+def saying(status, body):
+    def fault(said):
+        said.line, said.body = f"HTTP/1.1 {status} x", body.encode()
+        return said
+
+    return fault
+
+
+def asking(change):
+    def fault(said):
+        method, path, version = said.line.split()
+        said.line = f"{method} {change(path)} {version}"
+        return said
+
+    return fault
+
+
+def swap_first_two(tensors):
+    tensors[0][0], tensors[1][0] = tensors[1][0], tensors[0][0]
+
+
+NOISE = "\x1b[1m\n" * 100_000
+NO_MANIFESTS = [
+    {},
+    [],
+    {"layout": "raw"},
+    "x",
+    {"layout": "raw", "tensors": [["a", "b"]], "attributes": {}},
+]
+# name: (of, number, of the answer?, lie, part of the reason; "": right bytes; None: either)
+LIES = {
+    **{
+        f"no manifest: {lie}": ("join", 0, True, putting(manifest=lie), "not a valid manifest")
+        for lie in NO_MANIFESTS
+    },
+    "no manifest at all": ("join", 0, True, lambda s: s.put(manifest=None), "not a valid manifest"),
+    "other weights": (
+        "join",
+        0,
+        True,
+        putting(weights=lambda w: w[:-32] + "0" * 32),
+        "and the source says",
+    ),
+    "no weights": ("join", 0, True, putting(weights=""), "not a valid Joined"),
+    "a digest less": ("join", 0, True, putting(blocks=lambda b: b[64:]), "bytes of digests came"),
+    "digests swapped": (
+        "join",
+        0,
+        True,
+        putting(blocks=lambda b: b[64:128] + b[:64] + b[128:]),
+        "manifest and block digests make",
+    ),
+    "digests that are none": ("join", 0, True, putting(blocks="?"), "not a valid Joined"),
+    "another algorithm": (
+        "join",
+        0,
+        True,
+        putting(weights=lambda w: "md5:" + w[-32:]),
+        "here and md5 there",
+    ),
+    "an attribute": (
+        "join",
+        0,
+        True,
+        putting(manifest=lambda m: m | {"attributes": {"x": 1}}),
+        "manifest and block digests make",
+    ),
+    "a tensor less": ("join", 0, True, manifest(list.pop), "tensors differ: row.23 is only here"),
+    "no tensors": ("join", 0, True, manifest(list.clear), "row.0 is only here"),
+    "a tensor twice": ("join", 0, True, manifest(lambda t: t.append(t[0])), "a name is there twi"),
+    "tensors swapped": ("join", 0, True, manifest(swap_first_two), "tensors differ"),
+    "another name": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t[3].__setitem__(0, "x")),
+        "x is only there",
+    ),
+    "a long name": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t[3].__setitem__(0, NOISE)),
+        "tensors differ",
+    ),
+    "another dtype": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t[3].__setitem__(1, "torch.int8")),
+        "row.3 is uint8",
+    ),
+    "another shape": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t[3].__setitem__(2, [7])),
+        "uint8[7] there",
+    ),
+    "a tie": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t[3].__setitem__(3, "row.2")),
+        "row.3 shares the memory",
+    ),
+    "a refusal": (
+        "join",
+        0,
+        True,
+        saying(409, '{"code": "cannot_serve", "message": "no\\n\\u001b[1m"}'),
+        "cannot_serve: no",
+    ),
+    "an unknown code": ("join", 0, True, saying(410, '{"code": "x", "message": "y"}'), "x: y"),
+    "noise": (
+        "join",
+        0,
+        True,
+        saying(409, '{"code": "%s", "message": "%s"}' % (("\\u001b[1m" * 3000,) * 2)),
+        "[1m",
+    ),
+    "another server": ("join", 0, True, saying(404, "<html>"), "not a NetLoader port"),
+    "asked for another model": (
+        "join",
+        0,
+        False,
+        putting(identity=lambda i: i | {"model": "x"}),
+        "the models differ",
+    ),
+    "asked for another group": (
+        "join",
+        0,
+        False,
+        putting(identity=lambda i: i | {"group": "x"}),
+        "bad_request",
+    ),
+    "asked for nothing": ("join", 0, False, lambda s: s.put(identity=None), "bad_request"),
+    "asked for other weights": (
+        "join",
+        0,
+        False,
+        putting(weights="xxh3_128:" + "0" * 32),
+        None,
+    ),
+    "other blocks": (
+        "blocks",
+        2,
+        False,
+        asking(lambda path: path.rpartition("/")[0] + "/9-9"),
+        "",
+    ),
+    "blocks that are not there": (
+        "blocks",
+        2,
+        False,
+        asking(lambda path: path.rpartition("/")[0] + "/99-99"),
+        "out_of_range",
+    ),
+    "blocks of other weights": (
+        "blocks",
+        2,
+        False,
+        asking(lambda path: path.replace(path.split("/")[4], "xxh3_128:" + "0" * 32)),
+        "changed",
+    ),
+    "no blocks": ("blocks", 2, True, saying(200, ""), "sends 0 bytes where blocks have"),
+    "blocks too long": (
+        "blocks",
+        2,
+        True,
+        saying(200, "x" * (MIB + 1)),
+        f"sends {MIB + 1} bytes where blocks have",
+    ),
+    "it is busy": ("blocks", 2, True, saying(503, '{"code": "busy", "message": "b"}'), "busy: b"),
+    "it fails": ("blocks", 2, True, saying(500, '{"code": "internal", "message": "b"}'), "l: b"),
+    "small messages": ("groups", 0, True, putting(max_bytes=1), "not a valid GroupOpened"),
+    "a group that is none": ("groups", 0, True, putting(id="x"), "not a valid GroupOpened"),
+    "a group of other weights": (
+        "groups",
+        0,
+        False,
+        putting(weights="xxh3_128:" + "0" * 32),
+        "",
+    ),
+    "values that are none": ("store", 1, True, putting(values=[["x", "?"]]), "not a valid Store"),
+    "more values than any backend sets": (
+        "store",
+        0,
+        True,
+        putting(values=[[f"x{i}", ""] for i in range(200)]),
+        "more than 64 values",
+    ),
+    "a value under another name": (
+        "store",
+        1,
+        True,
+        putting(values=lambda values: [["x", value] for _, value in values]),
+        None,
+    ),
+    "other runs": (
+        "send",
+        1,
+        False,
+        putting(runs=lambda runs: [[a - 1, b - 1] for a, b in runs]),
+        "",
+    ),
+    "runs that are not there": ("send", 1, False, putting(runs=[[99, 99]]), "out_of_range"),
+    "another group": (
+        "send",
+        1,
+        False,
+        asking(lambda path: path.replace("groups/0", "groups/7")),
+        "not_found",
+    ),
+    "other sizes": (
+        "send",
+        1,
+        True,
+        putting(sizes=lambda sizes: [size + 1 for size in sizes]),
+        "bytes here and",
+    ),
+    "a size less": ("send", 1, True, putting(sizes=lambda sizes: sizes[1:]), "bytes here and"),
+    "a negative size": ("send", 1, True, putting(sizes=[-1]), "not a valid Sizes"),
+    "it gives up": (
+        "send",
+        1,
+        True,
+        saying(500, '{"code": "transfer_failed", "message": "tired"}'),
+        "transfer_failed: tired",
+    ),
+}
+
+
+@pytest.mark.parametrize(("way", "name"), applicable({name: lie[0] for name, lie in LIES.items()}))
+def test_a_lie_is_survived(way, over, name):
+    step, number, of_answer, lie, expected = LIES[name]
+
+    def ways():
+        lying = on(step, number, lie)
+        return (lying, as_it_is) if of_answer else (as_it_is, lying)
+
+    outcome = survived(way, ways, over)
+    if expected:
+        outcome.check_failed(expected)
+        assert len(outcome.reasons) < 5000
+    elif expected == "":
+        outcome.check()
+
+
+# All of it at random, the same every time
+
+QUIET = [name for name in DAMAGE if name != "held"]
+
+
+def random_ways(chance, way, over):
+    kind = chance.choice(["damage", "lie", "cut"])
+    if kind == "cut":
+        wrong, of_answer = cut_at(chance.randrange(4000)), chance.random() < 0.5
+    elif kind == "lie":
+        name = chance.choice([name for name in LIES if has(way, LIES[name][0])])
+        step, number, of_answer, lie, _ = LIES[name]
+        wrong = on(step, number, lie)
+    else:
+        step = chance.choice([step for step in STEPS if has(way, step)])
+        fault = DAMAGE[chance.choice(QUIET if chance.random() < 0.9 else ["held"])](over)
+        wrong, of_answer = on(step, chance.randrange(4), fault), chance.random() < 0.5
+    return (wrong, as_it_is) if of_answer else (as_it_is, wrong)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_goes_wrong_the_bytes_are_right_or_there_are_reasons(way, seed, over):
+    chance = random.Random(seed)
+    honest = chance.random() < 0.7
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(source(way, progress_timeout=SOON))
+            for _ in range(chance.randrange(1, 5))
+        ]
+        sources = [
+            stack.enter_context(Proxy(one.address, *random_ways(chance, way, over)))
+            for one in running
+        ]
+        if honest:
+            running.append(stack.enter_context(source(way)))
+            sources.insert(chance.randrange(len(sources)), running[-1])
+        stack.callback(over.set)
+        sources_at_once = chance.choice([1, 2, 4])
+        outcome = load(way, sources, **QUICK | {"max_sources": sources_at_once})
+        over.set()
+        for one in running:
+            load(way, [one]).check()
+            until(lambda one=one: one.sessions == 0, PER_SOURCE)
+    if honest:
+        outcome.check()
+    outcome.check_right_or_failed()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits_in_what_is_said_are_survived(way, seed, over):
+    chance = random.Random(seed)
+
+    def damage(said):
+        data = bytearray(bytes(said))
+        if chance.random() < 0.15:
+            # Its length stays, or what comes next would be waited for.
+            at = data.index(b"\r\n\r\n") + 4
+            if at < len(data):
+                data[chance.randrange(at, len(data))] ^= 1 << chance.randrange(8)
+        return bytes(data)
+
+    survived(way, lambda: (damage, damage), over)

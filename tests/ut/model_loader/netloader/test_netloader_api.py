@@ -1,0 +1,166 @@
+import re
+
+import msgspec
+import pytest
+
+from vllm_ascend.model_loader.netloader.errors import SourceError
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
+from vllm_ascend.model_loader.netloader.interaction import api, server
+from vllm_ascend.model_loader.netloader.interaction.api import Code, Refusal
+
+IDENTITY = ModelIdentity(
+    group=api.TARGET_GROUP,
+    model="model",
+    revision=Revision(),
+    rank=0,
+    tp=1,
+    pp=1,
+    dp=1,
+    ep=False,
+    dtype="torch.bfloat16",
+    quantization=None,
+    quantization_config="0",
+    config="0",
+    layout="raw",
+    vllm_version=None,
+)
+DIGEST = "xxh3_128:0123456789abcdef"
+SAID = [
+    api.Join(IDENTITY, DIGEST, "10.0.0.1:28000"),
+    api.Join(IDENTITY),
+    api.Joined(
+        *(DIGEST, 3, "instance", Revision("v1", True), ["10.0.0.2:28000"]),
+        *(msgspec.Raw(b'{"a":1}'), bytes(32)),
+    ),
+    api.Joined(DIGEST, 3, "instance"),
+    api.OpenGroup(DIGEST),
+    api.GroupOpened("0", 1 << 20),
+    api.StoreSet([("key", b"\xff\x00")]),
+    api.StoreValues([("key", b"")]),
+    api.SendRuns([(0, 3), (9, 9)]),
+    api.Sizes([4 << 20, 1]),
+    api.ModelStatus(IDENTITY, "serving", "", DIGEST, 1, "disk"),
+    api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
+    api.Done(False, "tired"),
+    api.Noted(),
+    api.Status("0.1.0", "instance", 0, [], [], 4, 1, 7),
+    api.Difference("model", "'a'", "'b'"),
+    api.Problem("other_model", "message", [api.Difference("model", "'a'", "'b'")], ["[::1]:1024"]),
+]
+
+
+def test_there_is_an_example_of_every_struct():
+    structs = {
+        kind
+        for kind in vars(api).values()
+        if isinstance(kind, type) and kind.__module__ == api.__name__
+        if issubclass(kind, msgspec.Struct)
+    }
+    assert {type(said) for said in SAID} == structs
+
+
+@pytest.mark.parametrize("said", SAID, ids=lambda said: type(said).__name__)
+def test_a_struct_comes_back_as_it_was(said):
+    encoded = msgspec.json.encode(said)
+    assert msgspec.json.encode(api.decode(encoded, type(said))) == encoded
+
+
+def test_the_codes_are_told_apart_and_mean_an_error_of_a_source():
+    assert len(api.CODES) == len(Code)
+    for text, code in api.CODES.items():
+        assert re.fullmatch("[a-z_]+", text) and code.name == text.upper()
+        assert 400 <= code.status < 600 and code.about
+        assert issubclass(code.error, SourceError)
+    later = {code for code in Code if code.error.__name__ == "SourceBusy"}
+    assert later == {code for code in Code if code.status == 503}
+
+
+def test_every_path_is_found_again_and_has_an_answer():
+    values = {"group": "netloader", "digest": DIGEST, "first": "0", "last": "17", "id": "3"}
+    for path in api.METHODS:
+        found, parameters = api.route(path.format(**values))
+        assert found == path
+        assert parameters == {name: values[name] for name in re.findall(r"{(\w+)}", path)}
+    assert set(server._ANSWERS) == set(api.METHODS)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "",
+        "/",
+        "*",
+        "/status/",
+        "/status?x=1",
+        "/status#x",
+        "/%73tatus",
+        "status",
+        "/STATUS",
+        "/status\n",
+        "example.org:443",
+        "ftp://example.org/status",
+        "/netloader/v1/models/../join",
+        "/netloader/v1/models//join",
+        f"/netloader/v1/models/{'a' * 65}/join",
+        f"/netloader/v1/weights/{DIGEST}/blocks/1",
+        f"/netloader/v1/weights/{DIGEST}/blocks/-1-2",
+        f"/netloader/v1/weights/{DIGEST}/blocks/1-2-3",
+        f"/netloader/v1/weights/{DIGEST}/blocks/\u0661-\u0662",
+        f"/netloader/v1/weights/{DIGEST}/blocks/1_0-2_0",
+        f"/netloader/v1/weights/{DIGEST}/blocks/{'1' * 21}-2",
+        f"/netloader/v1/weights/{DIGEST.replace(':', '%3A')}/blocks/0-1",
+        f"/netloader/v1/weights/{DIGEST.upper()}/blocks/0-1",
+        "/netloader/v1/groups/x/store",
+    ],
+)
+def test_no_other_path_is_found(target):
+    with pytest.raises(Refusal, match="unknown path") as refused:
+        api.route(target)
+    assert refused.value.code is Code.NOT_FOUND
+    assert len(str(refused.value)) < 1000 and str(refused.value).isprintable()
+
+
+def test_a_path_may_come_with_the_host_in_front():
+    assert api.route("http://[::1]:28000/status") == (api.STATUS, {})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"weights":"\xff"}',
+        b"[" * 50_000,
+        b'{"weights":7}',
+        b'{"weights":"md5"}',
+        b'{"weights":"xxh3_128:0123456789abcdef\\n"}',
+        b'{"x":' + b"[" * 50_000,
+    ],
+    ids=repr,
+)
+def test_what_is_not_the_struct_is_a_bad_request(body):
+    with pytest.raises(Refusal, match="is not a valid OpenGroup") as refused:
+        api.decode(body, api.OpenGroup)
+    assert refused.value.code is Code.BAD_REQUEST
+    assert len(str(refused.value)) < 1000 and str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernels" + "\x1b" * 9000])
+def test_an_identity_with_an_unknown_field_is_refused_by_name(name):
+    body = msgspec.json.encode({"identity": {**msgspec.to_builtins(IDENTITY), name: "x"}})
+    with pytest.raises(Refusal, match="kernels") as refused:
+        api.decode(body, api.Join)
+    assert len(str(refused.value)) < 1000 and str(refused.value).isprintable()
+
+
+def test_differences_name_the_field_and_both_values_in_bounded_text():
+    source = msgspec.structs.replace(IDENTITY, tp=2, model="\x1b" + "x" * 9000)
+    tp, model = sorted(api.differences(IDENTITY, source), key=lambda one: one.field, reverse=True)
+    assert tp == api.Difference("tp", "1", "2")
+    assert model.field == "model" and model.client == "'model'"
+    assert len(model.source) < 210 and model.source.isprintable()
+    assert api.differences(IDENTITY, IDENTITY) == []

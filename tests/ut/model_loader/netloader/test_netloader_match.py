@@ -1,0 +1,191 @@
+"""Whether two sides mean the same tensors."""
+
+import enum
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+
+from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW, Manifest
+from vllm_ascend.model_loader.netloader.executor.model.match import (
+    MAX_NAMED,
+    allocate,
+    describe,
+    match,
+)
+
+from .support import DEVICE, any_model, assorted, blank_like
+
+# Manifests
+
+
+def _travelled(manifest):
+    return msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
+
+
+def test_a_manifest_survives_the_journey():
+    manifest, _ = describe(
+        assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"}, DEVICE.format_of
+    )
+    assert _travelled(manifest) == manifest
+
+
+def test_a_model_matches_one_like_it():
+    model = assorted()
+    manifest, distinct = describe(model, RAW, {}, DEVICE.format_of)
+    blanks = blank_like(model)
+    matched = match(_travelled(manifest), blanks, blanks.keys(), {})
+    assert len(matched) == len(distinct) == len(model) - 1  # one is tied
+    assert [tensor.shape for tensor in matched] == [tensor.shape for tensor in distinct]
+
+
+@given(any_model())
+def test_any_model_matches_its_copy(model):
+    manifest, distinct = describe(model, RAW, {}, DEVICE.format_of)
+    blanks = blank_like(model)
+    matched = match(_travelled(manifest), blanks, blanks.keys(), {})
+    assert len(matched) == len(distinct)
+
+
+def test_only_whole_regions_are_ties():
+    whole = torch.arange(20.0)
+    tensors = {"whole": whole, "half": whole[:10], "view": whole.view(4, 5), "same": whole[:20]}
+    manifest, distinct = describe(tensors, RAW, {}, DEVICE.format_of)
+    assert [entry.alias_of for entry in manifest.tensors] == [None, None, None, "whole"]
+    assert len(distinct) == 3
+
+
+def test_empty_tensors_are_never_ties():
+    empty = torch.empty(0)
+    manifest, _ = describe({"a": empty, "b": empty}, RAW, {}, DEVICE.format_of)
+    assert [entry.alias_of for entry in manifest.tensors] == [None, None]
+
+
+def _refusal(there, here, required=None):
+    manifest, _ = describe(there, RAW, {}, DEVICE.format_of)
+    with pytest.raises(LayoutUnsupported) as error:
+        match(manifest, here, here.keys() if required is None else required, {})
+    return str(error.value)
+
+
+def _two():
+    return {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
+
+
+def _tied():
+    tensor = torch.zeros(2, 3)
+    return {"a": tensor, "b": tensor}
+
+
+def test_tied_here_but_not_there_is_refused_by_name():
+    message = _refusal(there=_two(), here=_tied())
+    assert message == "tensors differ: b shares the memory of a here and of no other there"
+
+
+def test_tied_there_but_not_here_is_refused_by_name():
+    message = _refusal(there=_tied(), here=_two())
+    assert message == "tensors differ: b shares the memory of no other here and of a there"
+
+
+def test_tied_to_another_tensor_is_refused_by_name():
+    one, other = torch.zeros(3), torch.zeros(3)
+    message = _refusal({"a": one, "b": other, "c": one}, {"a": one, "b": other, "c": other})
+    assert "c shares the memory of b here and of a there" in message
+
+
+def test_a_missing_tensor_is_named():
+    assert _refusal({"a": torch.zeros(1)}, _two() | {"a": torch.zeros(1)}) == (
+        "tensors differ: b is only here"
+    )
+
+
+def test_a_tensor_that_is_not_required_may_be_missing():
+    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {}, DEVICE.format_of)
+    assert len(match(manifest, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"a"}, {})) == 1
+
+
+def test_an_extra_tensor_is_named():
+    assert _refusal(_two(), {"a": torch.zeros(2, 3)}) == "tensors differ: b is only there"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shown"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int8), "int8[2, 3]"),
+        (torch.zeros(3, 2), "float32[3, 2]"),
+        (torch.zeros(6), "float32[6]"),
+        (torch.tensor(0.0), "float32[]"),
+    ],
+)
+def test_another_dtype_or_shape_is_named_with_both(tensor, shown):
+    message = _refusal(_two(), _two() | {"b": tensor})
+    assert message == f"tensors differ: b is {shown} here and float32[2, 3] there"
+
+
+def test_many_differences_are_named_in_part_and_counted():
+    message = _refusal({f"t{i}": torch.zeros(1) for i in range(12)}, {})
+    assert message.count("is only there") == MAX_NAMED
+    assert message.endswith("and 7 more")
+
+
+def test_names_that_a_source_has_chosen_are_shown_bounded_and_printable():
+    name = "\x1b[2J\n\u202e" * 1_000_000
+    message = _refusal({f"{name}{i}": torch.zeros(1) for i in range(3)}, {})
+    assert message.isprintable()
+    assert len(message) < 3 * 500
+    assert _refusal({"x": torch.zeros([1] * 500)}, {"x": torch.zeros(1)}).count("1") < 250
+
+
+def test_a_name_that_is_there_twice_is_refused():
+    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {}, DEVICE.format_of)
+    twice = msgspec.structs.replace(manifest, tensors=manifest.tensors * 2)
+    with pytest.raises(LayoutUnsupported, match="a name is there twice"):
+        match(twice, {"a": torch.zeros(1)}, {"a"}, {})
+
+
+def test_a_manifest_has_the_names_of_those_that_have_bytes():
+    manifest, _ = describe(assorted(), RAW, {}, DEVICE.format_of)
+    assert manifest.names == [name for name in assorted() if name != "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.empty(3, device="meta"), torch.nn.parameter.UninitializedParameter()],
+    ids=["meta", "uninitialized"],
+)
+def test_a_source_has_no_tensors_without_memory(tensor):
+    with pytest.raises(LayoutUnsupported, match="b has no memory"):
+        describe({"a": torch.zeros(1), "b": tensor}, RAW, {}, DEVICE.format_of)
+
+
+class Text(str):
+    pass
+
+
+def test_attributes_travel_as_plain_values_whatever_their_type():
+    given = {"d": 1.5, "a": Text("x"), "b": enum.IntEnum("Two", {"TWO": 2}).TWO, "c": True}
+    manifest, _ = describe({"a": torch.zeros(1)}, RAW, given, DEVICE.format_of)
+    assert _travelled(manifest) == manifest
+    assert list(manifest.attributes.items()) == [("a", "x"), ("b", 2), ("c", True), ("d", 1.5)]
+
+
+def test_a_source_has_no_attribute_that_no_message_can_carry():
+    with pytest.raises(LayoutUnsupported, match=r"attribute layer\.name is "):
+        describe({"a": torch.zeros(1)}, RAW, {"layer.name": "\ud800"}, DEVICE.format_of)
+
+
+def test_a_client_has_no_tensors_without_memory():
+    manifest, _ = describe({"b": torch.zeros(3)}, RAW, {}, DEVICE.format_of)
+    with pytest.raises(LayoutUnsupported, match="b has no memory"):
+        match(manifest, {"b": torch.empty(3, device="meta")}, {"b"}, {})
+
+
+def test_memory_is_made_for_every_name_of_a_manifest():
+    model = assorted()
+    manifest, _ = describe(model, RAW, {}, DEVICE.format_of)
+    made = allocate(_travelled(manifest))
+    assert made.keys() == model.keys()
+    assert made["embed.weight"] is made["lm_head.weight"]
+    match(manifest, made, made.keys(), {})

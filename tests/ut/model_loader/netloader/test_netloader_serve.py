@@ -1,0 +1,568 @@
+"""What a source answers, without the connections around it."""
+
+import logging
+import socket
+import threading
+
+import msgspec
+import pytest
+import torch
+
+from vllm_ascend.model_loader.netloader.config import Transport
+from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, Manifest
+from vllm_ascend.model_loader.netloader.executor.transport.group import CLIENT, form_group
+from vllm_ascend.model_loader.netloader.interaction.api import (
+    Code,
+    Done,
+    GroupOpened,
+    Join,
+    Refusal,
+)
+from vllm_ascend.model_loader.netloader.interaction.client import GroupControl
+from vllm_ascend.model_loader.netloader.interaction.server import Session
+from vllm_ascend.model_loader.netloader.port_file import PortFile
+from vllm_ascend.model_loader.netloader.serve import INSTANCE, Offer, WeightServer
+from vllm_ascend.model_loader.netloader.utils import Address, logger
+
+from .support import (
+    DEVICE,
+    HOST,
+    MIB,
+    PATIENCE,
+    LinkDevice,
+    assorted,
+    bytes_of,
+    identity,
+    incomplete,
+    random_tensor,
+    settings,
+    store_of,
+    until,
+)
+
+WHO = identity()
+DRAFT = identity(group="netloader_draft")
+TENSORS = {f"t{i}": random_tensor(i, torch.uint8, MIB) for i in range(12)}
+ALL = 12 * MIB
+
+
+class Wire:
+    def __init__(self, number=1):
+        self.peer = Address("192.0.2.7", number)
+        self.local_host = HOST
+        self.hung_up = False
+
+
+def session(number=1):
+    return Session(Wire(number))
+
+
+def server(*offers, **config):
+    made = WeightServer(settings(**config), 0, HOST)
+    for offer in offers:
+        made.offer(offer)
+    return made
+
+
+def offer(who=WHO, tensors=TENSORS, device=DEVICE, **options):
+    return Offer(who, store_of(tensors, device, layout=who.layout), **options)
+
+
+def refusal(call, *arguments):
+    with pytest.raises(Refusal) as error:
+        call(*arguments)
+    return error.value.problem.code, str(error.value)
+
+
+def join(to, who=WHO, weights=None, by=None):
+    return to.join(by or session(), Join(who, weights))
+
+
+def fetched(to, weights, first, last, by=None):
+    """The bytes of blocks, and the sizes of the pieces in which they come."""
+    answer = to.blocks(by or session(), weights, first, last)
+    pieces = [b"".join(views) for views in answer.chunks]
+    assert sum(map(len, pieces)) == answer.nbytes
+    return b"".join(pieces), [len(piece) for piece in pieces]
+
+
+@pytest.fixture
+def records():
+    """What was logged, as level and text."""
+    kept = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            kept.append((record.levelname, record.getMessage()))
+
+    handler, level = Keep(logging.DEBUG), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield kept
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+# Joins
+
+
+def test_a_client_of_the_same_model_gets_manifest_and_digests():
+    store = store_of(assorted(), attributes={"a.scale": 0.5})
+    to = server(Offer(WHO, store))
+    joined = join(to)
+    assert (joined.weights, joined.epoch, joined.instance) == (store.digests.weights, 1, INSTANCE)
+    manifest = msgspec.json.decode(joined.manifest, type=Manifest)
+    assert manifest == store.manifest
+    algorithm = joined.weights.partition(":")[0]
+    assert combine(algorithm, manifest, store.blocks, joined.blocks) == store.digests
+
+
+def test_a_client_that_has_the_manifest_gets_a_yes_or_a_no():
+    one = offer()
+    to = server(one)
+    known = one.store.digests.weights
+    joined = join(to, weights=known)
+    assert joined.weights == known
+    assert joined.manifest is joined.blocks is msgspec.UNSET
+    other = store_of({"t": torch.ones(1)}).digests.weights
+    assert refusal(join, to, WHO, other) == ("other_weights", f"the weights digest is {known}")
+
+
+def test_another_model_is_declined_with_each_field_and_both_values(records):
+    who = identity(tp=2, dtype="torch.float16")
+    with pytest.raises(Refusal) as error:
+        join(server(offer()), who)
+    assert error.value.code is Code.OTHER_MODEL
+    assert [msgspec.structs.astuple(one) for one in error.value.problem.differences] == [
+        ("tp", "2", "1"),
+        ("dtype", "'torch.float16'", "'torch.bfloat16'"),
+    ]
+    [(level, line)] = records
+    assert level == "INFO"
+    assert line == (
+        "NetLoader rank 0: declined 192.0.2.7:1: the models differ: "
+        "tp is 2 at the client and 1 at the source: "
+        "dtype is 'torch.float16' at the client and 'torch.bfloat16' at the source"
+    )
+
+
+def test_what_a_client_says_of_itself_is_logged_bounded_and_printable(records):
+    who = identity(model="\x1b[2J\n" * 900)
+    refusal(join, server(offer()), who)
+    [(_, line)] = records
+    assert line.isprintable()
+    assert len(line) < 700
+
+
+def test_a_group_that_this_instance_has_no_model_of_is_declined():
+    code, message = refusal(join, server(offer()), DRAFT)
+    assert code == "no_model"
+    assert "there is no model of group 'netloader_draft'" in message
+
+
+def test_an_instance_that_cannot_be_a_source_says_why():
+    to = server(Offer(WHO, None, "post-processing has changed x"))
+    assert refusal(join, to) == ("cannot_serve", "post-processing has changed x")
+    # Of another model even that is none of its business.
+    assert refusal(join, to, identity(model="other"))[0] == "other_model"
+
+
+def test_a_client_of_a_model_that_is_still_loading_is_to_come_again(records):
+    to = server(offer())
+    to.expect(DRAFT.group)
+    with pytest.raises(Refusal) as error:
+        join(to, DRAFT)
+    assert error.value.code is Code.LOADING
+    assert [level for level, _ in records] == ["DEBUG"]  # it asks many times
+    to.offer(offer(DRAFT))
+    assert join(to, DRAFT).epoch == 1
+    to.expect(DRAFT.group)
+    join(to, DRAFT)  # which is there already
+
+
+def test_target_and_draft_are_served_side_by_side():
+    target, draft = offer(), offer(DRAFT, {"d": torch.ones(3)})
+    to = server(target, draft)
+    for one in (target, draft):
+        weights = one.store.digests.weights
+        assert join(to, one.identity).weights == weights
+        data, _ = fetched(to, weights, 0, one.store.blocks.count - 1)
+        assert len(data) == one.store.blocks.nbytes
+    to.withdraw(DRAFT.group)
+    join(to)
+    assert refusal(join, to, DRAFT)[0] == "changing"
+
+
+# Blocks
+
+
+def test_any_run_of_blocks_is_their_bytes():
+    one = offer(tensors=assorted())
+    to, weights, blocks = server(one), one.store.digests.weights, one.store.blocks
+    whole = b"".join(bytes(bytes_of(tensor).tolist()) for tensor in one.store.tensors)
+    data, _ = fetched(to, weights, 0, blocks.count - 1)
+    assert data == whole
+    at = 0
+    for block in range(blocks.count):
+        data, _ = fetched(to, weights, block, block)
+        assert data == whole[at : at + len(data)]
+        at += len(data)
+
+
+def test_a_run_goes_out_in_pieces_that_the_rate_limiter_lets_go_one_by_one():
+    one = offer()
+    _, pieces = fetched(server(one), one.store.digests.weights, 0, 10)
+    assert pieces == [4 * MIB, 4 * MIB, 3 * MIB]
+    slow = server(one, max_send_rate=1 << 30, max_sessions=200, progress_timeout=1.0)
+    assert slow.config.max_message_bytes == 2 * MIB
+    waited = []
+    slow._limiter.wait = lambda nbytes, stop: waited.append(nbytes)
+    _, pieces = fetched(slow, one.store.digests.weights, 0, 4)
+    assert pieces == waited == [2 * MIB, 2 * MIB, MIB]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 12), (12, 12), (10**18, 10**18)])
+def test_blocks_that_do_not_exist_are_out_of_range(first, last):
+    one = offer()
+    to = server(one)
+    code, message = refusal(to.blocks, session(), one.store.digests.weights, first, last)
+    assert code == "out_of_range"
+    assert message == f"there are no blocks {first}-{last}; allowed: 0-11"
+
+
+def test_a_store_is_served_while_it_is_being_filled():
+    full = store_of(TENSORS)
+    half = incomplete(full, full.tensors)
+    for run in full.blocks.cut(MIB)[:6]:
+        half.add(run)
+    to, weights = server(Offer(WHO, half)), full.digests.weights
+    joined = join(to)
+    assert joined.weights == weights
+    client = session()
+    data, _ = fetched(to, weights, 0, 5, by=client)
+    assert len(data) == 6 * MIB
+    code, message = refusal(to.blocks, client, weights, 5, 6)
+    assert (code, message) == ("not_here", "block 6 is not here")
+    half.add(full.blocks.cut(MIB)[6])
+    assert fetched(to, weights, 5, 6, by=client)[1] == [2 * MIB]
+
+
+# Weights that change
+
+
+def test_weights_that_are_withdrawn_are_had_no_more():
+    one = offer()
+    to, weights = server(one), one.store.digests.weights
+    to.withdraw(WHO.group)
+    assert refusal(join, to) == ("changing", "the weights are being replaced")
+    assert refusal(to.blocks, session(), weights, 0, 0)[0] == "changed"
+    assert refusal(to.open_group, session(), weights)[0] == "changed"
+    assert one.store.withdrawn.is_set()
+
+
+def test_weights_withdrawn_in_mid_transfer_stop_at_the_next_piece():
+    one = offer()
+    to, weights = server(one), one.store.digests.weights
+    chunks = to.blocks(session(), weights, 0, 11).chunks
+    next(chunks)
+    to.withdraw(WHO.group)
+    assert refusal(next, chunks) == ("changed", "the weights are being replaced")
+
+
+def test_a_new_offer_takes_the_place_of_the_one_before_in_a_new_epoch():
+    first, second = offer(), offer(tensors={"t": torch.ones(5)})
+    to = server(first)
+    to.offer(second)
+    joined = join(to)
+    assert (joined.weights, joined.epoch) == (second.store.digests.weights, 2)
+    assert refusal(to.blocks, session(), first.store.digests.weights, 0, 0)[0] == "changed"
+    assert first.store.withdrawn.is_set()
+
+
+def test_the_same_weights_offered_anew_are_had_again_by_whoever_is_connected():
+    first, client = offer(), session()
+    to, weights = server(first), first.store.digests.weights
+    fetched(to, weights, 0, 0, by=client)
+    to.withdraw(WHO.group)
+    refusal(to.blocks, client, weights, 0, 0)
+    to.offer(Offer(WHO, first.store.with_tensors(first.store.tensors)))
+    assert len(fetched(to, weights, 0, 3, by=client)[0]) == 4 * MIB
+    # Nothing that was sent is forgotten.
+    assert to.status(1).bytes_sent == 5 * MIB
+    client.close()
+    assert to.status(0).bytes_sent == 5 * MIB
+
+
+def test_withdrawing_what_is_not_there_changes_nothing():
+    to = server()
+    to.withdraw(WHO.group)
+    assert refusal(join, to)[0] == "no_model"
+
+
+# Status
+
+
+def test_status_says_what_is_served_and_how_far_each_session_is():
+    one, draft = offer(loaded_from="192.0.2.9:1"), Offer(DRAFT, None, "no copy was kept")
+    to, weights = server(one, draft, max_sessions=7), one.store.digests.weights
+    client, other = session(1), session(2)
+    chunks = to.blocks(client, weights, 0, 11).chunks
+    assert to.status(2).sessions[0].bytes_sent == 0
+    next(chunks)
+    fetched(to, weights, 3, 3, by=other)
+    status = to.status(2)
+    assert [msgspec.structs.astuple(model) for model in status.models] == [
+        (WHO, "serving", "", weights, 1, "192.0.2.9:1"),
+        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk"),
+    ]
+    assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
+        ("192.0.2.7:1", weights, 4 * MIB),
+        ("192.0.2.7:2", weights, MIB),
+    ]
+    assert (status.places, status.places_taken, status.bytes_sent) == (7, 2, 5 * MIB)
+    assert (status.instance, status.rank) == (INSTANCE, 0)
+    assert msgspec.json.decode(msgspec.json.encode(status), type=type(status)) == status
+    client.close()
+    status = to.status(1)
+    assert [one.peer for one in status.sessions] == ["192.0.2.7:2"]
+    assert status.bytes_sent == 5 * MIB
+
+
+# The end of a session
+
+
+def ended(to, client, records):
+    client.close()
+    return records[-1]
+
+
+def test_a_complete_session_is_one_line_at_info(records):
+    one = offer()
+    to, weights, client = server(one), one.store.digests.weights, session()
+    join(to, by=client)
+    fetched(to, weights, 0, 11, by=client)
+    to.done(client, Done(complete=True))
+    level, line = ended(to, client, records)
+    assert level == "INFO"
+    assert line.startswith("NetLoader rank 0: sent 12.6 MB of 12.6 MB (12 tensors) in ")
+    assert line.endswith(f" to 192.0.2.7:1, weights digest {weights}: complete")
+    assert len(records) == 1
+
+
+@pytest.mark.parametrize(
+    ("done", "end"),
+    [
+        (None, "the client went away"),
+        (
+            Done(complete=False, reason="wrong\nbytes \x1b[2J" + "x" * 400),
+            "the client gave up: wrong bytes [2J" + "x" * 284 + "...",
+        ),
+    ],
+)
+def test_a_session_that_was_not_completed_is_a_warning_with_how_far_it_came(done, end, records):
+    one = offer()
+    to, weights, client = server(one), one.store.digests.weights, session()
+    fetched(to, weights, 0, 0, by=client)
+    if done is not None:
+        to.done(client, done)
+    level, line = ended(to, client, records)
+    assert level == "WARNING"
+    assert "sent 1.0 MB of 12.6 MB (12 tensors) in " in line
+    assert line.partition(f"weights digest {weights}: ")[2] == end
+
+
+def test_a_client_that_joined_and_fetched_from_others_alone_has_completed_its_session(records):
+    to, client = server(offer()), session()
+    join(to, by=client)
+    to.done(client, Done(complete=True))
+    level, line = ended(to, client, records)
+    assert (level, "sent 0.0 MB of 12.6 MB" in line) == ("INFO", True)
+
+
+def test_a_visitor_that_was_declined_has_no_session(records):
+    to, visitor = server(offer()), session()
+    refusal(join, to, DRAFT, None, visitor)
+    to.done(visitor, Done(complete=True))
+    visitor.close()
+    assert len(records) == 1
+    assert to.status(0).sessions == []
+
+
+# Groups
+
+
+def on_accelerator(**config):
+    device = LinkDevice()
+    who = identity(layout=PROCESSED)
+    one = offer(who, device=device)
+    return server(one, **config), one.store, device
+
+
+def test_where_memory_is_the_hosts_there_are_no_groups():
+    one = offer()
+    to = server(one)
+    assert refusal(to.open_group, session(), one.store.digests.weights)[0] == "no_groups"
+
+
+def test_where_the_operator_wants_http_there_are_no_groups():
+    to, store, _ = on_accelerator(transport=Transport.HTTP)
+    assert refusal(to.open_group, session(), store.digests.weights)[0] == "no_groups"
+
+
+class Connection:
+    """In the place of an `ElasticClient`: it asks the source's end of the group directly."""
+
+    def __init__(self, group):
+        self._group = group
+
+    def exchange(self, name, values):
+        return self._group.exchange(values)
+
+
+@pytest.fixture
+def grouped():
+    """A session in a group: the server, the source's end and the client's."""
+    to, store, _ = on_accelerator()
+    client = session()
+    group = to.open_group(client, store.digests.weights)
+    control = GroupControl(Connection(group), GroupOpened("0", group.max_bytes))
+    ours = form_group(
+        LinkDevice(),
+        control.tell,
+        control.hear,
+        CLIENT,
+        HOST,
+        handshake=PATIENCE,
+        progress=PATIENCE,
+        gone=lambda: False,
+    )
+    yield to, group, ours, client
+    ours.close()
+    client.close()
+
+
+def test_runs_go_out_through_a_group_and_count(grouped):
+    to, group, ours, _ = grouped
+    assert group.sizes([(0, 1), (5, 5)]) == [2 * MIB, MIB]
+    received = [torch.empty(n * MIB, dtype=torch.uint8) for n in (2, 1)]
+    for message in received:
+        ours.receive(message)
+    group.send([(0, 1), (5, 5)])
+    for _ in received:
+        ours.wait()
+    group.settle()
+    assert torch.equal(received[0], torch.cat([TENSORS["t0"], TENSORS["t1"]]))
+    assert torch.equal(received[1], TENSORS["t5"])
+    assert to.status(1).sessions[0].bytes_sent == 3 * MIB
+
+
+@pytest.mark.parametrize("runs", [[(0, 0), (3, 12)], [(5, 4)], [(2**53, 2**53)]])
+def test_blocks_that_do_not_exist_are_refused_before_any_is_sent(grouped, runs):
+    _, group, _, _ = grouped
+    code, message = refusal(group.sizes, runs)
+    assert code == "out_of_range"
+    assert "blocks 0-11, 67108864 bytes of them at once" in message
+
+
+def test_a_run_over_the_limit_is_refused():
+    to, store, _ = on_accelerator(max_send_rate=1 << 30, max_sessions=200, progress_timeout=1.0)
+    client = session()
+    group = to.open_group(client, store.digests.weights)
+    assert group.max_bytes == 2 * MIB
+    assert group.sizes([(0, 1)]) == [2 * MIB]
+    assert refusal(group.sizes, [(0, 2)])[0] == "out_of_range"
+    client.close()
+
+
+def test_weights_withdrawn_meanwhile_are_not_sent_through_a_group(grouped):
+    to, group, _, _ = grouped
+    group.sizes([(0, 0)])
+    to.withdraw(WHO.group)
+    assert refusal(group.sizes, [(0, 0)])[0] == "changed"
+    assert refusal(group.send, [(0, 0)])[0] == "changed"
+
+
+def test_a_client_that_has_left_its_group_is_told_that_the_transfer_failed(grouped):
+    _, group, ours, _ = grouped
+    ours.close()
+    group.send([(0, 0)])
+    assert refusal(group.settle) == ("transfer_failed", "the transfer failed")
+
+
+def test_the_end_of_a_session_is_that_of_its_group(grouped):
+    to, _, ours, client = grouped
+    client.close()
+    ours.receive(torch.empty(1, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="the transfer failed"):
+        ours.wait()
+    assert to.status(0).sessions == []
+
+
+def test_a_session_that_ends_while_its_group_is_formed_leaves_no_thread():
+    to, store, _ = on_accelerator(handshake_timeout=PATIENCE)
+    client = session()
+    to.open_group(client, store.digests.weights)
+    client.close()
+    assert until(lambda: not [t for t in threading.enumerate() if t.name == "netloader-group"])
+
+
+def test_a_group_that_was_not_formed_is_told_as_a_failed_transfer():
+    to, store, _ = on_accelerator(handshake_timeout=0.1)
+    client = session()
+    group = to.open_group(client, store.digests.weights)
+    assert refusal(group.send, [(0, 0)]) == ("transfer_failed", "no process group within 0.1 s")
+    client.close()
+
+
+# Listening
+
+
+def test_it_says_where_it_listens_and_what_clients_use(records):
+    to = WeightServer(settings(listen_host=None), 3, "192.0.2.1")
+    address = to.start(0)
+    try:
+        assert address.host == "192.0.2.1"
+        assert records[-1] == (
+            "INFO",
+            f"NetLoader rank 3: listening on port {address.port} of all addresses; "
+            f"clients use 192.0.2.1:{address.port}",
+        )
+    finally:
+        to.stop()
+
+
+def test_the_port_file_is_there_while_it_listens(tmp_path):
+    to = WeightServer(settings(output_prefix=f"{tmp_path}/rank_"), 2, HOST)
+    address = to.start(0)
+    assert (tmp_path / "rank_2.txt").read_text() == str(address)
+    to.stop()
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_the_port_file_cannot_be_written_nothing_is_left_open(tmp_path, monkeypatch):
+    opened = []
+
+    def fail(self):
+        opened.append(self._text)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(PortFile, "publish", fail)
+    to = WeightServer(settings(output_prefix=f"{tmp_path}/rank_"), 0, HOST)
+    with pytest.raises(OSError, match="disk full"):
+        to.start(0)
+    assert not to.listening
+    [address] = opened
+    with pytest.raises(OSError):
+        socket.create_connection((HOST, int(address.rpartition(":")[2])), 1)
+
+
+def test_what_is_served_is_withdrawn_when_the_server_stops():
+    one = offer()
+    to = server(one)
+    chunks = to.blocks(session(), one.store.digests.weights, 0, 11).chunks
+    next(chunks)
+    to.start(0)
+    to.stop()
+    assert refusal(next, chunks) == ("changed", "the source is shutting down")
+    assert refusal(join, to)[0] == "no_model"

@@ -1,0 +1,358 @@
+import itertools
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ascend.model_loader.netloader.errors import (
+    SourceBusy,
+    SourceLost,
+    SourceRefused,
+    SourceUnreachable,
+    TransferCorrupt,
+)
+from vllm_ascend.model_loader.netloader.interaction import source_queue
+from vllm_ascend.model_loader.netloader.interaction.source_queue import SourceQueue
+from vllm_ascend.model_loader.netloader.utils import Address
+
+from .support import PATIENCE, Clock
+
+A, B, C = (Address("192.0.2.7", port) for port in (1, 2, 3))
+FINAL = [SourceRefused, SourceLost, TransferCorrupt, RuntimeError]
+LATER = [SourceBusy, SourceUnreachable]
+
+
+class _Condition:
+    """In the place of one that a single thread waits for: its clock goes on instead."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def notify_all(self):
+        pass
+
+    def wait(self, seconds):
+        assert seconds is not None, "would wait for ever"
+        self._clock.sleep(seconds + 1e-6)
+
+
+class Jitter:
+    """In the place of `random`: the middle, unless the test says otherwise."""
+
+    def __init__(self):
+        self.value = 1.0
+        self.bounds = []
+
+    def uniform(self, low, high):
+        self.bounds.append((low, high))
+        return self.value
+
+
+class World:
+    def __init__(self, patch):
+        self.clock, self.jitter = Clock(), Jitter()
+        patch.setattr(source_queue, "time", self.clock)
+        patch.setattr(source_queue, "random", self.jitter)
+
+    def queue(self, addresses, seconds):
+        queue = SourceQueue(addresses, seconds)
+        queue._changed = _Condition(self.clock)
+        return queue
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return World(monkeypatch)
+
+
+def asked(queue, answers):
+    """Ask one source after the other, each of which fails in its way, until the load is over.
+
+    Returns:
+        The sources asked, in order.
+    """
+    return list(_asked(queue, answers))
+
+
+def _asked(queue, answers):
+    while (address := queue.next()) is not None:
+        yield address
+        queue.failed(address, answers(address))
+
+
+# Who is asked
+
+
+def test_sources_are_asked_in_order_of_preference_and_each_once(world):
+    queue = world.queue([B, A, B, C, A], 300)
+    assert asked(queue, lambda address: SourceRefused(f"{address}: other model")) == [B, A, C]
+    assert queue.over.is_set()
+    assert queue.reasons() == [f"{address}: other model" for address in (B, A, C)]
+    assert world.clock.passed == 0
+
+
+@pytest.mark.parametrize("kind", FINAL)
+def test_a_source_that_has_failed_is_not_asked_again(kind, world):
+    queue = world.queue([A], 300)
+    assert asked(queue, lambda _: kind("no")) == [A]
+    assert world.clock.passed == 0
+
+
+def test_without_sources_there_is_nothing_to_wait_for(world):
+    queue = world.queue([], 300)
+    assert queue.next() is None
+    assert queue.over.is_set()
+    assert queue.reasons() == []
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_source_that_may_serve_later_is_asked_again_while_the_load_waits(kind, world):
+    queue = world.queue([A], 60)
+    times = []
+    assert set(asked(queue, lambda _: times.append(world.clock.passed) or kind("later"))) == {A}
+    assert times == pytest.approx([0, 0.5, 1.5, 3.5, 7.5, 15.5, 25.5, 35.5, 45.5, 55.5], abs=0.01)
+    assert 60 <= world.clock.passed < 60.1
+    assert queue.reasons() == ["later"]
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_who_does_not_wait_asks_each_source_once(kind, world):
+    queue = world.queue([A, B], 0)
+    assert asked(queue, lambda _: kind("later")) == [A, B]
+    assert world.clock.passed == 0
+
+
+def test_a_source_that_serves_after_all_ends_the_waiting(world):
+    queue = world.queue([A], 300)
+    for _ in range(3):
+        queue.failed(queue.next(), SourceBusy("loading"))
+    assert queue.next() == A
+    assert world.clock.passed < 5
+
+
+def test_others_are_asked_before_those_that_may_serve_later(world):
+    queue = world.queue([A, B, C], 300)
+    assert queue.next() == A
+    queue.failed(A, SourceBusy("busy"))
+    assert [queue.next(), queue.next()] == [B, C]
+    assert world.clock.passed == 0
+    queue.failed(B, SourceLost("gone"))
+    queue.failed(C, SourceLost("gone"))
+    assert queue.next() == A
+
+
+def test_the_time_that_a_source_asks_for_is_kept(world):
+    queue = world.queue([A, B], 300)
+    for address, seconds in ((A, 30), (B, 0)):
+        assert queue.next() == address
+        queue.failed(address, SourceBusy("busy", "busy", retry_after=seconds))
+    assert queue.next() == B
+    queue.failed(B, SourceRefused("no"))
+    assert queue.next() == A
+    assert world.clock.passed == pytest.approx(30, abs=0.01)
+
+
+def test_a_time_beyond_the_deadline_is_not_waited_for(world):
+    queue = world.queue([A], 5)
+    assert asked(queue, lambda _: SourceBusy("busy", "busy", retry_after=9999)) == [A]
+    assert world.clock.passed == pytest.approx(5, abs=0.01)
+
+
+@pytest.mark.parametrize("jitter", [0.75, 1.25])
+def test_clients_that_were_refused_together_do_not_come_back_together(jitter, world):
+    world.jitter.value = jitter
+    queue, times = world.queue([A], 300), []
+    for _ in range(8):
+        address = queue.next()
+        times.append(world.clock.passed)
+        queue.failed(address, SourceBusy("busy"))
+    pauses = [other - one for one, other in itertools.pairwise(times)]
+    expected = [pause * jitter for pause in (0.5, 1, 2, 4, 8, 10, 10)]
+    assert pauses == pytest.approx(expected, abs=0.01)
+    assert set(world.jitter.bounds) == {(0.75, 1.25)}
+
+
+# Whom it is worth waiting for
+
+
+def test_where_one_has_failed_those_that_cannot_be_reached_are_not_waited_for(world):
+    queue = world.queue([A, B], 300)
+    answers = {A: SourceUnreachable("cannot connect"), B: SourceRefused("other model")}
+    assert asked(queue, answers.get) == [A, B]
+    assert world.clock.passed == 0
+    assert queue.reasons() == ["cannot connect", "other model"]
+
+
+def test_where_one_may_serve_later_those_that_cannot_be_reached_are_asked_again_too(world):
+    queue = world.queue([A, B, C], 10)
+    answers = {A: SourceUnreachable("none"), B: SourceRefused("other"), C: SourceBusy("busy")}
+    order = asked(queue, answers.get)
+    assert order.count(B) == 1
+    assert order.count(A) > 3
+    assert order.count(C) > 3
+
+
+def test_the_one_that_is_waited_for_is_known(world):
+    queue = world.queue([A, B], 5)
+    queue.failed(queue.next(), SourceBusy("busy"))
+    queue.failed(queue.next(), SourceLost("gone"))
+    assert queue.waits(A)
+    assert not queue.waits(B)
+    world.clock.sleep(6)
+    assert not queue.waits(A)
+    assert queue.next() is None
+
+
+def test_who_cannot_be_reached_is_waited_for_only_as_long_as_that_is_all(world):
+    queue = world.queue([A, B], 300)
+    queue.failed(queue.next(), SourceUnreachable("none"))
+    assert queue.waits(A)
+    queue.failed(queue.next(), SourceRefused("no"))
+    assert not queue.waits(A)
+
+
+def test_a_source_that_said_later_and_then_fails_is_given_up(world):
+    queue = world.queue([A], 300)
+    queue.failed(queue.next(), SourceBusy("busy"))
+    queue.failed(queue.next(), SourceRefused("other model"))
+    assert queue.next() is None
+    assert queue.reasons() == ["other model"]
+
+
+# News
+
+
+def test_the_same_failure_twice_is_no_news(world):
+    queue = world.queue([A], 300)
+    said = ["busy", "busy", "loading", "busy"]
+    news = [queue.failed(queue.next(), SourceBusy(text)) for text in said]
+    assert news == [True, False, True, True]
+    assert queue.reasons() == ["busy"]
+
+
+def test_a_reason_is_on_one_line(world):
+    queue = world.queue([A], 0)
+    queue.failed(queue.next(), SourceLost("one\n  two"))
+    assert queue.reasons() == ["one two"]
+
+
+# Those with other weights
+
+
+def test_a_source_with_other_weights_is_asked_again_when_nobody_else_is_left(world):
+    queue = world.queue([A, B], 300)
+    assert [queue.next(), queue.next()] == [A, B]
+    queue.postpone(B, "other weights")
+    assert queue.reasons() == ["other weights"]
+    queue.failed(A, SourceLost("gone"))
+    assert queue.next() == B
+    queue.failed(B, SourceLost("gone too"))
+    assert queue.next() is None
+    assert queue.reasons() == ["gone", "gone too"]
+
+
+def test_a_source_with_other_weights_is_not_waited_for_by_those_who_wait(world):
+    """It can serve now, and whoever said "later" may never."""
+    queue = world.queue([A, B, C], 300)
+    assert [queue.next(), queue.next(), queue.next()] == [A, B, C]
+    queue.postpone(B, "other weights")
+    queue.failed(A, SourceBusy("busy"))
+    queue.failed(C, SourceLost("gone"))
+    assert queue.next() == B
+    assert world.clock.passed == 0
+
+
+@given(st.data())
+def test_whatever_sources_answer_the_load_ends_in_time_and_says_why(data):
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(patch)
+        world.jitter.value = data.draw(st.floats(0.75, 1.25))
+        seconds = data.draw(st.sampled_from([0, 1, 30]))
+        queue = world.queue([A, B, C], seconds)
+        kinds = st.sampled_from([*FINAL, *LATER, "postponed"])
+        postponed = set()
+        for count in itertools.count():
+            if (address := queue.next()) is None:
+                break
+            assert count < 500
+            kind = data.draw(kinds)
+            if kind == "postponed" and address not in postponed:
+                postponed.add(address)
+                queue.postpone(address, "other weights")
+            else:
+                error = SourceRefused if kind == "postponed" else kind
+                queue.failed(address, error(f"{address}: no"))
+        assert queue.over.is_set()
+        assert world.clock.passed <= seconds + 0.1
+        assert len(queue.reasons()) == 3
+
+
+# Several threads
+
+
+def ask(queue):
+    """Ask for the next source in a thread of its own; what it gets is in the list."""
+    got, started = [], threading.Event()
+
+    def ask():
+        started.set()
+        got.append(queue.next())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert started.wait(PATIENCE)
+    return thread, got
+
+
+def joined(thread, got):
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    return got
+
+
+def test_each_source_is_asked_by_one_thread_at_a_time():
+    queue = SourceQueue([A, B], 300)
+    assert {queue.next(), queue.next()} == {A, B}
+    thread, got = ask(queue)
+    thread.join(0.05)
+    assert thread.is_alive()  # somebody asks each of them, and may fail
+    queue.failed(A, SourceBusy("busy"))
+    assert joined(thread, got) == [A]
+
+
+def test_when_the_load_is_complete_nobody_waits_any_more():
+    queue = SourceQueue([A, B], 300)
+    assert queue.next() == A
+    queue.failed(A, SourceBusy("busy", "busy", retry_after=600))
+    assert queue.next() == B
+    waiting = [ask(queue) for _ in range(3)]
+    queue.succeeded()
+    assert [joined(*one) for one in waiting] == [[None]] * 3
+    assert queue.over.is_set()
+    assert queue.next() is None
+
+
+def test_when_the_last_one_fails_nobody_waits_any_more():
+    queue = SourceQueue([A], 300)
+    assert queue.next() == A
+    waiting = [ask(queue) for _ in range(3)]
+    queue.failed(A, SourceLost("gone"))
+    assert [joined(*one) for one in waiting] == [[None]] * 3
+
+
+def test_a_postponed_source_goes_to_a_thread_that_waits():
+    queue = SourceQueue([A, B], 300)
+    assert [queue.next(), queue.next()] == [A, B]
+    queue.postpone(B, "other weights")
+    thread, got = ask(queue)
+    thread.join(0.05)
+    assert thread.is_alive()  # A may still bring all of it
+    queue.failed(A, SourceLost("gone"))
+    assert joined(thread, got) == [B]

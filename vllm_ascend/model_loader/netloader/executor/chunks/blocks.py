@@ -1,0 +1,149 @@
+"""Blocks: the bytes of all tensors, cut and numbered in the same way on every instance.
+
+Tensor by tensor, in manifest order, every `BLOCK_BYTES` make a block; a tensor's last block is
+shorter, and a tensor without bytes has one block without bytes. Nothing of this depends on how
+the bytes travel.
+"""
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+BLOCK_BYTES = 1 << 20
+
+# A tensor from this part of a chunk on shares no chunk with others, so that a message can be sent
+# from and received into its own memory.
+_OWN_CHUNK = 8
+
+
+class Run(NamedTuple):
+    """Consecutive blocks, which travel as one chunk.
+
+    Attributes:
+        first: number of the first block.
+        last: number of the last block.
+    """
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+
+class Span(NamedTuple):
+    """A run of one tensor's bytes.
+
+    Attributes:
+        tensor: index of the tensor.
+        offset: first byte, counted in the tensor's row-major order; a multiple of `BLOCK_BYTES`.
+        nbytes: number of bytes.
+    """
+
+    tensor: int
+    offset: int
+    nbytes: int
+
+
+class Blocks:
+    """The blocks of tensors of known sizes.
+
+    Args:
+        sizes: size of each tensor in bytes, in manifest order.
+
+    Attributes:
+        sizes: as given.
+        firsts: number of each tensor's first block, and of the one after all of them.
+        count: number of blocks.
+        nbytes: number of bytes of all of them.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        counts = [-(-size // BLOCK_BYTES) or 1 for size in self.sizes]
+        self.firsts = list(itertools.accumulate(counts, initial=0))
+        self._starts = list(itertools.accumulate(self.sizes, initial=0))
+        self.count = self.firsts[-1]
+        self.nbytes = self._starts[-1]
+
+    def contains(self, run: Run) -> bool:
+        """Return whether there are such blocks."""
+        return 0 <= run.first <= run.last < self.count
+
+    def size_of(self, run: Run) -> int:
+        """Return the number of bytes of a run."""
+        tensor = self.tensor_of(run.first)
+        if run.last < self.firsts[tensor + 1]:  # as most runs: of one tensor
+            return self._end(tensor, run.last) - (run.first - self.firsts[tensor]) * BLOCK_BYTES
+        return self._position(run.last + 1) - self._position(run.first)
+
+    def blocks_of(self, tensor: int) -> Run:
+        """Return the blocks of a tensor."""
+        return Run(self.firsts[tensor], self.firsts[tensor + 1] - 1)
+
+    def tensor_of(self, block: int) -> int:
+        """Return the index of the tensor that a block belongs to."""
+        return bisect_right(self.firsts, block) - 1
+
+    def spans(self, run: Run) -> list[Span]:
+        """Return a run's bytes as one span for each of its tensors, those without bytes too."""
+        tensor = self.tensor_of(run.first)
+        offset = (run.first - self.firsts[tensor]) * BLOCK_BYTES
+        if run.last < self.firsts[tensor + 1]:
+            return [Span(tensor, offset, self._end(tensor, run.last) - offset)]
+        last = self.tensor_of(run.last)
+        whole = [Span(at, 0, size) for at, size in enumerate(self.sizes[tensor:last], tensor)]
+        whole[0] = Span(tensor, offset, self.sizes[tensor] - offset)
+        return [*whole, Span(last, 0, self._end(last, run.last))]
+
+    def split(self, run: Run, max_bytes: int) -> list[Run]:
+        """Split a run into such as are no larger than `max_bytes`, or else one block."""
+        if self.size_of(run) <= max_bytes:
+            return [run]
+        parts = []
+        first = run.first
+        for block in range(run.first + 1, run.last + 1):
+            if self.size_of(Run(first, block)) > max_bytes:
+                parts.append(Run(first, block - 1))
+                first = block
+        return [*parts, Run(first, run.last)]
+
+    def cut(self, chunk_bytes: int) -> list[Run]:
+        """Cut all blocks into runs to ask for: no larger than a chunk, or else one block.
+
+        A run has blocks of one large tensor, or of several small ones.
+
+        Args:
+            chunk_bytes: bytes of a chunk.
+        """
+        return list(self._cut(chunk_bytes))
+
+    def _cut(self, chunk_bytes: int) -> Iterator[Run]:
+        step = max(1, chunk_bytes // BLOCK_BYTES)
+        first, held = 0, 0  # of small tensors
+        for tensor, size in enumerate(self.sizes):
+            here, after = self.firsts[tensor], self.firsts[tensor + 1]
+            large = size * _OWN_CHUNK >= chunk_bytes
+            if first < here and (large or held + size > chunk_bytes):
+                yield Run(first, here - 1)
+                first, held = here, 0
+            if large:
+                for block in range(here, after, step):
+                    yield Run(block, min(block + step, after) - 1)
+                first = after
+            else:
+                held += size
+        if first < self.count:
+            yield Run(first, self.count - 1)
+
+    def _end(self, tensor: int, block: int) -> int:
+        """Return where a block of a tensor ends in it."""
+        return min(self.sizes[tensor], (block + 1 - self.firsts[tensor]) * BLOCK_BYTES)
+
+    def _position(self, block: int) -> int:
+        """Return how many bytes come before a block."""
+        if block >= self.count:
+            return self.nbytes
+        tensor = self.tensor_of(block)
+        return self._starts[tensor] + (block - self.firsts[tensor]) * BLOCK_BYTES

@@ -1,0 +1,66 @@
+"""Digests: of blocks, of tensors, and of weights, whose name the last one is.
+
+A tensor's digest is that of its blocks' digests, and the weights digest is that of the manifest and
+of all tensors' digests. So equal weights have equal names on every instance, nobody can take a
+tensor for another one of its shape, and no setting of the transfer is in any of it. Devices compute
+the digests of blocks; all that is made of these is XXH3 with 128 bits.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from ...errors import ProtocolError
+from .blocks import Blocks
+from .manifest import Manifest
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Digests:
+    """The digests of some weights.
+
+    Attributes:
+        blocks: those of all blocks in order, `DIGEST_BYTES` each.
+        weights: the weights digest: name of the blocks' algorithm, a colon, 32 hex digits.
+    """
+
+    blocks: bytes
+    weights: str
+
+    def of(self, block: int) -> bytes:
+        """Return the digest of a block."""
+        return self.blocks[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of the blocks' digests."""
+        return self.weights.partition(":")[0]
+
+
+def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes) -> Digests:
+    """Make the weights digest from those of all blocks.
+
+    Args:
+        algorithm: name of the blocks' algorithm.
+        manifest: the weights' manifest.
+        blocks: its blocks.
+        of_blocks: their digests in order, `DIGEST_BYTES` each.
+
+    Raises:
+        ProtocolError: there are more or fewer digests than blocks.
+    """
+    if len(of_blocks) != blocks.count * DIGEST_BYTES:
+        raise ProtocolError(
+            f"{len(of_blocks)} bytes of digests came for {blocks.count} blocks; "
+            f"expected: {blocks.count * DIGEST_BYTES}"
+        )
+    whole = xxhash.xxh3_128(msgspec.json.encode(manifest))
+    view = memoryview(of_blocks)
+    ends = [block * DIGEST_BYTES for block in blocks.firsts]
+    of_tensors = [xxhash.xxh3_128_digest(view[at:end]) for at, end in itertools.pairwise(ends)]
+    whole.update(b"".join(of_tensors))
+    return Digests(bytes(of_blocks), f"{algorithm}:{whole.hexdigest()}")

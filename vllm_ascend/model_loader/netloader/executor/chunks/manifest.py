@@ -1,0 +1,56 @@
+"""The manifest: which tensors there are, in which layout and order."""
+
+from typing import TypeAlias
+
+import msgspec
+
+from ...utils import Plain
+
+RAW, PROCESSED = "raw", "processed"
+
+Scalar: TypeAlias = Plain
+
+
+class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One tensor.
+
+    Attributes:
+        name: dotted name in the model.
+        dtype: as in `torch.bfloat16`.
+        shape: its dimensions.
+        alias_of: name of the earlier entry whose memory this one shares entirely (tied weights);
+            such an entry has no bytes of its own.
+        stride: its strides in elements, in the processed layout, where inference goes by them;
+            None: those of row-major order without gaps.
+        format: how it lies in memory if strides do not tell it, as in `FRACTAL_NZ`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    alias_of: str | None = None
+    stride: tuple[int, ...] | None = None
+    format: str | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What some weights consist of.
+
+    Attributes:
+        layout: `raw`: tensors as the checkpoint fills them, before post-processing; `processed`:
+            as inference uses them, after it.
+        tensors: the tensors in order. The bytes of one are its elements: in the order in which they
+            lie in memory where `stride` tells it and there are no gaps, else in row-major order,
+            whatever its strides in memory.
+        attributes: dotted name -> value of the plain attributes that loading has set on modules, in
+            the order of their names.
+    """
+
+    layout: str
+    tensors: list[TensorEntry]
+    attributes: dict[str, Scalar]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that have bytes of their own, in order."""
+        return [entry.name for entry in self.tensors if entry.alias_of is None]

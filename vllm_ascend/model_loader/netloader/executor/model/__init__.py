@@ -1,0 +1,1 @@
+"""What knows `nn.Module`: which of a model's tensors are exchanged, in either layout."""

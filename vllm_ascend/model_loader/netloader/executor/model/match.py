@@ -1,0 +1,186 @@
+"""Whether two sides mean the same tensors: named tensors described, and matched with a manifest."""
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ...errors import LayoutUnsupported
+from ...utils import plain, shortened
+from ..chunks.manifest import PROCESSED, RAW, Manifest, Scalar, TensorEntry
+
+MAX_NAMED = 5  # how many differences a refusal spells out
+_MAX_SHOWN = 400  # characters of each
+
+
+def describe(
+    tensors: Mapping[str, torch.Tensor],
+    layout: str,
+    attributes: Mapping[str, Scalar],
+    format_of: Callable[[torch.Tensor], str | None],
+) -> tuple[Manifest, list[torch.Tensor]]:
+    """Make the manifest of named tensors.
+
+    Args:
+        tensors: name -> tensor, any dtype, shape and strides.
+        layout: the manifest's layout.
+        attributes: the manifest's attributes.
+        format_of: the device's.
+
+    Returns:
+        The manifest, and the tensors of its entries that are no aliases, in order, as they are
+        sent.
+
+    Raises:
+        LayoutUnsupported: a tensor has no memory yet, or an attribute is no plain value.
+    """
+    entries: list[TensorEntry] = []
+    distinct: list[torch.Tensor] = []
+    seen: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        alias_of = _alias_of(name, tensors, seen)
+        dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
+        stride = _stride_of(tensor) if layout == PROCESSED else None
+        entries.append(TensorEntry(name, dtype, shape, alias_of, stride, format_of(tensor)))
+        if alias_of is None:
+            distinct.append(_as_sent(tensor, layout))
+    try:
+        carried = {
+            name: plain(f"attribute {name}", value) for name, value in sorted(attributes.items())
+        }
+    except ValueError as error:
+        raise LayoutUnsupported(str(error)) from None
+    return Manifest(layout, entries, carried), distinct
+
+
+def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Make uninitialized tensors, on the default device, for all of a manifest's names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in manifest.tensors:
+        if entry.alias_of is not None:
+            tensors[entry.name] = tensors[entry.alias_of]
+        else:
+            dtype = getattr(torch, entry.dtype.removeprefix("torch."))
+            tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
+    return tensors
+
+
+def match(
+    manifest: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    formats: Mapping[str, str],
+) -> list[torch.Tensor]:
+    """Find a manifest's tensors among a model's own.
+
+    Args:
+        manifest: what the source offers.
+        tensors: name -> tensor of this side.
+        required: names among them that the manifest must have.
+        formats: name -> format of those of them that have one when they are in use.
+
+    Returns:
+        This side's tensors of the entries that are no aliases, in order, as they are received.
+
+    Raises:
+        LayoutUnsupported: the two differ; names the first differing tensors.
+    """
+    differences: list[str] = []
+    matched: list[torch.Tensor] = []
+    seen: dict[object, str] = {}
+    for entry in manifest.tensors:
+        tensor = tensors.get(entry.name)
+        if tensor is None:
+            differences.append(f"{entry.name} is only there")
+            continue
+        if tensor.shape != entry.shape or _name_of(tensor.dtype) != entry.dtype:
+            here = _kind(_name_of(tensor.dtype), tensor.shape)
+            there = _kind(entry.dtype, entry.shape)
+            differences.append(f"{entry.name} is {here} here and {there} there")
+            continue
+        stride = _stride_of(tensor) if manifest.layout == PROCESSED else None
+        here_stored = _stored(stride, formats.get(entry.name))
+        if here_stored != (there_stored := _stored(entry.stride, entry.format)):
+            differences.append(f"{entry.name} is {here_stored} here and {there_stored} there")
+            continue
+        alias_of = _alias_of(entry.name, tensors, seen)
+        if alias_of != entry.alias_of:
+            differences.append(
+                f"{entry.name} shares the memory of {alias_of or 'no other'} here and of "
+                f"{entry.alias_of or 'no other'} there"
+            )
+        elif alias_of is None:
+            matched.append(_as_sent(tensor, manifest.layout))
+        elif entry.format is not None and tensor is not tensors[alias_of]:
+            # Such memory is replaced while it is filled, and that of one tensor object only.
+            differences.append(f"{entry.name} shares memory in {entry.format} with {alias_of}")
+    known = {entry.name for entry in manifest.tensors}
+    if len(known) < len(manifest.tensors):
+        differences.append("a name is there twice")
+    differences += [f"{name} is only here" for name in sorted(set(required) - known)]
+    if differences:
+        raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
+    return matched
+
+
+def _alias_of(
+    name: str, tensors: Mapping[str, torch.Tensor], seen: dict[object, str]
+) -> str | None:
+    """Return which of the tensors seen before has the same memory entirely, and note this one."""
+    tensor = tensors[name]
+    if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
+        raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
+    address = tensor.data_ptr()
+    if not address or (first := seen.setdefault(address, name)) == name:
+        return None
+    # Rare: views that begin at the same place, or empty ones, of which nothing is shared.
+    if tensor.numel() == 0:
+        return None
+    region = _region(tensor)
+    if _region(tensors[first]) != region:
+        first = seen.setdefault(region, name)
+    return None if first == name else first
+
+
+def _region(tensor: torch.Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stride_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    return None if tensor.is_contiguous() else tensor.stride()
+
+
+def _as_sent(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return a tensor, or all of its memory where both sides have the same strides."""
+    if layout == RAW or tensor.is_contiguous() or not _has_no_gaps(tensor):
+        return tensor
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _has_no_gaps(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _stored(stride: tuple[int, ...] | None, storage_format: str | None) -> str:
+    return storage_format or ("row-major" if stride is None else f"strided {list(stride)}")
+
+
+_name_of = functools.cache(str)
+
+
+def _kind(dtype: str, shape: Iterable[int]) -> str:
+    return f"{dtype.removeprefix('torch.')}{list(shape)}"
+
+
+def _first(differences: list[str]) -> str:
+    # A source chooses the names that it has: bounded and printable before anybody reads them.
+    named = "; ".join(shortened(difference, _MAX_SHOWN) for difference in differences[:MAX_NAMED])
+    more = len(differences) - MAX_NAMED
+    return f"{named}; and {more} more" if more > 0 else named

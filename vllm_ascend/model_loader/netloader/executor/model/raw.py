@@ -1,0 +1,281 @@
+"""Raw weights kept beside the processed ones, so that an instance can serve them.
+
+Post-processing replaces or changes what the checkpoint filled in. A tensor that it replaces is kept
+by reference; one that it changes in place is lost unless a copy was made before (INT8_CACHE), and
+then nothing else may be sent in its place. What has changed is told by hashing before and after.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ...config import Int8Cache
+from ...errors import LayoutUnsupported
+from ..chunks.blocks import Run, Span
+from ..chunks.manifest import RAW, Scalar
+from ..devices import Device
+from ..memory import read
+from ..store import BlockStore, make_store
+
+# Scales and the like: copying all of them costs little, and quantization rewrites them in place.
+_SMALL = 64 << 10
+# Bytes that are looked at together to see whether post-processing has changed them.
+_COMPARED_AT_ONCE = 16 << 20
+
+
+@dataclass(frozen=True)
+class BeforeLoading:
+    """What a model is like before its weights are loaded.
+
+    Attributes:
+        scalars: dotted name -> value of the plain attributes of all modules.
+        tensors: dotted name -> (tensor, version) of the tensors among the plain attributes.
+        buffers: name -> hash of the buffers that no checkpoint has.
+        parameters: name -> (dtype, shape) of the parameters that have memory.
+    """
+
+    scalars: Mapping[str, Scalar]
+    tensors: Mapping[str, tuple[torch.Tensor, int]]
+    buffers: Mapping[str, bytes]
+    parameters: Mapping[str, tuple[torch.dtype, torch.Size]]
+
+
+def before_loading(model: nn.Module, device: Device) -> BeforeLoading:
+    """Take note of what loading may change besides parameters and persistent buffers."""
+    return BeforeLoading(
+        scalars=scalars(model),
+        tensors=_plain_tensors(model),
+        buffers=_hashes(_derived_buffers(model), device),
+        parameters=_kinds(model),
+    )
+
+
+def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return what loading can fill, and the names that every checkpoint's load has to fill.
+
+    Returns:
+        Name -> tensor of all parameters and buffers under all their names, detached, so that a
+        later change of a parameter's shape or memory leaves them alone; and the names of the
+        parameters and persistent buffers among them.
+    """
+    derived = _derived_buffers(model)
+    tensors = {
+        name: tensor.detach()
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+        if not isinstance(tensor, UninitializedTensorMixin)
+    }
+    return tensors, tensors.keys() - derived.keys()
+
+
+def capture_loaded(model: nn.Module, before: BeforeLoading, device: Device) -> BlockStore:
+    """Keep references to what a checkpoint has just filled.
+
+    Args:
+        model: the model, not post-processed yet.
+        before: what it was like before loading.
+        device: where the tensors are.
+
+    Raises:
+        LayoutUnsupported: loading left something that the raw layout cannot carry; names it.
+    """
+    plain = _plain_tensors(model)
+    if changed := sorted(
+        name
+        for name, (tensor, version) in plain.items()
+        if name not in before.tensors
+        or before.tensors[name][0] is not tensor
+        or before.tensors[name][1] != version
+    ):
+        raise LayoutUnsupported(
+            f"{changed[0]} was created while loading and is neither a parameter nor a buffer"
+        )
+    kinds = _kinds(model)
+    if made := sorted(name for name in kinds if kinds[name] != before.parameters.get(name)):
+        # Online quantization: a client's model has not been through it when it receives.
+        raise LayoutUnsupported(f"{made[0]} was created while loading, as online quantization does")
+    attributes = {
+        name: value
+        for name, value in scalars(model).items()
+        if name not in before.scalars or before.scalars[name] != value
+    }
+    everything, required = raw_tensors(model)
+    derived = _hashes(_derived_buffers(model), device)
+    filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
+    tensors = {name: tensor for name, tensor in everything.items() if name in filled}
+    return make_store(tensors, RAW, attributes, device)
+
+
+def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
+    """Set the plain attributes that loading has set at the source.
+
+    Raises:
+        LayoutUnsupported: an attribute's module does not exist here, or the name is taken by
+            something that is no plain value.
+    """
+    for name, value in attributes.items():
+        path, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise LayoutUnsupported(f"attribute {name}: no such module here") from None
+        existing = getattr(module, attribute, None)
+        if attribute.startswith("__") or not _is_scalar(existing):
+            raise LayoutUnsupported(f"attribute {name} is not a plain value here")
+        setattr(module, attribute, value)
+
+
+def copy_int8(
+    raw: BlockStore, cache: Int8Cache, parts: Sequence[str] | None
+) -> dict[int, torch.Tensor]:
+    """Copy the tensors that post-processing may change in place, before it runs.
+
+    Args:
+        raw: the weights.
+        cache: where to keep copies of int8 tensors; NO: none are made.
+        parts: parts of names that `cache` applies to; None: all.
+
+    Returns:
+        Index -> copy: the int8 tensors chosen, and all small ones, whatever `cache` is.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for index, (name, tensor) in enumerate(zip(raw.manifest.names, raw.tensors, strict=True)):
+        chosen = parts is None or any(part in name for part in parts)
+        if tensor.dtype == torch.int8 and cache is not Int8Cache.NO and chosen:
+            place = torch.device("cpu") if cache is Int8Cache.DRAM else tensor.device
+            copies[index] = tensor.to(place, copy=True)
+        elif tensor.dtype != torch.int8 and tensor.nbytes < _SMALL:
+            copies[index] = tensor.clone()
+    return copies
+
+
+def after_processing(
+    raw: BlockStore, copies: Mapping[int, torch.Tensor], in_use: Mapping[str, torch.Tensor]
+) -> BlockStore:
+    """Put copies in the place of what post-processing has changed or what is to leave the device.
+
+    The other copies are dropped.
+
+    Args:
+        raw: the weights.
+        copies: see `copy_int8`.
+        in_use: the tensors that inference uses, which matter only if there are copies in host
+            memory: what was copied there and is not in use is kept there only.
+
+    Raises:
+        LayoutUnsupported: a tensor has changed and there is no copy; names it.
+    """
+    raw.device.synchronize()
+    changed = _changed(raw)
+    names = raw.manifest.names
+    if lost := [names[index] for index in sorted(changed) if index not in copies]:
+        raise LayoutUnsupported(
+            f"post-processing has changed {lost[0]}"
+            + (f" and {len(lost) - 1} more tensors" if len(lost) > 1 else "")
+            + ", and no copy was kept (INT8_CACHE hbm or dram keeps int8 tensors)"
+        )
+    used = {tensor.untyped_storage().data_ptr() for tensor in in_use.values()}
+    tensors = [
+        copies[index]
+        if index in changed
+        or (
+            index in copies
+            and copies[index].device != tensor.device
+            and tensor.untyped_storage().data_ptr() not in used
+        )
+        else tensor
+        for index, tensor in enumerate(raw.tensors)
+    ]
+    return raw.with_tensors(tensors)
+
+
+def _changed(raw: BlockStore) -> set[int]:
+    """Return the tensors whose bytes are not what they were when they were hashed."""
+    gone = {
+        index
+        for index, tensor in enumerate(raw.tensors)
+        if tensor.untyped_storage().nbytes() < _end(tensor)
+    }
+    changed = set(gone)
+    for run in raw.blocks.cut(_COMPARED_AT_ONCE):
+        for part in _without(run, gone, raw) if gone else [run]:
+            changed |= {raw.blocks.tensor_of(block) for block in raw.wrong(part)}
+    return changed
+
+
+def _without(run: Run, tensors: set[int], store: BlockStore) -> Iterator[Run]:
+    """Return the parts of a run that have no block of certain tensors."""
+    first = run.first
+    for span in store.blocks.spans(run):
+        if span.tensor in tensors:
+            gone = store.blocks.blocks_of(span.tensor)
+            if first < gone.first:
+                yield Run(first, gone.first - 1)
+            first = gone.last + 1
+    if first <= run.last:
+        yield Run(first, run.last)
+
+
+def _end(tensor: torch.Tensor) -> int:
+    """Return the position in its storage at which a tensor's last byte ends."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that are not persistent: a model makes them itself, in most cases."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name not in persistent
+    }
+
+
+def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, bytes]:
+    return {
+        name: device.digests([read(Span(0, 0, tensor.nbytes), [tensor])])
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and tensor.numel()
+    }
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {
+        name: (parameter.dtype, parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.is_meta and not isinstance(parameter, UninitializedTensorMixin)
+    }
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)  # JSON has no other
+    return value is None or isinstance(value, bool | int | str)
+
+
+def scalars(model: nn.Module) -> dict[str, Scalar]:
+    """Return dotted name -> value of the plain attributes of all modules."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if _is_scalar(value)
+    }
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
+    return {
+        f"{path}.{name}" if path else name: (
+            value,
+            0 if value.is_inference() else value._version,
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }

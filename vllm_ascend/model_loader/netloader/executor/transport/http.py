@@ -1,0 +1,117 @@
+"""HTTP: runs of blocks as bodies of answers, from and into host memory.
+
+Where the tensors are in host memory, the source gathers from them and the client reads into them.
+Elsewhere a run passes through a buffer of host memory at either end.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from ..chunks.blocks import Run
+from ..devices import Accelerator
+from ..memory import host_view, in_place, write
+from ..store import BlockStore
+from .messages import from_host, to_host
+
+
+class Blocks(Protocol):
+    """The way to get blocks from a source; see `interaction.elastic.ElasticClient`."""
+
+    def ask_blocks(self, weights: str, first: int, last: int) -> None:
+        """Ask for a run."""
+
+    def receive_blocks(self, into: Sequence[memoryview]) -> None:
+        """Read the run that was asked for into buffers, one after the other."""
+
+
+class _HostStaging:
+    """One buffer of host memory, for runs of an accelerator's memory, one after the other."""
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+
+    def take(self, nbytes: int, accelerator: Accelerator) -> torch.Tensor:
+        """Return so many bytes of it, uint8."""
+        if self._buffer is None or self._buffer.numel() < nbytes:
+            self._buffer = accelerator.empty_host(nbytes)
+        return self._buffer[:nbytes]
+
+
+class HttpSender:
+    """See `elastic_load.Sender`.
+
+    Args:
+        store: the weights.
+        write: sends buffers, one after the other.
+    """
+
+    def __init__(self, store: BlockStore, write: Callable[[Sequence[memoryview]], object]) -> None:
+        self._store = store
+        self._write = write
+        self._staging = _HostStaging()
+
+    def send(self, run: Run) -> None:
+        """Send a run."""
+        store = self._store
+        if (accelerator := store.device.accelerator) is None:
+            parts = store.parts(run)
+        else:
+            host = self._staging.take(store.blocks.size_of(run), accelerator)
+            to_host(run, store, host, accelerator)
+            parts = [host]
+        self._write([host_view(part) for part in parts])
+
+
+class HttpReceiver:
+    """See `elastic_load.Receiver`.
+
+    Two requests are under way, so that the source has the next one when it is done with one, while
+    the client still reads or checks.
+
+    Args:
+        source: where the blocks come from.
+        store: what is filled.
+    """
+
+    batch = 1
+    ahead = 2
+    max_bytes = sys.maxsize
+
+    def __init__(self, source: Blocks, store: BlockStore) -> None:
+        self._source = source
+        self._store = store
+        self._asked: deque[Run] = deque()
+        self._staging = _HostStaging()
+
+    def request(self, runs: Sequence[Run]) -> None:
+        """Ask for a run; a connection with nothing to fetch may end meanwhile."""
+        for run in runs:
+            self._asked.append(run)
+            self._source.ask_blocks(self._store.digests.weights, run.first, run.last)
+
+    def receive(self) -> None:
+        """Read the run into the tensors, or into memory of its own where they are elsewhere."""
+        run, store = self._asked.popleft(), self._store
+        if (accelerator := store.device.accelerator) is None:
+            self._receive_in_place(run)
+            return
+        host = self._staging.take(store.blocks.size_of(run), accelerator)
+        self._source.receive_blocks([host_view(host)])
+        from_host(run, store, host, accelerator)
+
+    def _receive_in_place(self, run: Run) -> None:
+        store = self._store
+        spans = store.blocks.spans(run)
+        places = [in_place(span, store.tensors) for span in spans]
+        buffers = [
+            torch.empty(span.nbytes, dtype=torch.uint8) if place is None else place
+            for span, place in zip(spans, places, strict=True)
+        ]
+        self._source.receive_blocks([host_view(buffer) for buffer in buffers])
+        for span, place, buffer in zip(spans, places, buffers, strict=True):
+            if place is None:
+                write(span, store.tensors, buffer)

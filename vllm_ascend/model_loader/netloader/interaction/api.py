@@ -1,0 +1,399 @@
+"""What peers say to each other over HTTP/1.1: paths, bodies, codes and limits.
+
+All of it is on one port for each rank. Bodies are JSON; unknown fields are ignored, except in an
+identity. A path is compared as it is written: nothing in it is percent-encoded, and it has no
+query. A session is a connection::
+
+    client                                       source
+      POST /netloader/v1/models/GROUP/join   ->
+                                             <-  weights digest, manifest, block digests, peers
+      GET /netloader/v1/weights/DIGEST/blocks/0-3  ->
+                                             <-  the bytes of these blocks
+      ...
+      POST /netloader/v1/done                ->  (the end of the connection is that of the session)
+
+or, where the bytes go through a two-rank group of HCCL or NCCL::
+
+      POST /netloader/v1/groups              ->
+                                             <-  id of the group, which the source begins to form
+      POST /netloader/v1/groups/ID/store     <-> values of the group's store, both ways
+      POST /netloader/v1/groups/ID/send      ->
+                                             <-  sizes of the runs, then the bytes in the group
+
+When sending through a group fails, the source says why in an answer that nobody has asked for, and
+closes the connection. When sending an answer's body fails, it closes the connection in the body.
+"""
+
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from http import HTTPStatus
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+
+from ..errors import (
+    BlocksNotHere,
+    NetLoaderError,
+    SourceBusy,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+)
+from ..identity import ModelIdentity, Revision
+from ..utils import shortened
+
+# Limits, in bytes unless something else is said
+MAX_TARGET = 4 << 10  # of a request: path and query
+MAX_HEAD = 32 << 10  # of a request or an answer: its first line and its headers
+MAX_BODY = 64 << 10  # of a request or an answer, except
+MAX_JOINED = 64 << 20  # the answer to a join
+MAX_GROUPS = 4  # of one connection
+MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
+BLOCK_DIGEST = 16  # of one block in `Joined.blocks`
+
+COMPLETE = "complete"  # how a session ends of which its client says so
+TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
+
+JOIN = "/netloader/v1/models/{group}/join"
+BLOCKS = "/netloader/v1/weights/{digest}/blocks/{first}-{last}"
+GROUPS = "/netloader/v1/groups"
+STORE = "/netloader/v1/groups/{id}/store"
+SEND = "/netloader/v1/groups/{id}/send"
+DONE = "/netloader/v1/done"
+STATUS = "/status"
+HEALTHZ = "/healthz"
+METHODS = {
+    JOIN: "POST",
+    BLOCKS: "GET",
+    GROUPS: "POST",
+    STORE: "POST",
+    SEND: "POST",
+    DONE: "POST",
+    STATUS: "GET",
+    HEALTHZ: "GET",
+}
+_DIGEST = "[a-z0-9_]{1,32}:[0-9a-f]{16,128}"
+_PARAMETERS = {
+    "group": "[A-Za-z0-9_]{1,64}",
+    "digest": _DIGEST,
+    "first": "[0-9]{1,20}",
+    "last": "[0-9]{1,20}",
+    "id": "[0-9]{1,20}",
+}
+_ROUTES = {
+    path: re.compile(path.format(**{name: f"(?P<{name}>{p})" for name, p in _PARAMETERS.items()}))
+    for path in METHODS
+}
+
+
+class Code(Enum):
+    """What an answer that is not 200 means.
+
+    Attributes:
+        text: the code as it stands in the answer.
+        status: the HTTP status that goes with it.
+        error: what it is for the client, which decides whether it waits (`SourceBusy`), goes on
+            with other blocks (`BlocksNotHere`), or with other sources for good (`SourceRefused`)
+            or for now (`SourceLost`).
+        about: when it is the answer.
+    """
+
+    BAD_REQUEST = "bad_request", 400, SourceRefused, "the request is not one of this protocol"
+    UNAUTHORIZED = "unauthorized", 401, SourceRefused, "the client may not ask this"
+    NOT_FOUND = "not_found", 404, SourceRefused, "there is no such path, or no such group of ranks"
+    NO_MODEL = "no_model", 404, SourceRefused, "this instance has no such model"
+    NOT_HERE = "not_here", 404, BlocksNotHere, "these blocks have not come to this instance yet"
+    METHOD_NOT_ALLOWED = "method_not_allowed", 405, SourceRefused, "the path has another method"
+    OTHER_MODEL = "other_model", 409, SourceRefused, "the identities differ; the answer says where"
+    NO_GROUPS = "no_groups", 409, SourceRefused, "this instance sends over HTTP only"
+    OTHER_WEIGHTS = "other_weights", 409, SourceRefused, "the weights have another digest"
+    CANNOT_SERVE = "cannot_serve", 409, SourceRefused, "this instance cannot be a source"
+    CHANGED = "changed", 410, SourceRefused, "the weights have changed since they were offered"
+    LENGTH_REQUIRED = "length_required", 411, SourceRefused, "the body has no Content-Length"
+    TOO_LARGE = "too_large", 413, SourceRefused, "the body is too large"
+    URI_TOO_LONG = "uri_too_long", 414, SourceRefused, "the path is too long"
+    OUT_OF_RANGE = "out_of_range", 416, SourceRefused, "there are no blocks of these numbers"
+    HEADERS = "headers", 431, SourceRefused, "the headers are too large"
+    INTERNAL = "internal", 500, SourceLost, "the source failed, and its log has the error"
+    TRANSFER_FAILED = "transfer_failed", 500, SourceLost, "the blocks could not be sent"
+    BUSY = "busy", 503, SourceBusy, "all places for sessions are taken"
+    LOADING = "loading", 503, SourceBusy, "the source is still loading its weights"
+    ASLEEP = "asleep", 503, SourceBusy, "the source sleeps, and its weights are not in memory"
+    CHANGING = "changing", 503, SourceBusy, "the source's weights are being changed"
+
+    def __init__(self, text: str, status: int, error: type[SourceError], about: str) -> None:
+        self.text = text
+        self.status = HTTPStatus(status)
+        self.error = error
+        self.about = about
+
+
+CODES = {code.text: code for code in Code}
+
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
+WeightsDigest: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
+Peers: TypeAlias = Annotated[list[ShortText], msgspec.Meta(max_length=4096)]
+Run: TypeAlias = tuple[Count, Count]
+Value: TypeAlias = tuple[ShortText, Annotated[bytes, msgspec.Meta(max_length=16 << 10)]]
+Values: TypeAlias = Annotated[list[Value], msgspec.Meta(max_length=256)]
+
+
+class Join(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A client asks for the weights of a model.
+
+    Attributes:
+        identity: what has to be equal on both sides.
+        weights: the weights that the client has manifest and block digests of already.
+        listen: where the client itself listens, if that is known.
+    """
+
+    identity: ModelIdentity
+    weights: WeightsDigest | None = None
+    listen: ShortText | None = None
+
+
+class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The source has the model.
+
+    Attributes:
+        weights: digest of its weights, `algorithm:hex`.
+        epoch: counts the changes of these weights in this instance.
+        instance: names the process, so that another one at the same address is noticed.
+        revision: which revision of the model they are.
+        peers: addresses of others that have or get the same weights.
+        manifest: passed on unread; left out where the client named these weights.
+        blocks: the digests of all blocks, 16 bytes each, in base64; left out like the manifest.
+    """
+
+    weights: WeightsDigest
+    epoch: Count
+    instance: ShortText
+    revision: Revision = Revision()
+    peers: Peers = []
+    manifest: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    blocks: bytes | msgspec.UnsetType = msgspec.UNSET
+
+
+class OpenGroup(msgspec.Struct, frozen=True):
+    """A client wants a group of two ranks, itself rank 0, for the blocks of these weights."""
+
+    weights: WeightsDigest
+
+
+class GroupOpened(msgspec.Struct, frozen=True):
+    """The source begins to form the group.
+
+    Attributes:
+        id: names the group, on this connection only.
+        max_bytes: size of a run that is not to be exceeded.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern=rf"\A{_PARAMETERS['id']}\Z")]
+    max_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)]
+
+
+class StoreSet(msgspec.Struct, frozen=True):
+    """What the client has set in the group's store since it last said so: keys and values."""
+
+    set: Values
+
+
+class StoreValues(msgspec.Struct, frozen=True):
+    """What the source has set since it last said so; empty if nothing came in time."""
+
+    values: Values
+
+
+class SendRuns(msgspec.Struct, frozen=True):
+    """The client wants runs of blocks, `[first, last]`; none says that it is still there."""
+
+    runs: Annotated[list[Run], msgspec.Meta(max_length=2048)]
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """The source sends the runs in the order asked for; bytes of each."""
+
+    sizes: list[Count]
+
+
+class Done(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The client has got what it wanted from this session, or gives up.
+
+    Attributes:
+        complete: whether its weights are complete.
+        reason: why it gives up.
+    """
+
+    complete: bool
+    reason: ShortText = ""
+
+
+class Noted(msgspec.Struct, frozen=True):
+    """The answer to `Done`."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """How one model of an instance is.
+
+    Attributes:
+        identity: what has to be equal to load from it.
+        state: `serving`, or the code that a join is answered with.
+        reason: why it is not serving, for people.
+        weights: digest of its weights, if known.
+        epoch: counts the changes of these weights in this instance.
+        loaded_from: `disk`, or the addresses the weights came from.
+    """
+
+    identity: ModelIdentity
+    state: str
+    reason: str
+    weights: str | None
+    epoch: Count
+    loaded_from: str
+
+
+class SessionStatus(msgspec.Struct, frozen=True):
+    """How far one session is.
+
+    Attributes:
+        peer: the client's address.
+        weights: digest of the weights that it gets.
+        bytes_sent: bytes of blocks that were sent.
+        seconds: since its beginning.
+    """
+
+    peer: str
+    weights: str
+    bytes_sent: Count
+    seconds: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How an instance is.
+
+    Attributes:
+        version: NetLoader's.
+        instance: names the process.
+        rank: global rank of the process.
+        models: each model that it serves or loads.
+        sessions: those that get blocks.
+        places: sessions that can be open at once.
+        places_taken: how many are.
+        bytes_sent: bytes of blocks that were sent since the start.
+    """
+
+    version: str
+    instance: str
+    rank: int
+    models: list[ModelStatus]
+    sessions: list[SessionStatus]
+    places: Count
+    places_taken: Count
+    bytes_sent: Count
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """A field in which two identities differ, with both values as text."""
+
+    field: str
+    client: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.client} at the client and {self.source} at the source"
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of every answer that is not 200.
+
+    Attributes:
+        code: see `Code`; what it says decides what the client does.
+        message: for people.
+        differences: with `other_model`.
+        peers: whom else to ask.
+    """
+
+    code: str
+    message: str
+    differences: list[Difference] = []
+    peers: Peers = []
+
+
+class Refusal(NetLoaderError):
+    """A request gets this code as its answer.
+
+    Args:
+        code: see `Code`.
+        message: for people.
+        differences: with `other_model`.
+        peers: whom else to ask.
+        retry_after: seconds after which the client may ask again, with status 503.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        message: str,
+        *,
+        differences: Sequence[Difference] = (),
+        peers: Sequence[str] = (),
+        retry_after: int = 1,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.problem = Problem(code.text, message, [*differences], [*peers])
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The bytes of a run of blocks on their way out.
+
+    Attributes:
+        nbytes: how many there are.
+        chunks: yields them in order, as lists of views; may wait in between.
+    """
+
+    nbytes: int
+    chunks: Generator[list[memoryview], None, None]
+
+
+def differences(client: ModelIdentity, source: ModelIdentity) -> list[Difference]:
+    """Return the fields in which a client's and a source's identity differ."""
+    return [
+        Difference(field, shortened(repr(ours), 200), shortened(repr(theirs), 200))
+        for field, ours, theirs in client.differences(source)
+    ]
+
+
+def route(target: str) -> tuple[str, dict[str, str]]:
+    """Return the path of `METHODS` that a request's target is, and its parameters.
+
+    Raises:
+        Refusal: there is none.
+    """
+    path = re.sub(r"\Ahttps?://[^/?#]*", "", target)  # as sent to a proxy
+    for template, pattern in _ROUTES.items():
+        if match := pattern.fullmatch(path):
+            return template, match.groupdict()
+    known = ", ".join(METHODS)
+    raise Refusal(Code.NOT_FOUND, f"unknown path {shortened(path, 200)}; known paths: {known}")
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def decode(body: bytes, kind: type[S]) -> S:
+    """Return a body as the struct it should be.
+
+    Raises:
+        Refusal: it is not one.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        message = f"the body is not a valid {kind.__name__}: {shortened(str(error), 500)}"
+        raise Refusal(Code.BAD_REQUEST, message) from None

@@ -1,0 +1,439 @@
+"""A client's end of a connection to a source: `ElasticClient`."""
+
+import contextlib
+import http.client
+import re
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from ..errors import (
+    ProtocolError,
+    SourceBusy,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+    SourceUnreachable,
+)
+from ..utils import Address, Patience, shortened, within
+from . import api
+from .api import Done, Join, Joined, Refusal, Status
+from .wire import Wire
+
+_LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
+_SERVER = "NetLoader"
+_BROKEN = (OSError, http.client.HTTPException)
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class ElasticClient:
+    """One connection to a source, which is a session there; made by `connect`.
+
+    Every failure is a `SourceError` that begins with the source's address: what the answer's code
+    means (see `api.Code`), `SourceLost` without an answer, `ProtocolError` for a wrong one. Of
+    the threads, one at a time may ask; any may call `cut` and `hung_up`.
+    """
+
+    def __init__(
+        self, address: Address, wire: Wire, connect: float, handshake: float, progress: float
+    ) -> None:
+        self.address = address
+        self._wire = wire
+        self._connect = connect
+        self._handshake = handshake
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._cut = False
+        self._answered = False  # something, over the present connection
+        self._has_groups = False
+        self._unanswered: deque[bytes] = deque()
+        self._again = False  # whether these may be said once more over another connection
+
+    @classmethod
+    def connect(
+        cls, address: Address, *, connect: float, handshake: float, progress: float
+    ) -> "ElasticClient":
+        """Connect to a source.
+
+        Args:
+            address: where it listens.
+            connect: seconds to find its name and to reach it.
+            handshake: seconds for an answer.
+            progress: seconds without any byte, while bytes are due.
+
+        Raises:
+            SourceUnreachable: it cannot be reached.
+        """
+        wire = _connected(address, connect, progress)
+        return cls(address, wire, connect, handshake, progress)
+
+    @property
+    def local_host(self) -> str:
+        """The address of this machine that the source sees."""
+        return self._wire.local_host
+
+    def __enter__(self) -> "ElasticClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, for good."""
+        self.cut()
+        self._wire.close()
+
+    def cut(self) -> None:
+        """End the connection for good; a thread that waits for an answer gets an error."""
+        with self._lock:
+            self._cut = True
+            self._wire.cut()
+
+    def hung_up(self) -> bool:
+        """Return whether the source has closed the connection, or its process has ended."""
+        return self._wire.hung_up
+
+    def join(self, join: Join) -> Joined:
+        """Ask for a model's weights; the session begins.
+
+        Raises:
+            SourceError: see the class.
+        """
+        path = api.JOIN.format(group=join.identity.group)
+        joined = self._ask(path, join, Joined, self._handshake, api.MAX_JOINED)
+        left_out = joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET
+        if left_out and joined.weights != join.weights:
+            raise self._lied("the answer to a join has no manifest or no digests of blocks")
+        return joined
+
+    def ask_blocks(self, weights: str, first: int, last: int) -> None:
+        """Ask for blocks, `last` included; `receive_blocks` has to come for each time, in order.
+
+        Raises:
+            SourceError: see the class.
+        """
+        path = api.BLOCKS.format(digest=weights, first=first, last=last)
+        with self._failures():
+            self._say("GET", path, b"")
+
+    def receive_blocks(self, into: Sequence[memoryview]) -> None:
+        """Read the blocks that were asked for into memory.
+
+        Args:
+            into: where the bytes go, in order; exactly as many as the blocks have.
+
+        Raises:
+            SourceError: see the class; what `into` has then is anything.
+        """
+        wanted = sum(map(len, into))
+        with self._failures():
+            answer = self._hear("GET", self._progress)
+            if answer.length != wanted:
+                raise self._lied(f"sends {answer.length} bytes where blocks have {wanted}")
+            self._wire.receive(into)
+            self._close_after(answer)
+
+    def open_group(self, weights: str) -> "GroupControl":
+        """Let the source begin to form a two-rank group for blocks of these weights."""
+        self._has_groups = True
+        opened = self._ask(api.GROUPS, api.OpenGroup(weights), api.GroupOpened, self._handshake)
+        return GroupControl(self, opened)
+
+    def done(self, done: Done) -> None:
+        """Say how the session has ended; whether the source hears it makes no difference."""
+        with contextlib.suppress(SourceError):
+            self._ask(api.DONE, done, api.Noted, _LAST_WORDS)
+
+    def exchange(self, group: str, values: list[api.Value]) -> list[api.Value]:
+        """Say what was set in a group's store here, and return what the source has set.
+
+        Returns nothing if there is nothing new, for which the source waits up to a second, unless
+        something was set here.
+        """
+        path = api.STORE.format(id=group)
+        seconds = self._handshake + api.MAX_EXCHANGE_SECONDS
+        return self._ask(path, api.StoreSet(values), api.StoreValues, seconds).values
+
+    def ask_runs(self, group: str, runs: Sequence[api.Run]) -> None:
+        """Ask for runs through a group; `hear_sizes` has to come next."""
+        body = msgspec.json.encode(api.SendRuns([*runs]))
+        with self._failures():
+            self._say("POST", api.SEND.format(id=group), body)
+
+    def hear_sizes(self) -> list[int]:
+        """Return the sizes of the runs that were asked for.
+
+        The answer comes before the bytes, and after those of what was asked for before.
+        """
+        with self._failures():
+            answer = self._hear("POST", self._progress)
+            content = self._content(answer, api.MAX_BODY)
+        return self._decoded(answer, content, api.Sizes).sizes
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether an answer has come, or the beginning of it."""
+        return self._wire.has_data
+
+    def status(self) -> Status:
+        """Ask how the source is."""
+        return self._ask(api.STATUS, None, Status, self._handshake)
+
+    def last_words(self) -> SourceError | None:
+        """Return why the source has ended the connection, if it has said so.
+
+        To be asked when the transfer through a group has failed; the connection ends with it.
+        """
+        try:
+            self._wire.allow(_LAST_WORDS, api.MAX_HEAD)
+            answer = self._answer("POST")
+            return None if answer.status == HTTPStatus.OK else self._refusal(answer)
+        except (*_BROKEN, SourceError):
+            return None
+        finally:
+            self._wire.close()
+
+    def _ask(
+        self,
+        path: str,
+        question: msgspec.Struct | None,
+        kind: type[S],
+        seconds: float,
+        limit: int = api.MAX_BODY,
+    ) -> S:
+        method, body = (
+            ("POST", msgspec.json.encode(question)) if question is not None else ("GET", b"")
+        )
+        with self._failures():
+            answer = self._open(method, path, body, seconds)
+            content = self._content(answer, limit)
+            self._close_after(answer)
+        return self._decoded(answer, content, kind)
+
+    def _decoded(self, answer: http.client.HTTPResponse, content: bytes, kind: type[S]) -> S:
+        try:
+            return api.decode(content, kind)
+        except Refusal as invalid:
+            if answer.getheader("Server") != _SERVER:
+                raise self._not_ours(answer) from None
+            raise self._lied(str(invalid)) from None
+
+    def _open(
+        self, method: str, path: str, body: bytes, seconds: float
+    ) -> http.client.HTTPResponse:
+        """Ask, and return the answer up to its body if its status is 200."""
+        self._say(method, path, body)
+        return self._hear(method, seconds)
+
+    def _say(self, method: str, path: str, body: bytes) -> None:
+        head = [f"{method} {path} HTTP/1.1", f"Host: {self.address}"]
+        if method == "POST":
+            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        said = "\r\n".join([*head, "", ""]).encode("latin-1") + body
+        self._unanswered.append(said)
+        # A source closes idle connections; only what has nothing to lose is asked again.
+        self._again = method == "GET" and self._answered and not self._has_groups
+        if self._wire.closed:
+            self._reconnect(ConnectionResetError("the connection has been closed"))
+        else:
+            self._send([said])
+
+    def _send(self, requests: Iterable[bytes]) -> None:
+        with contextlib.suppress(ConnectionError):  # it may have said why before it closed
+            self._wire.send(requests)
+
+    def _hear(self, method: str, seconds: float) -> http.client.HTTPResponse:
+        """Return the answer to what was said first, up to its body, if its status is 200."""
+        self._wire.allow(seconds, api.MAX_HEAD)
+        try:
+            answer = self._answer(method)
+        except ConnectionError as error:
+            self._reconnect(error)
+            self._wire.allow(seconds, api.MAX_HEAD)
+            answer = self._answer(method)
+        self._answered = True
+        self._unanswered.popleft()
+        if answer.status != HTTPStatus.OK:
+            raise self._refusal(answer)
+        return answer
+
+    def _answer(self, method: str) -> http.client.HTTPResponse:
+        if self._wire.closed:  # as an earlier answer has announced
+            raise ConnectionResetError("the connection has been closed")
+        answer = http.client.HTTPResponse(cast(Any, self._wire), method=method)
+        answer.begin()
+        return answer
+
+    def _content(self, answer: http.client.HTTPResponse, limit: int) -> bytes:
+        length = answer.length
+        if length is None or length > limit:
+            if answer.getheader("Server") != _SERVER:
+                raise self._not_ours(answer)
+            raise self._lied(f"an answer of {length} bytes, over the limit of {limit}")
+        self._wire.budget = length
+        content = answer.read(length) if length else b""
+        if len(content) < length:
+            raise ConnectionResetError("the connection ended within the answer")
+        return content
+
+    def _refusal(self, answer: http.client.HTTPResponse) -> SourceError:
+        try:
+            problem = api.decode(self._content(answer, api.MAX_BODY), api.Problem)
+        except Refusal:
+            return self._not_ours(answer)
+        code = api.CODES.get(problem.code)
+        if code is None and answer.getheader("Server") != _SERVER:
+            return self._not_ours(answer)
+        self._close_after(answer)
+        later = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
+        kind = code.error if code else SourceBusy if later else SourceRefused
+        differ = [
+            f"{shortened(one.field, 200)} is {shortened(one.client, 200)} here "
+            f"and {shortened(one.source, 200)} there"
+            for one in problem.differences
+        ]
+        said = [f"{self.address}: {shortened(problem.code, 200)}", shortened(problem.message)]
+        seconds_later = re.fullmatch("[0-9]{1,4}", answer.getheader("Retry-After", ""))
+        return kind(
+            ": ".join([*said, "; ".join(differ)] if differ else said),
+            problem.code if code else "",
+            float(seconds_later[0]) if seconds_later else 0.0,
+            tuple(shortened(peer, 300) for peer in problem.peers),
+        )
+
+    def _not_ours(self, answer: http.client.HTTPResponse) -> SourceRefused:
+        self._wire.close()
+        server = shortened(answer.getheader("Server", ""), 80)
+        said = f"HTTP {answer.status} from {server}" if server else f"HTTP {answer.status}"
+        return SourceRefused(f"{self.address}: this is not a NetLoader port ({said})")
+
+    def _lied(self, what: str) -> ProtocolError:
+        self._wire.close()
+        return ProtocolError(f"{self.address}: {what}")
+
+    def _close_after(self, answer: http.client.HTTPResponse) -> None:
+        if answer.will_close:
+            self._wire.close()
+
+    def _reconnect(self, error: ConnectionError) -> None:
+        with self._lock:
+            may_ask_again = self._again and not self._cut
+        if not may_ask_again:
+            raise error
+        wire = _connected(self.address, self._connect, self._progress)
+        with self._lock:
+            self._wire.close()
+            self._wire = wire
+            if self._cut:
+                wire.cut()
+        self._answered = self._again = False
+        self._send(self._unanswered)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except _BROKEN as error:
+            self._wire.close()
+            self._unanswered.clear()
+            raise self._lost(error) from None
+
+    def _lost(self, error: Exception) -> SourceError:
+        if self._cut:
+            return SourceLost(f"{self.address}: the connection was ended on this side")
+        if isinstance(error, http.client.RemoteDisconnected):
+            closed = "closed the connection without an answer"
+            if not self._answered:
+                closed += ", as the NetLoader shipped in vLLM Ascend does"
+            return SourceLost(f"{self.address}: {closed}")
+        if isinstance(error, http.client.HTTPException):
+            return SourceRefused(f"{self.address}: this is not a NetLoader port (no HTTP)")
+        return SourceLost(f"{self.address}: {_reason(error)}")
+
+
+class GroupControl:
+    """A client's way to the source's end of a two-rank group; made by `ElasticClient.open_group`.
+
+    Args:
+        client: the connection.
+        opened: what the source has answered.
+
+    Attributes:
+        max_bytes: size of a run that is not to be exceeded.
+    """
+
+    def __init__(self, client: ElasticClient, opened: api.GroupOpened) -> None:
+        self.max_bytes = opened.max_bytes
+        self._client = client
+        self._id = opened.id
+        self._heard: list[api.Value] = []
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Set a value in the group's store.
+
+        At once, as a backend may wait for its peer next, which waits for this value.
+
+        Raises:
+            SourceError: see `ElasticClient`.
+        """
+        self._heard += self._client.exchange(self._id, [(key, value)])
+
+    def hear(self, timeout: float) -> tuple[str, bytes]:
+        """Return the value that the source has set next.
+
+        Raises:
+            TimeoutError: there was none in time.
+            SourceError: see `ElasticClient`.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._heard:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the source set no value for {timeout:g} s")
+            self._heard += self._client.exchange(self._id, [])
+        return self._heard.pop(0)
+
+    def ask(self, runs: Sequence[api.Run]) -> None:
+        """Ask for runs; `answer` has to come next."""
+        self._client.ask_runs(self._id, runs)
+
+    def answer(self) -> list[int]:
+        """Return the sizes of the runs that the source sends now."""
+        return self._client.hear_sizes()
+
+    @property
+    def answered(self) -> bool:
+        """Whether `answer` has something to return, or at least the beginning of it."""
+        return self._client.has_answer
+
+
+def _connected(address: Address, seconds: float, progress: float) -> Wire:
+    def connect() -> Wire:
+        sock = socket.create_connection((address.host, address.port), timeout=seconds)
+        try:
+            if sock.getsockname() == sock.getpeername():
+                # The system chose the port itself as the near end: nobody listens there.
+                raise ConnectionRefusedError("Connection refused")
+            return Wire(sock, progress)
+        except OSError:
+            sock.close()
+            raise
+
+    try:
+        # In a thread, as nothing else bounds the time that finding a name takes.
+        return within(Patience(seconds, lambda: False, 0.0), connect, Wire.close)
+    except TimeoutError:
+        why = f"no connection within {seconds:g} s"
+    except (OSError, UnicodeError) as error:
+        why = _reason(error)
+    raise SourceUnreachable(f"{address}: cannot connect: {why}")
+
+
+def _reason(error: BaseException) -> str:
+    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -1,0 +1,569 @@
+"""A rank's HTTP server: `ElasticServer`, and what it asks of whoever serves the weights."""
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any, NoReturn, Protocol, cast
+
+import msgspec
+
+from ..utils import logger, one_line, shortened
+from . import api
+from .api import Bytes, Code, Done, Join, Joined, Refusal, Status
+from .wire import Wire
+
+MAX_CONNECTIONS = 64  # that hold no place; over that the oldest is cut
+_LAST_WORDS = 0.2  # seconds for sessions to tell their clients why the server stops
+_LINGER = 1.0  # seconds for a peer to stop sending once it was told that it need not
+_JSON, _TEXT, _BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
+_REQUEST_LINE = re.compile(rb"[A-Za-z]{1,20} [!-~]+ HTTP/1\.[01]\r?\n")
+# The NetLoader in vLLM Ascend sends bare JSON and reads 1,024 bytes of an answer in its own form.
+_NACK = (
+    b'{"label":"JOIN_NACK","content":"this is a NetLoader that speaks HTTP; '
+    b'the NetLoader shipped in vLLM Ascend cannot load from it"}'
+)
+
+
+class Session:
+    """What a service knows of one connection.
+
+    Attributes:
+        peer: the client's end of it.
+        local_host: this machine's address that the client uses.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.peer = wire.peer
+        self.local_host = wire.local_host
+        self._wire = wire
+        self._lock = threading.Lock()
+        self._at_the_end: list[Callable[[], object]] | None = []
+
+    def gone(self) -> bool:
+        """Return whether the client has ended the connection; whoever waits asks now and then."""
+        return self._wire.hung_up
+
+    def on_close(self, call: Callable[[], object]) -> None:
+        """Call something when the connection ends, the last one first; now if it has ended."""
+        with self._lock:
+            if self._at_the_end is not None:
+                self._at_the_end.append(call)
+                return
+        call()
+
+    def close(self) -> None:
+        """End what has to end with the connection; the server's to call."""
+        with self._lock:
+            calls, self._at_the_end = self._at_the_end or [], None
+        for call in reversed(calls):
+            try:
+                call()
+            except Exception:
+                logger.exception("NetLoader: %s: ending the session failed", self.peer)
+
+
+class Group(Protocol):
+    """A two-rank group of one session; `Session.on_close` ends it."""
+
+    def exchange(self, values: list[api.Value]) -> list[api.Value]:
+        """Take what the client has set in the group's store, return what is new on this side.
+
+        Waits up to `api.MAX_EXCHANGE_SECONDS` for something new, unless the client has set
+        something.
+        """
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of a run that is not to be exceeded."""
+
+    def sizes(self, runs: list[api.Run]) -> list[int]:
+        """Return the bytes of each run, which `send` is called for next."""
+
+    def send(self, runs: list[api.Run]) -> None:
+        """Send the runs through the group, in order, or start to."""
+
+    def settle(self) -> None:
+        """Return when all that was sent has arrived."""
+
+
+class Service(Protocol):
+    """Whoever has the weights; called in the threads of connections.
+
+    Every method may raise `Refusal`. What else it raises is logged, and the client is told
+    `internal`; if the client is gone, any exception will do to end a wait.
+    """
+
+    def join(self, session: Session, join: Join) -> Joined:
+        """Let a client in."""
+
+    def blocks(self, session: Session, digest: str, first: int, last: int) -> Bytes:
+        """Return the bytes of blocks, `last` included."""
+
+    def open_group(self, session: Session, weights: str) -> Group:
+        """Begin to form a group, in a thread of its own."""
+
+    def done(self, session: Session, done: Done) -> None:
+        """Take note of how a client's session ends."""
+
+    def status(self, sessions: int) -> Status:
+        """Say how this instance is."""
+
+
+class ElasticServer:
+    """One listening socket, an accept thread, and a thread for each connection.
+
+    Args:
+        service: what answers.
+        max_sessions: connections that may join, or ask for blocks or a group, at once.
+        handshake_timeout: seconds for a new connection to ask something, and for any request to
+            arrive once it has begun.
+        progress_timeout: seconds that sending may take without the client receiving anything.
+        idle_timeout: seconds from an answer to the next request.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        max_sessions: int,
+        handshake_timeout: float,
+        progress_timeout: float,
+        idle_timeout: float,
+    ) -> None:
+        self.service = service
+        self.handshake_timeout = handshake_timeout
+        self.idle_timeout = idle_timeout
+        self._max_sessions = max_sessions
+        self._progress_timeout = progress_timeout
+        self._listener: socket.socket | None = None
+        self._accepting: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._waiting: dict[Wire, threading.Thread] = {}  # oldest first
+        self._placed: dict[Wire, threading.Thread] = {}
+
+    def start(self, host: str | None, port: int) -> int:
+        """Listen, and accept connections in a thread of its own.
+
+        Args:
+            host: address to listen on; None: all of them, IPv4 and IPv6.
+            port: port to listen on; 0: the system chooses.
+
+        Returns:
+            The port.
+
+        Raises:
+            OSError: the port is taken, or the address is not one of this machine.
+        """
+        self._listener = _listen(host, port)
+        self._accepting = threading.Thread(
+            target=self._accept, args=(self._listener,), name="netloader-accept", daemon=True
+        )
+        self._accepting.start()
+        return int(self._listener.getsockname()[1])
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Close the port and every connection, and wait for the threads.
+
+        Args:
+            timeout: seconds that the threads are waited for, all together.
+        """
+        self._stopping.set()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):  # wakes the accept thread; close alone does not
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        if self._accepting is not None:  # first, as it may be about to add a connection
+            self._accepting.join(timeout)
+        with self._lock:
+            placed, open_now = [*self._placed.values()], {**self._waiting, **self._placed}
+        _join(placed, _LAST_WORDS)  # which may be telling their clients why
+        for wire in open_now:
+            wire.cut()
+        _join([*open_now.values()], timeout)
+
+    @property
+    def sessions(self) -> int:
+        """Number of connections that hold a place."""
+        with self._lock:
+            return len(self._placed)
+
+    def admit(self, wire: Wire) -> bool:
+        """Give a connection a place; return whether it had none.
+
+        Raises:
+            Refusal: all are taken.
+        """
+        with self._lock:
+            if wire in self._placed:
+                return False
+            if len(self._placed) >= self._max_sessions:
+                taken = f"{self._max_sessions} of {self._max_sessions} sessions are open"
+                raise Refusal(Code.BUSY, taken)
+            self._waiting.pop(wire, None)
+            self._placed[wire] = threading.current_thread()
+            return True
+
+    def dismiss(self, wire: Wire) -> None:
+        """Take a connection's place back."""
+        with self._lock:
+            self._waiting[wire] = self._placed.pop(wire)
+
+    def _accept(self, listener: socket.socket) -> None:
+        failing = False
+        while not self._stopping.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if self._stopping.is_set():
+                    return
+                # Out of descriptors, say: what is open now will free some.
+                if not failing:
+                    logger.warning("NetLoader: cannot accept connections: %s", one_line(error))
+                failing = True
+                self._stopping.wait(0.2)
+                continue
+            failing = False
+            try:
+                wire = Wire(sock, self._progress_timeout)
+            except OSError:  # gone already
+                sock.close()
+                continue
+            thread = threading.Thread(
+                target=self._serve, args=(wire,), name="netloader-session", daemon=True
+            )
+            with self._lock:
+                if len(self._waiting) >= MAX_CONNECTIONS:
+                    oldest = next(iter(self._waiting))
+                    del self._waiting[oldest]  # now, as its thread may take its time to notice
+                    oldest.cut()
+                self._waiting[wire] = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                logger.warning("NetLoader: cannot serve a connection: %s", one_line(error))
+                self._forget(wire)
+
+    def _serve(self, wire: Wire) -> None:
+        session = Session(wire)
+        try:
+            _Handler(wire, session, self)
+        except OSError as error:
+            logger.debug("NetLoader: %s: %s", wire.peer, one_line(error))
+        except Exception:
+            # Whatever a peer provokes ends its own connection, never the server.
+            logger.exception("NetLoader: %s: the connection failed", wire.peer)
+        finally:
+            session.close()
+            self._forget(wire)
+
+    def _forget(self, wire: Wire) -> None:
+        wire.close()
+        with self._lock:
+            self._waiting.pop(wire, None)
+            self._placed.pop(wire, None)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection, one after the other, until it ends.
+
+    Of the standard library's handler it takes the parsing of requests.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, wire: Wire, session: Session, server: ElasticServer) -> None:
+        self._wire = wire
+        self._session = session
+        self._server = server
+        self._groups: dict[str, Group] = {}
+        self._refused = False
+        # The base class serves the connection here: it is one in the form that it expects.
+        super().__init__(cast(Any, wire), session.peer.host, cast(Any, server))
+
+    def setup(self) -> None:
+        self.rfile = self._wire.stream
+        self.close_connection = False
+
+    def finish(self) -> None:
+        if self._refused:  # or there may be bytes that nobody has read
+            self._wire.linger(_LINGER, 1 << 20)
+
+    def handle(self) -> None:
+        self._wire.allow(self._server.handshake_timeout, 1 << 20)
+        while not self.close_connection:
+            begin = self._peek()
+            if not begin:
+                return
+            self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
+            self.close_connection = True  # until the request has been read to its end
+            if begin == b"{":
+                logger.warning(
+                    "NetLoader: %s runs the NetLoader shipped in vLLM Ascend, which cannot load "
+                    "from this one",
+                    self._session.peer,
+                )
+                self._refused = True
+                self._wire.send([_NACK])
+                return
+            try:
+                self._answer()
+            except Refusal as refusal:
+                self._refuse(refusal)
+            self._wire.allow(self._server.idle_timeout, 1 << 20)
+
+    def _peek(self) -> bytes:
+        """Return the first byte of the next request, nothing at the end of the connection."""
+        try:
+            return self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        except TimeoutError:
+            if not self._groups:
+                raise
+        # A client whose bytes still move is slow, not gone.
+        with self._calls():
+            for group in self._groups.values():
+                group.settle()
+        self._wire.allow(self._server.idle_timeout, 1 << 20)
+        return self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+
+    def _answer(self) -> None:
+        keep = self._read_head()
+        body = self._read_body()
+        self.close_connection = not keep
+        path, parameters = api.route(self.path)
+        if self.command != api.METHODS[path]:
+            allowed = f"method {self.command} for {path}; allowed: {api.METHODS[path]}"
+            raise Refusal(Code.METHOD_NOT_ALLOWED, allowed)
+        _ANSWERS[path](self, body, **parameters)
+
+    def _read_head(self) -> bool:
+        """Read a request up to its body; return whether the connection stays open after it."""
+        self.command = ""
+        line = self.rfile.readline(api.MAX_TARGET + 1)
+        if not line.endswith(b"\n"):
+            if len(line) > api.MAX_TARGET:
+                limit = f"the first line has over {api.MAX_TARGET} bytes"
+                raise Refusal(Code.URI_TOO_LONG, limit)
+            raise ConnectionResetError("the connection ended within a request")
+        if not _REQUEST_LINE.fullmatch(line):
+            raise Refusal(Code.BAD_REQUEST, "this is not a request of HTTP/1.1")
+        self.raw_requestline = line
+        self.parse_request()  # or `send_error`
+        keep, self.close_connection = not self.close_connection, True
+        if self.headers.defects or self.headers.get_payload():
+            raise Refusal(Code.BAD_REQUEST, "the headers are malformed")
+        return keep and self.request_version != "HTTP/1.0"
+
+    def _read_body(self) -> bytes:
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers or (self.command == "POST" and not lengths):
+            needed = "a body needs a Content-Length; chunked bodies are not supported"
+            raise Refusal(Code.LENGTH_REQUIRED, needed)
+        if not lengths:
+            return b""
+        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,20}", lengths[0]):
+            raise Refusal(Code.BAD_REQUEST, "Content-Length is not one number")
+        length = int(lengths[0])
+        if length > api.MAX_BODY:
+            raise Refusal(Code.TOO_LARGE, f"the body has over {api.MAX_BODY} bytes")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self._wire.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
+        self._wire.budget = length
+        body = self.rfile.read(length) if length else b""
+        if len(body) < length:
+            raise ConnectionResetError("the connection ended within a request")
+        return body
+
+    def handle_expect_100(self) -> bool:
+        """Say nothing yet: `_read_body` may refuse."""
+        return True
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> NoReturn:
+        """Refuse what `parse_request` does not accept."""
+        self.close_connection = True
+        if code == Code.HEADERS.status:
+            limit = f"the headers have over {api.MAX_HEAD} bytes, or there are over 100"
+            raise Refusal(Code.HEADERS, limit)
+        raise Refusal(Code.BAD_REQUEST, shortened(message or "", 200))
+
+    # The answers
+
+    def _join(self, body: bytes, group: str) -> None:
+        join = api.decode(body, Join)
+        if join.identity.group != group:
+            named = f"the path names {group}, the identity {shortened(join.identity.group, 200)}"
+            raise Refusal(Code.BAD_REQUEST, named)
+        with self._place():
+            joined = self._server.service.join(self._session, join)
+        self._say(joined)
+
+    def _blocks(self, body: bytes, digest: str, first: str, last: str) -> None:
+        if int(first) > int(last):
+            raise Refusal(Code.OUT_OF_RANGE, f"block {first} comes after block {last}")
+        with self._place():
+            run = self._server.service.blocks(self._session, digest, int(first), int(last))
+            views = next(run.chunks, None)
+        head: list[memoryview | bytes] = [self._head(HTTPStatus.OK, _BYTES, run.nbytes)]
+        left = run.nbytes
+        try:
+            with contextlib.closing(run.chunks):
+                while views is not None and left >= (nbytes := sum(map(len, views))):
+                    self._wire.send([*head, *views])
+                    head, left = [], left - nbytes
+                    with self._calls():
+                        views = next(run.chunks, None)
+        except Refusal as refusal:
+            why = f"stopped within blocks {first} to {last}: {refusal}"
+            raise ConnectionAbortedError(why) from None
+        if left or views is not None:
+            raise RuntimeError(f"blocks {first} to {last} do not have {run.nbytes} bytes")
+        self._wire.send(head)
+
+    def _open_group(self, body: bytes) -> None:
+        weights = api.decode(body, api.OpenGroup).weights
+        if len(self._groups) >= api.MAX_GROUPS:
+            limit = f"a connection has {api.MAX_GROUPS} groups at most"
+            raise Refusal(Code.BAD_REQUEST, limit)
+        with self._place():
+            group = self._server.service.open_group(self._session, weights)
+        name = str(len(self._groups))
+        self._groups[name] = group
+        self._say(api.GroupOpened(name, group.max_bytes))
+
+    def _exchange(self, body: bytes, id: str) -> None:
+        values = api.decode(body, api.StoreSet).set
+        with self._calls():
+            values = self._group(id).exchange(values)
+        self._say(api.StoreValues(values))
+
+    def _send(self, body: bytes, id: str) -> None:
+        runs = api.decode(body, api.SendRuns).runs
+        with self._calls():
+            sizes = self._group(id).sizes(runs)
+        self._say(api.Sizes(sizes))
+        try:
+            with self._calls():
+                self._group(id).send(runs)
+        except Refusal:
+            self.close_connection = True
+            raise
+
+    def _done(self, body: bytes) -> None:
+        done = api.decode(body, Done)
+        with self._calls():
+            self._server.service.done(self._session, done)
+        self._say(api.Noted())
+
+    def _status(self, body: bytes) -> None:
+        with self._calls():
+            status = self._server.service.status(self._server.sessions)
+        self._say(status)
+
+    def _healthz(self, body: bytes) -> None:
+        self._reply(HTTPStatus.OK, _TEXT, b"ok\n")
+
+    def _group(self, name: str) -> Group:
+        try:
+            return self._groups[name]
+        except KeyError:
+            raise Refusal(Code.NOT_FOUND, f"this connection has no group {name}") from None
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Call the service with a place, which is kept unless it refuses."""
+        new = self._server.admit(self._wire)
+        try:
+            with self._calls():
+                yield
+        except Refusal:
+            if new:
+                self._server.dismiss(self._wire)
+            raise
+
+    @contextlib.contextmanager
+    def _calls(self) -> Iterator[None]:
+        """Make a refusal of whatever else goes wrong in the service."""
+        try:
+            yield
+        except Refusal:
+            raise
+        except Exception as error:
+            if self._session.gone():
+                raise ConnectionResetError(f"the client went away: {one_line(error)}") from None
+            request = shortened(self.requestline, 200)
+            logger.exception("NetLoader: %s: %s failed", self._session.peer, request)
+            raise Refusal(Code.INTERNAL, "the source failed, and its log has the error") from None
+
+    def _refuse(self, refusal: Refusal) -> None:
+        code, peer = refusal.code, self._session.peer
+        logger.debug("NetLoader: %s: answered %s: %s", peer, code.text, one_line(refusal))
+        headers = []
+        if code.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append(f"Retry-After: {refusal.retry_after}")
+        if code is Code.METHOD_NOT_ALLOWED:
+            headers.append(f"Allow: {api.METHODS[api.route(self.path)[0]]}")
+        body = msgspec.json.encode(refusal.problem) + b"\n"
+        self._reply(code.status, _JSON, body, *headers)
+        self._refused = self.close_connection
+
+    def _say(self, answer: msgspec.Struct) -> None:
+        with self._calls():
+            body = msgspec.json.encode(answer) + b"\n"
+        self._reply(HTTPStatus.OK, _JSON, body)
+
+    def _reply(self, status: HTTPStatus, kind: str, body: bytes, *headers: str) -> None:
+        head = self._head(status, kind, len(body), *headers)
+        self._wire.send([head] if self.command == "HEAD" else [head, body])
+
+    def _head(self, status: HTTPStatus, kind: str, length: int, *headers: str) -> bytes:
+        lines = [
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            "Server: NetLoader",
+            f"Content-Type: {kind}",
+            f"Content-Length: {length}",
+            *headers,
+        ]
+        if self.close_connection:
+            lines.append("Connection: close")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+_ANSWERS: dict[str, Callable[..., None]] = {
+    api.JOIN: _Handler._join,
+    api.BLOCKS: _Handler._blocks,
+    api.GROUPS: _Handler._open_group,
+    api.STORE: _Handler._exchange,
+    api.SEND: _Handler._send,
+    api.DONE: _Handler._done,
+    api.STATUS: _Handler._status,
+    api.HEALTHZ: _Handler._healthz,
+}
+
+
+def _join(threads: list[threading.Thread], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        if thread is not threading.current_thread() and thread.ident is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _listen(host: str | None, port: int) -> socket.socket:
+    if host is None and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            # On a machine without IPv6 this fails, and IPv4 alone serves everybody there.
+            return _create_server(socket.AF_INET6, "", port, dualstack=True)
+    if host is None:
+        return _create_server(socket.AF_INET, "", port)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return _create_server(family, host, port)
+
+
+def _create_server(family: int, host: str, port: int, *, dualstack: bool = False) -> socket.socket:
+    return socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=dualstack)
