@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def killing_proxy(source: str, kill: Callable[[], None], after: int) -> Iterator[str]:
-    """Relays a control connection until the client has asked for chunks `after` times.
-
-    The bytes of the tensors do not pass here: the source tells only the port to meet at, and the
-    client takes the address that it has reached.
+    """Relays a connection until the source has sent more than `after` bytes, and kills it then.
 
     Yields:
         The address to use as a source.
@@ -22,17 +19,18 @@ def killing_proxy(source: str, kill: Callable[[], None], after: int) -> Iterator
         def relay() -> None:
             client, _ = listener.accept()
             with client, socket.create_connection((host, int(port))) as upstream:
-                answers = threading.Thread(target=_copy, args=(upstream, client), daemon=True)
-                answers.start()
-                asked = 0
-                for line in client.makefile("rb"):
-                    # The first FETCH asks for nothing: it accepts the offer.
-                    asked += b'"FETCH"' in line and b'"chunks":[]' not in line
-                    if asked > after:
-                        kill()
-                        break
-                    upstream.sendall(line)
-                answers.join(10)
+                asking = threading.Thread(target=_copy, args=(client, upstream), daemon=True)
+                asking.start()
+                sent = 0
+                with contextlib.suppress(OSError):
+                    while data := upstream.recv(1 << 16):
+                        sent += len(data)
+                        if sent > after:
+                            kill()
+                            break
+                        client.sendall(data)
+                _cut(client)
+                asking.join(10)
 
         thread = threading.Thread(target=relay, daemon=True)
         thread.start()
@@ -43,3 +41,8 @@ def _copy(one: socket.socket, other: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := one.recv(1 << 16):
             other.sendall(data)
+
+
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

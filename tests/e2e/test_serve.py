@@ -168,12 +168,12 @@ def test_int8_models_in_each_cache_mode(tmp_path, model, arch, modes):
 def test_source_killed_in_mid_transfer_then_disk(tmp_path, model, said, llama):
     # The other weights show that the tokens are those on disk, not a mixture.
     other = model("llama", seed=1)
-    config = {"MODEL": "llama", "CHUNK_MIB": 1}
+    config = {"MODEL": "llama"}
     with (
         running(tmp_path / "seed", other.full, config) as seed,
-        killing_proxy(seed.address(), seed.server.kill, after=1) as address,
+        killing_proxy(seed.address(), seed.server.kill, after=1 << 20) as address,
     ):
-        config = {"MODEL": "llama", "SOURCE": source_list({0: [address]})}
+        config |= {"CHUNK_MIB": 1, "SOURCE": source_list({0: [address]})}
         with running(tmp_path / "client", llama.full, config) as client:
             assert not seed.server.is_running
             assert client.say() == said
