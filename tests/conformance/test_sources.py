@@ -124,8 +124,9 @@ def test_no_more_sources_are_pulled_from_than_allowed(way):
 def test_what_came_from_other_weights_is_fetched_again(way):
     first, second = tapped(way, rows, failing_after(10)), tapped(way, rows, seed=1)
     with source(way, first) as one, source(way, second) as another:
-        load(way, [one, another], rows, 1, **ONE).check()
+        outcome = load(way, [one, another], rows, 1, **ONE).check()
     assert sorted(second.readable.read) == list(range(COUNT))
+    assert outcome.gave == str(another.address)  # nothing of what the first gave is there
 
 
 @contextlib.contextmanager

@@ -183,7 +183,8 @@ class Fleet:
         server = VllmServer(
             model.bare if bare else model.full,
             folder / "log.txt",
-            extra_config={"MODEL": "m", "OUTPUT_PREFIX": str(prefix)} | dict(config or {}),
+            extra_config={"MODEL": "m", "OUTPUT_PREFIX": str(prefix), "SOURCE_WAIT": 0}
+            | dict(config or {}),
             arguments=(*model.arguments, *arguments),
             environment=npu_environment()
             | {"ASCEND_RT_VISIBLE_DEVICES": devices}

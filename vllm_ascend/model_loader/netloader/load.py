@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -319,8 +320,9 @@ class _Sessions:
         self._config = config
         self._device = device
         self._lock = threading.Lock()
-        self._pulls: list[tuple[Address, P2PLoad]] = []  # that go on
-        self._gave: dict[Address, int] = {}  # bytes of those that are over
+        # By source and weights digest: those that go on, and the bytes of those that are over.
+        self._pulls: list[tuple[tuple[Address, str], P2PLoad]] = []
+        self._gave: Counter[tuple[Address, str]] = Counter()
 
     def work(self) -> None:
         """Pull from one source after the other until the store is complete or none is left."""
@@ -340,11 +342,13 @@ class _Sessions:
         return ", ".join(f"{address} ({size(nbytes)})" for address, nbytes in gave.items())
 
     def _shares(self) -> dict[Address, int]:
+        """Return what each source gave of the weights that are being loaded."""
         with self._lock:
-            gave = dict(self._gave)
-            for address, pull in self._pulls:
-                gave[address] = gave.get(address, 0) + pull.bytes_received
-        return gave
+            gave = self._gave.copy()
+            for origin, pull in self._pulls:
+                gave[origin] += pull.bytes_received
+        wanted = self._target.weights
+        return {address: nbytes for (address, weights), nbytes in gave.items() if weights == wanted}
 
     def _try(self, address: Address) -> None:
         try:
@@ -476,8 +480,9 @@ class _Sessions:
             verify=self._config.verify,
             keep_alive=self._config.progress_timeout / 3,
         )
+        origin = address, store.digests.weights
         with self._lock:
-            self._pulls.append((address, pull))
+            self._pulls.append((origin, pull))
         try:
             with group:
                 pull.run()
@@ -486,8 +491,8 @@ class _Sessions:
             scheduler.give_back(pull.outstanding)
             # Not kept any longer, as it has staging buffers of the device.
             with self._lock:
-                self._pulls.remove((address, pull))
-                self._gave[address] = self._gave.get(address, 0) + pull.bytes_received
+                self._pulls.remove((origin, pull))
+                self._gave[origin] += pull.bytes_received
 
     @contextlib.contextmanager
     def _more_connections(
