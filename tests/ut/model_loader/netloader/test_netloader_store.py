@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conformance.faults import Tapped, flipped
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, NotHere, Withdrawn
 from vllm_ascend.model_loader.netloader.executor import store as module
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
@@ -18,12 +19,10 @@ from vllm_ascend.model_loader.netloader.executor.model.match import match
 from .support import (
     MIB,
     PATIENCE,
-    Tapped,
     any_model,
     assorted,
     blank_like,
     bytes_of,
-    flipped,
     incomplete,
     random_tensor,
     store_of,
