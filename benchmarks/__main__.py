@@ -1,4 +1,4 @@
-"""What ``make bench`` runs: NetLoader beside raw TCP, raw gloo, per-tensor sends and vLLM's own loaders."""
+"""What ``make bench`` runs: NetLoader beside raw TCP, gloo and vLLM's own loaders."""
 
 import argparse
 import json
