@@ -42,7 +42,7 @@ def test_a_busy_source_is_asked_again(way, over):
         until(lambda: any("answered busy" in line for line in lines))
         over.set()
         outcome = second().check()
-    assert outcome.said(f"source {running.address}: busy: 1 of 1 sessions are open; it is asked")
+    assert outcome.said(f"source {running.address}: busy: 1 of 1 sessions are open; asking again")
 
 
 def test_without_source_wait_busy_is_a_failure_at_once(way, over):
