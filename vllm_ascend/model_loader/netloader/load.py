@@ -43,7 +43,7 @@ from .utils import Address, logger, one_line, rate, shortened, size
 
 # Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
-# checked while the cache still has it: of 4, 8 and 16 MiB the second was fastest.
+# checked while the cache still has it.
 _CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
 
 
