@@ -107,7 +107,10 @@ ARCHITECTURES = [*(name for name in (*CONFIGS, *OTHERS) if name != "deepseek-v2"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+    folder = tmp_path_factory.mktemp("models")
+    # vLLM configures its loggers with the first engine's configuration, and takes handlers away.
+    make_config(on_disk(folder, "llama"), load_format="auto")
+    return folder
 
 
 def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
@@ -138,11 +141,15 @@ class Seed:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_client_gets_the_model_of_its_source(
-    arch: str, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    arch: str, models: Path, tmp_path: Path, log: list[str]
 ) -> None:
     seed = Seed(on_disk(models, arch), tmp_path / "rank_")
     client = load(seed.client(models / f"{arch}-bare"))
     assert_same(seed.model, client)
+    # Both say how much they have loaded, and from where.
+    lines = [re.search(r"loaded (.+?) in .+ from (\S+)", line) for line in log]
+    (much, disk), (as_much, source) = (line.groups() for line in lines if line)
+    assert (much, disk, source.rstrip(",")) == (as_much, "disk", seed.address)
 
 
 @pytest.fixture(params=["of this processor", "of AMX"])

@@ -312,7 +312,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
         """Let vLLM's default loader fill a model, and say so in one line."""
         started = time.monotonic()
-        tensors = {tensor.data_ptr(): tensor for tensor in raw_tensors(model)[0].values()}
+        named, required = raw_tensors(model)
+        tensors = {named[name].data_ptr(): named[name] for name in required}
         self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
