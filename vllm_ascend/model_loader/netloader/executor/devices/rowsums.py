@@ -79,12 +79,17 @@ def digests(parts: Sequence[torch.Tensor], product: Product = exact_product) -> 
 
 
 def agrees_with_host(device: torch.device, product: Product = exact_product) -> bool:
-    """Return whether a device computes what a CPU computes."""
+    """Return whether a device computes what a CPU computes.
+
+    Raises:
+        RuntimeError: the device has no memory for it just now, which says nothing of its product.
+    """
     rows, weights = _noise(256, ROW_BYTES), _weights(torch.device("cpu"))
     adds = weights[:, 0] > 0
     rows[0], rows[1] = torch.where(adds, 127, -128), torch.where(adds, -128, 127)  # largest sums
+    there = rows.to(device), _weights(device)
     try:
-        found = product(rows.to(device), _weights(device)).cpu()
+        found = product(*there).cpu()
     except Exception:  # this version of the device's software may not have it
         logger.debug("NetLoader: %s has no product of int8 matrices", device, exc_info=True)
         return False
