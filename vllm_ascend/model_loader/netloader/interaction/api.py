@@ -51,7 +51,6 @@ MAX_BODY = 64 << 10  # of a request or an answer, except
 MAX_JOINED = 64 << 20  # the answer to a join
 MAX_GROUPS = 4  # of one connection
 MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
-BLOCK_DIGEST = 16  # of one block in `Joined.blocks`
 
 COMPLETE = "complete"  # how a session ends of which its client says so
 TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
