@@ -358,7 +358,7 @@ def identity() -> ModelIdentity:
 def runs_of(named: dict[str, torch.Tensor]) -> list[list[memoryview]]:
     """Cut tensors into the runs that go over raw TCP at once; made before the clock runs."""
     blocks = Blocks([tensor.nbytes for tensor in named.values()])
-    tensors = [host_view(tensor) for tensor in named.values()]
+    tensors = [memoryview(host_view(tensor)).cast("B") for tensor in named.values()]
     return [
         [
             tensors[span.tensor][span.offset : span.offset + span.nbytes]

@@ -26,7 +26,7 @@ from .interaction import api
 from .interaction.api import Bytes, Code, Done, Join, Joined, Refusal
 from .interaction.elastic import ElasticServer, Session
 from .port_file import PortFile
-from .utils import Address, logger, one_line, rate, shortened, size
+from .utils import Address, Buffer, logger, one_line, rate, shortened, size
 
 # Names this process to others, so that another one at the same address is noticed.
 INSTANCE = uuid.uuid4().hex
@@ -267,7 +267,7 @@ class WeightServer:
         self._bytes_sent += served.bytes_sent
         served.log(self.rank)
 
-    def _pieces(self, served: "_Served", run: Run) -> Generator[list[memoryview], None, None]:
+    def _pieces(self, served: "_Served", run: Run) -> Generator[list[Buffer], None, None]:
         """Yield the memory of a run, piece by piece, as the rate limiter lets them go."""
         nbytes = min(_PIECE, self.config.max_message_bytes)
         with served.store.device.attached():
@@ -295,7 +295,7 @@ class _Served:
         self.end = ""
         self._peer = session.peer
         self._started = time.monotonic()
-        self._views: list[memoryview] = []
+        self._views: list[Buffer] = []
         self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter)
         self._group: P2PSend | None = None
 
@@ -304,7 +304,7 @@ class _Served:
         """Bytes of blocks that were sent, by any transport."""
         return self._http.bytes_sent + (self._group.bytes_sent if self._group else 0)
 
-    def views(self, run: Run) -> list[memoryview]:
+    def views(self, run: Run) -> list[Buffer]:
         """Return the memory of a run that goes out over HTTP."""
         self._views.clear()
         self._http.send(run)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from ctypes import Array, c_ubyte
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias, TypeVar
@@ -22,6 +23,7 @@ _LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Plain: TypeAlias = bool | int | float | str | None
+Buffer: TypeAlias = memoryview | Array[c_ubyte]  # bytes in host memory
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
 
 

@@ -1,7 +1,8 @@
 """Spans of tensors' bytes, in row-major order, read and written in place where memory allows."""
 
+import functools
 from collections.abc import Sequence
-from ctypes import c_ubyte
+from ctypes import Array, c_ubyte
 
 import torch
 
@@ -16,11 +17,22 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def host_view(tensor: torch.Tensor) -> memoryview:
-    """Return a contiguous tensor's memory, which is the host's, as bytes."""
-    memory = (c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # stays as long as the view does
-    return memoryview(memory).cast("B")
+# Small tensors come in few sizes, and making a type costs more than all that is done with it.
+@functools.lru_cache(maxsize=4096)
+def _array(nbytes: int) -> type[Array[c_ubyte]]:
+    return c_ubyte * nbytes
+
+
+def host_view(tensor: torch.Tensor) -> Array[c_ubyte]:
+    """Return a contiguous tensor's memory, which is the host's, as a buffer that keeps it."""
+    memory = _array(tensor.nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined]
+    return memory
+
+
+def host_memory(address: int, nbytes: int) -> Array[c_ubyte]:
+    """Return memory of the host as a buffer; it has to stay while the buffer is used."""
+    return _array(nbytes).from_address(address)
 
 
 def in_place(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -42,7 +42,7 @@ from ..errors import (
     SourceRefused,
 )
 from ..identity import ModelIdentity, Revision
-from ..utils import shortened
+from ..utils import Buffer, shortened
 
 # Limits, in bytes unless something else is said
 MAX_TARGET = 4 << 10  # of a request: path and query
@@ -357,7 +357,7 @@ class Bytes:
     """
 
     nbytes: int
-    chunks: Generator[list[memoryview], None, None]
+    chunks: Generator[list[Buffer], None, None]
 
 
 def differences(client: ModelIdentity, source: ModelIdentity) -> list[Difference]:

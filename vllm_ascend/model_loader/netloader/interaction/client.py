@@ -21,7 +21,7 @@ from ..errors import (
     SourceRefused,
     SourceUnreachable,
 )
-from ..utils import Address, Patience, shortened, within
+from ..utils import Address, Buffer, Patience, shortened, within
 from . import api
 from .api import Done, Join, Joined, Refusal, Status
 from .wire import Wire
@@ -123,7 +123,7 @@ class ElasticClient:
         with self._failures():
             self._say("GET", path, b"")
 
-    def receive_blocks(self, into: Sequence[memoryview]) -> None:
+    def receive_blocks(self, into: Sequence[Buffer]) -> None:
         """Read the blocks that were asked for into memory.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 import msgspec
 
-from ..utils import logger, one_line, shortened
+from ..utils import Buffer, logger, one_line, shortened
 from . import api
 from .api import Bytes, Code, Done, Join, Joined, Refusal, Status
 from .wire import Wire
@@ -410,7 +410,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self._place():
             run = self._server.service.blocks(self._session, digest, int(first), int(last))
             views = next(run.chunks, None)
-        head: list[memoryview | bytes] = [self._head(HTTPStatus.OK, _BYTES, run.nbytes)]
+        head: list[Buffer | bytes] = [self._head(HTTPStatus.OK, _BYTES, run.nbytes)]
         left = run.nbytes
         try:
             with contextlib.closing(run.chunks):

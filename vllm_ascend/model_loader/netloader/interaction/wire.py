@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..utils import Address, unmapped
+from ..utils import Address, Buffer, unmapped
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -81,7 +81,7 @@ class Wire:
         self.budget -= nbytes
         return nbytes
 
-    def send(self, views: Iterable[memoryview | bytes]) -> None:
+    def send(self, views: Iterable[Buffer | bytes]) -> None:
         """Send buffers, gathered.
 
         Raises:
@@ -97,7 +97,7 @@ class Wire:
                 raise TimeoutError(f"no data sent for {self._progress:g} s") from None
             _drop(left, batch, nbytes)
 
-    def receive(self, views: Iterable[memoryview]) -> None:
+    def receive(self, views: Iterable[Buffer]) -> None:
         """Fill views with what comes next.
 
         Raises:
@@ -109,7 +109,7 @@ class Wire:
         if missing and (early := self.stream.peek()[:missing]):  # came along with the head
             self.stream.read(len(early))
             while early:
-                view = left.pop()
+                view = memoryview(left.pop()).cast("B")
                 nbytes = min(len(view), len(early))
                 view[:nbytes], early = early[:nbytes], early[nbytes:]
                 missing -= nbytes
@@ -200,6 +200,6 @@ def _drop(left: list[Any], batch: list[Any], nbytes: int) -> None:
     while nbytes:
         view = left.pop()
         if len(view) > nbytes:
-            left.append(view[nbytes:])
+            left.append(memoryview(view).cast("B")[nbytes:])
             return
         nbytes -= len(view)

@@ -15,6 +15,8 @@ BLOCK_BYTES = 1 << 20
 # A tensor from this part of a chunk on shares no chunk with others, so that a message can be sent
 # from and received into its own memory.
 _OWN_CHUNK = 8
+# Tensors of a run: as many buffers as one system call takes.
+_MOST_TENSORS = 1024
 
 
 class Run(NamedTuple):
@@ -102,12 +104,15 @@ class Blocks:
         if self.size_of(run) <= max_bytes:
             return [run]
         parts = []
-        first = run.first
-        for block in range(run.first + 1, run.last + 1):
-            if self.size_of(Run(first, block)) > max_bytes:
-                parts.append(Run(first, block - 1))
-                first = block
-        return [*parts, Run(first, run.last)]
+        first, end = run.first, run.last + 1
+        blocks = range(end + 1)
+        while first < end:
+            limit = self._position(first) + max_bytes
+            fits = bisect_right(blocks, limit, first + 1, end + 1, key=self._position) - 1
+            after = max(fits, first + 1)
+            parts.append(Run(first, after - 1))
+            first = after
+        return parts
 
     def cut(self, chunk_bytes: int) -> list[Run]:
         """Cut all blocks into runs to ask for: no larger than a chunk, or else one block.
@@ -121,19 +126,20 @@ class Blocks:
 
     def _cut(self, chunk_bytes: int) -> Iterator[Run]:
         step = max(1, chunk_bytes // BLOCK_BYTES)
-        first, held = 0, 0  # of small tensors
+        first, held, tensors = 0, 0, 0  # of small tensors
         for tensor, size in enumerate(self.sizes):
             here, after = self.firsts[tensor], self.firsts[tensor + 1]
             large = size * _OWN_CHUNK >= chunk_bytes
-            if first < here and (large or held + size > chunk_bytes):
+            full = held + size > chunk_bytes or tensors == _MOST_TENSORS
+            if first < here and (large or full):
                 yield Run(first, here - 1)
-                first, held = here, 0
+                first, held, tensors = here, 0, 0
             if large:
                 for block in range(here, after, step):
                     yield Run(block, min(block + step, after) - 1)
                 first = after
             else:
-                held += size
+                held, tensors = held + size, tensors + 1
         if first < self.count:
             yield Run(first, self.count - 1)
 

@@ -59,8 +59,7 @@ def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes
             f"expected: {blocks.count * DIGEST_BYTES}"
         )
     whole = xxhash.xxh3_128(msgspec.json.encode(manifest))
-    view = memoryview(of_blocks)
     ends = [block * DIGEST_BYTES for block in blocks.firsts]
-    of_tensors = [xxhash.xxh3_128_digest(view[at:end]) for at, end in itertools.pairwise(ends)]
+    of_tensors = [xxhash.xxh3_128_digest(of_blocks[at:end]) for at, end in itertools.pairwise(ends)]
     whole.update(b"".join(of_tensors))
     return Digests(bytes(of_blocks), f"{algorithm}:{whole.hexdigest()}")

@@ -5,13 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from ctypes import CDLL, c_char, c_int, c_size_t, c_void_p
+from ctypes import CDLL, c_int, c_size_t, c_void_p
 
 import torch
 import xxhash
 
 from ..chunks.blocks import BLOCK_BYTES
 from ..chunks.manifest import RAW
+from ..memory import host_memory
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # <sys/mman.h> of Linux; 5.14 has the second
@@ -39,11 +40,10 @@ class CpuDevice:
         digest, found = xxhash.xxh3_128_digest, []
         for part in parts:
             address, nbytes = part.data_ptr(), part.nbytes
-            for offset in range(0, nbytes, BLOCK_BYTES) if nbytes else (0,):
-                size = min(BLOCK_BYTES, nbytes - offset)
-                found.append(
-                    digest((c_char * size).from_address(address + offset) if size else b"")
-                )
+            while nbytes > BLOCK_BYTES:
+                found.append(digest(host_memory(address, BLOCK_BYTES)))
+                address, nbytes = address + BLOCK_BYTES, nbytes - BLOCK_BYTES
+            found.append(digest(host_memory(address, nbytes)))
         return b"".join(found)
 
     def format_of(self, tensor: torch.Tensor) -> str | None:

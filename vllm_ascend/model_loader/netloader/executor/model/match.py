@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ...errors import LayoutUnsupported
 from ...utils import plain, shortened
-from ..chunks.manifest import PROCESSED, RAW, Manifest, Scalar, TensorEntry
+from ..chunks.manifest import PROCESSED, Manifest, Scalar, TensorEntry
 
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
@@ -39,12 +39,12 @@ def describe(
     distinct: list[torch.Tensor] = []
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
-        alias_of = _alias_of(name, tensors, seen)
+        alias_of = _alias_of(name, tensor, tensors, seen)
         dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
         stride = _stride_of(tensor) if layout == PROCESSED else None
         entries.append(TensorEntry(name, dtype, shape, alias_of, stride, format_of(tensor)))
         if alias_of is None:
-            distinct.append(_as_sent(tensor, layout))
+            distinct.append(_as_sent(tensor) if layout == PROCESSED else tensor)
     try:
         carried = {
             name: plain(f"attribute {name}", value) for name, value in sorted(attributes.items())
@@ -89,6 +89,7 @@ def match(
     differences: list[str] = []
     matched: list[torch.Tensor] = []
     seen: dict[object, str] = {}
+    processed = manifest.layout == PROCESSED
     for entry in manifest.tensors:
         tensor = tensors.get(entry.name)
         if tensor is None:
@@ -99,19 +100,20 @@ def match(
             there = _kind(entry.dtype, entry.shape)
             differences.append(f"{entry.name} is {here} here and {there} there")
             continue
-        stride = _stride_of(tensor) if manifest.layout == PROCESSED else None
-        here_stored = _stored(stride, formats.get(entry.name))
-        if here_stored != (there_stored := _stored(entry.stride, entry.format)):
-            differences.append(f"{entry.name} is {here_stored} here and {there_stored} there")
+        stride = _stride_of(tensor) if processed else None
+        form = formats.get(entry.name)
+        if (form or stride) != (entry.format or entry.stride):
+            here, there = _stored(stride, form), _stored(entry.stride, entry.format)
+            differences.append(f"{entry.name} is {here} here and {there} there")
             continue
-        alias_of = _alias_of(entry.name, tensors, seen)
+        alias_of = _alias_of(entry.name, tensor, tensors, seen)
         if alias_of != entry.alias_of:
             differences.append(
                 f"{entry.name} shares the memory of {alias_of or 'no other'} here and of "
                 f"{entry.alias_of or 'no other'} there"
             )
         elif alias_of is None:
-            matched.append(_as_sent(tensor, manifest.layout))
+            matched.append(_as_sent(tensor) if processed else tensor)
         elif entry.format is not None and tensor is not tensors[alias_of]:
             # Such memory is replaced while it is filled, and that of one tensor object only.
             differences.append(f"{entry.name} shares memory in {entry.format} with {alias_of}")
@@ -125,10 +127,12 @@ def match(
 
 
 def _alias_of(
-    name: str, tensors: Mapping[str, torch.Tensor], seen: dict[object, str]
+    name: str,
+    tensor: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    seen: dict[object, str],
 ) -> str | None:
     """Return which of the tensors seen before has the same memory entirely, and note this one."""
-    tensor = tensors[name]
     if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
         raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
     address = tensor.data_ptr()
@@ -151,9 +155,9 @@ def _stride_of(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return None if tensor.is_contiguous() else tensor.stride()
 
 
-def _as_sent(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """Return a tensor, or all of its memory where both sides have the same strides."""
-    if layout == RAW or tensor.is_contiguous() or not _has_no_gaps(tensor):
+def _as_sent(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose strides both sides have, or all of its memory where it has no gaps."""
+    if tensor.is_contiguous() or not _has_no_gaps(tensor):
         return tensor
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ...utils import Buffer
 from ..chunks.blocks import Run
 from ..devices import Accelerator
 from ..memory import host_view, in_place, write
@@ -24,7 +25,7 @@ class Blocks(Protocol):
     def ask_blocks(self, weights: str, first: int, last: int) -> None:
         """Ask for a run."""
 
-    def receive_blocks(self, into: Sequence[memoryview]) -> None:
+    def receive_blocks(self, into: Sequence[Buffer]) -> None:
         """Read the run that was asked for into buffers, one after the other."""
 
 
@@ -49,7 +50,7 @@ class HttpSender:
         write: sends buffers, one after the other.
     """
 
-    def __init__(self, store: BlockStore, write: Callable[[Sequence[memoryview]], object]) -> None:
+    def __init__(self, store: BlockStore, write: Callable[[Sequence[Buffer]], object]) -> None:
         self._store = store
         self._write = write
         self._staging = _HostStaging()
