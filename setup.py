@@ -27,10 +27,10 @@ if overlay not in ("", "0", "1"):
         "0 or nothing for the one that needs no vLLM Ascend"
     )
 
-init = Path(__file__).parent.joinpath(*NETLOADER.split("."), "__init__.py").read_text()
-version = re.search(r'^__version__ = "(.+)"$', init, re.MULTILINE)
+said = Path(__file__).parent.joinpath(*NETLOADER.split("."), "version.py").read_text()
+version = re.search(r'^__version__ = "(.+)"$', said, re.MULTILINE)
 if version is None:
-    raise SystemExit(f"{NETLOADER} has no line __version__ = ...")
+    raise SystemExit(f"{NETLOADER}.version has no line __version__ = ...")
 
 plain = {
     "name": "vllm-ascend-netloader",

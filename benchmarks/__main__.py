@@ -9,7 +9,9 @@ from typing import Any
 
 from tools.vllm_server import clean_up_when_interrupted
 
-from . import transfer, worker
+from . import storage, transfer, worker
+
+PARTS = ("transfer", "storage", "worker")
 
 
 def main() -> int:
@@ -17,16 +19,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of the data plane alone")
     parser.add_argument("--starts", type=int, default=3, help="of vLLM with each loader")
-    parser.add_argument("--only", choices=("transfer", "worker"), help="measure only this part")
+    parser.add_argument("--only", choices=PARTS, help="measure only this part")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     clean_up_when_interrupted()
     figures: dict[str, Any] = {}
     try:
-        if arguments.only != "worker":
+        if arguments.only in (None, "transfer"):
             figures = transfer.measure(arguments.rounds)
             transfer.show(figures)
-        if arguments.only != "transfer":
+        if arguments.only in (None, "storage"):
+            figures["storage"] = storage.measure(min(arguments.rounds, 3))
+            storage.show(figures["storage"])
+        if arguments.only in (None, "worker"):
             with tempfile.TemporaryDirectory(prefix="netloader-bench-") as folder:
                 figures["worker"] = worker.measure(arguments.starts, Path(folder))
             worker.show(figures["worker"])

@@ -23,13 +23,13 @@ import psutil
 import torch
 from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore
 
+from tests.identity import IDENTITY
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Blocks
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.store import make_store
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -189,7 +189,7 @@ def serve(named: dict[str, torch.Tensor]) -> WeightServer:
     for tensor in named.values():
         tensor.view(-1).view(torch.uint8).random_()
     server = WeightServer(NetLoaderConfig(source={}, model="bench"), 0, HOST)
-    server.offer(Offer(identity(), make_store(named, RAW, {}, CpuDevice())))
+    server.offer(Offer(IDENTITY, make_store(named, RAW, {}, CpuDevice())))
     return server
 
 
@@ -309,7 +309,7 @@ class Rows:
         config = NetLoaderConfig(source={}, verify=verify, connections=connections)
         device = TimedDevice()
         started = time.perf_counter()
-        elastic_load(tensors, tensors.keys(), [address], identity(), config, device)
+        elastic_load(tensors, tensors.keys(), [address], IDENTITY, config, device)
         return (device.first_run - started) * 1e3
 
     def _cpu_seconds(self) -> list[float]:
@@ -333,26 +333,6 @@ class Memory:
             line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
             peaks[process] = int(line.split()[1]) * 1024
         return [(peaks[process] - rss) / 1e6 for process, rss in self._before.items()]
-
-
-def identity() -> ModelIdentity:
-    """Return an identity that both processes share."""
-    return ModelIdentity(
-        group="netloader",
-        model="bench",
-        revision=Revision(),
-        rank=0,
-        tp=1,
-        pp=1,
-        dp=1,
-        ep=False,
-        dtype="bf16",
-        quantization=None,
-        quantization_config="",
-        config="",
-        layout=RAW,
-        vllm_version=None,
-    )
 
 
 def runs_of(named: dict[str, torch.Tensor]) -> list[list[memoryview]]:

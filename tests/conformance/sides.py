@@ -17,13 +17,12 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
-import msgspec
 import torch
 
+from tests.identity import identity as identity_of_all
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore, make_store
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, logger
@@ -38,23 +37,7 @@ CLIENT_INDEX = 1  # of the device that clients have in their process
 
 
 def identity(way, **changes):
-    who = ModelIdentity(
-        group="netloader",
-        model="small",
-        revision=Revision(),
-        rank=0,
-        tp=1,
-        pp=1,
-        dp=1,
-        ep=False,
-        dtype="torch.bfloat16",
-        quantization=None,
-        quantization_config="0123456789abcdef",
-        config="fedcba9876543210",
-        layout=way.device().layout,
-        vllm_version=None,
-    )
-    return msgspec.structs.replace(who, **changes)
+    return identity_of_all(**{"layout": way.device().layout} | changes)
 
 
 def settings(way, **changes):

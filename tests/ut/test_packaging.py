@@ -1,5 +1,6 @@
 """The two wheels, what happens when the wrong one is installed, and the command that says it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,16 +40,16 @@ ascend = vllm_ascend:register
 """
 
 
+def inherited():
+    ours = {"NETLOADER_OVERLAY", "PYTHONPATH", "VLLM_PLUGINS"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def run(*arguments, cwd, **environment):
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("NETLOADER_OVERLAY", "PYTHONPATH", "VLLM_PLUGINS")
-    }
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=inherited | environment,
+        env=inherited() | environment,
         capture_output=True,
         text=True,
     )
@@ -171,6 +172,64 @@ def python(site, *arguments, **environment):
     return run(*arguments, cwd=site.parent, PYTHONPATH=str(site), **environment)
 
 
+# Importing vLLM takes seconds: each case is a child of one process that has done most of it.
+_CHILDREN = """
+import json, os, runpy, sys, traceback
+import vllm.model_executor.layers.attention
+from vllm.plugins import load_plugins_by_group
+assert "vllm_ascend" not in sys.modules
+for line in sys.stdin:
+    site, environment = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    os.chdir(os.path.dirname(site))
+    for number, name in (1, "stdout"), (2, "stderr"):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    sys.path.insert(0, site)
+    os.environ.update(environment)
+    status = 2
+    try:
+        platforms = [*load_plugins_by_group("vllm.platform_plugins")]
+        print("platforms:", platforms, file=sys.stderr, flush=True)
+        runpy.run_module("vllm_ascend.model_loader.netloader", run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", _CHILDREN],
+        cwd=tmp_path_factory.mktemp("children"),
+        env=inherited() | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def check(site, children):
+    """Run the check, which imports vLLM, after vLLM has looked for platforms."""
+
+    def run(**environment):
+        print(json.dumps([str(site), environment]), file=children.stdin, flush=True)
+        lines = iter(children.stdout.readline, "")
+        status = next(int(line) for line in lines if line.strip("-\n").isdecimal())
+        said = [(site.parent / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess("check", status, *said)
+
+    return run
+
+
 def last_line_of(tried):
     return tried.stderr.strip().splitlines()[-1]
 
@@ -194,22 +253,19 @@ def test_the_plain_wheel_alone_registers_and_has_no_other_names(site, plain):
     )
 
 
-def test_the_plain_wheel_over_vllm_ascend_says_so_in_vllms_log(site, plain):
+def test_the_plain_wheel_over_vllm_ascend_says_so_in_vllms_log_and_in_the_check(site, plain, check):
     add_ascend(site, package=True)
     plain.extractall(site)
-    code = (
-        "from vllm.plugins import load_general_plugins, load_plugins_by_group\n"
-        "assert load_plugins_by_group('vllm.platform_plugins') == {}\n"
-        "print('general', flush=True)\n"
-        "load_general_plugins()\n"
-    )
-    tried = python(site, "-c", code, VLLM_LOGGING_STREAM="ext://sys.stdout")
+    tried = check()
     assert tried.returncode == 1
     said = f"was installed over vLLM Ascend and has replaced its {site}/vllm_ascend/__init__.py"
-    platform_log = tried.stdout.partition("general")[0] + tried.stderr.partition("RuntimeError")[0]
-    assert f"has no attribute 'register': the wheel vllm-ascend-netloader {said}" in platform_log
+    log, found, _ = tried.stderr.partition("\nplatforms: []\n")
+    assert found
+    assert f"has no attribute 'register': the wheel vllm-ascend-netloader {said}" in log
     assert f"\nRuntimeError: the wheel vllm-ascend-netloader {said}" in tried.stderr
     assert tried.stderr.splitlines()[-4:] == REPAIR
+    assert "NOT active: vLLM fails to load its plugins: the wheel vllm-asc" in tried.stdout
+    assert tried.stdout.splitlines()[-4:] == REPAIR
 
 
 @pytest.mark.parametrize("sign", ["file", "metadata"])
@@ -237,37 +293,30 @@ def answer(tried, status):
     return what, value
 
 
-def test_the_check_finds_the_plain_wheel_active(site, plain):
+def test_the_check_finds_the_plain_wheel_active(site, plain, check):
     plain.extractall(site)
-    what, active = answer(python(site, *CHECK), 0)
+    what, active = answer(check(), 0)
     assert what[0] == f"NetLoader: {VERSION}, wheel vllm-ascend-netloader in {site}"
     assert what[1].startswith("vLLM: 0.")
     assert what[2:] == ["vLLM Ascend: not installed"]
     assert active == "active"
 
 
-def test_the_check_finds_the_overlay_active(site, overlay):
+def test_the_check_finds_the_overlay_active(site, overlay, check):
     add_ascend(site, package=True)
     overlay.extractall(site)
-    what, active = answer(python(site, *CHECK), 0)
+    tried = check()
+    what, active = answer(tried, 0)
+    assert "platforms: ['ascend']" in tried.stderr
     assert what[0] == f"NetLoader: {VERSION}, wheel vllm-ascend-netloader-overlay in {site}"
     assert what[2:] == ["vLLM Ascend: 0.23.0"]
     assert active == "active"
 
 
-def test_the_check_names_vllm_plugins_if_that_excludes_netloader(site, plain):
+def test_the_check_names_vllm_plugins_if_that_excludes_netloader(site, plain, check):
     plain.extractall(site)
-    _, active = answer(python(site, *CHECK, VLLM_PLUGINS="other"), 1)
+    _, active = answer(check(VLLM_PLUGINS="other"), 1)
     assert active == "NOT active: VLLM_PLUGINS is 'other' and has to name ascend_model_loader"
-
-
-def test_the_check_says_that_the_plain_wheel_is_over_vllm_ascend(site, plain):
-    add_ascend(site, package=True)
-    plain.extractall(site)
-    tried = python(site, *CHECK)
-    assert tried.returncode == 1
-    assert "NOT active: vLLM fails to load its plugins: the wheel vllm-asc" in tried.stdout
-    assert tried.stdout.splitlines()[-4:] == REPAIR
 
 
 def test_the_check_says_that_the_overlay_needs_vllm_ascend(site, overlay):

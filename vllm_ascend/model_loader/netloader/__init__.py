@@ -8,8 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from .utils import logger, one_line
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 LOAD_FORMAT = "netloader"
 

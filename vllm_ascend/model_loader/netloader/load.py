@@ -443,7 +443,10 @@ class _Sessions:
                 )
             else:
                 through = GroupReceiver(control, group, store, accelerator, control.max_bytes)
-                self._receive(address, through, store, scheduler, group)
+                try:
+                    self._receive(address, through, store, scheduler, group)
+                except RuntimeError as error:  # torch's, which says what failed and not why
+                    raise client.last_words() or error from None
                 return
         with self._more_connections(address, store, scheduler):
             receiver = HttpReceiver(client, store)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from . import __version__
 from .config import NetLoaderConfig, Transport
 from .errors import NotHere, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
@@ -27,6 +26,7 @@ from .interaction.api import Bytes, Code, Done, Join, Joined, Refusal
 from .interaction.elastic import ElasticServer, Session
 from .port_file import PortFile
 from .utils import Address, Buffer, logger, one_line, rate, shortened, size
+from .version import __version__
 
 # Names this process to others, so that another one at the same address is noticed.
 INSTANCE = uuid.uuid4().hex

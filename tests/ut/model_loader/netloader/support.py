@@ -13,18 +13,17 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import msgspec
 import torch
 from hypothesis import strategies as st
 
 import vllm_ascend
+from tests.identity import IDENTITY
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.devices.streams import StreamDevice
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore, make_store
 from vllm_ascend.model_loader.netloader.executor.transport.group import CLIENT
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -34,27 +33,6 @@ HOST = "127.0.0.1"
 DEVICE = CpuDevice()
 # How long a test waits for what has to happen; nothing takes this long unless something is wrong.
 PATIENCE = 20.0
-
-_IDENTITY = ModelIdentity(
-    group="netloader",
-    model="small",
-    revision=Revision(),
-    rank=0,
-    tp=1,
-    pp=1,
-    dp=1,
-    ep=False,
-    dtype="torch.bfloat16",
-    quantization=None,
-    quantization_config="0123456789abcdef",
-    config="fedcba9876543210",
-    layout=RAW,
-    vllm_version=None,
-)
-
-
-def identity(**changes):
-    return msgspec.structs.replace(_IDENTITY, **changes)
 
 
 def settings(**changes):
@@ -206,7 +184,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def source(tensors, *, who=_IDENTITY, config=None, reason="", device=DEVICE):
+def source(tensors, *, who=IDENTITY, config=None, reason="", device=DEVICE):
     """A running source of `tensors`: a dict of them, a store, or None with a reason."""
     store = store_of(tensors, device) if isinstance(tensors, dict) else tensors
     server = WeightServer(config or settings(), who.rank, HOST)
@@ -218,7 +196,7 @@ def source(tensors, *, who=_IDENTITY, config=None, reason="", device=DEVICE):
         server.stop()
 
 
-def load(sources, into, *, required=None, who=_IDENTITY, config=None, device=DEVICE):
+def load(sources, into, *, required=None, who=IDENTITY, config=None, device=DEVICE):
     """Run a client's whole load into the tensors of `into`; return the store."""
     addresses = [one.address if isinstance(one, Source) else one for one in sources]
     required = set(into) if required is None else required

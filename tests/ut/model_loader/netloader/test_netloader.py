@@ -11,6 +11,7 @@ from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 import vllm_ascend
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
@@ -24,79 +25,57 @@ from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.utils import Address
 
-from .support import DEVICE, closed_port, identity, python, store_of
+from .support import DEVICE, closed_port, python, store_of
 
 # Registration
 
 
-def run(program, *arguments):
-    """The output lines of a program in a fresh process, without what vLLM logs."""
-    process = python("-c", f"import logging; logging.disable()\n{program}", *arguments)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0
-    return output.splitlines()
-
-
-_LAZY = """
-import importlib.util, sys
-import vllm_ascend
-name = "vllm.model_executor.model_loader"
-vllm_ascend.register_model_loader()
-vllm_ascend.register_model_loader()
-print("torch" in sys.modules, name in sys.modules)
-importlib.util.find_spec(name)  # looking for a module is not importing it
-import vllm.model_executor.model_loader as loaders
-registered = loaders._LOAD_FORMAT_TO_MODEL_LOADER.get("netloader")
-print(registered.__name__)
-print(loaders.__spec__.loader is loaders.__loader__, type(loaders.__loader__).__name__)
-vllm_ascend.register_model_loader()
-print(loaders._LOAD_FORMAT_TO_MODEL_LOADER["netloader"] is registered)
-print([finder for finder in sys.meta_path if "vllm_ascend" in type(finder).__module__])
-"""
-
-
-def test_registration_waits_until_vllm_imports_its_loaders():
-    lines = run(_LAZY)
-    assert lines == [
-        "False False",
-        "ModelNetLoaderElastic",
-        "True SourceFileLoader",
-        "True",
-        "[]",
-    ]
-
-
 # Each order in a child of a process that has imported what takes long, and that they share.
 _ORDERS = """
-import os, sys
-import torch, vllm.model_executor.layers.attention
-import vllm_ascend.model_loader.netloader as netloader
-from vllm.plugins import load_general_plugins as plugins
+import logging, os, sys
+logging.disable()
 package, name = "vllm.model_executor.model_loader", "vllm_ascend.model_loader.netloader.netloader"
-assert package not in sys.modules and name not in sys.modules
-errors = []
-netloader.logger.error = lambda *line: errors.append(line)
+def ours():
+    return [finder for finder in sys.meta_path if "vllm_ascend" in type(finder).__module__]
 def loaders():
     import vllm.model_executor.model_loader
 def base():
     import vllm.model_executor.model_loader.base_loader
+def plugins():
+    import vllm.plugins
+    vllm.plugins.load_general_plugins()
 def hook():
     import vllm_ascend
     vllm_ascend.register_model_loader()
+def find():
+    import importlib.util
+    assert importlib.util.find_spec(package).loader is not None
+    assert package not in sys.modules  # looking for a module is not importing it
 def face():
     from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 def lost():
     sys.modules[name] = None
+if os.fork() == 0:
+    hook()
+    print("torch" in sys.modules, package in sys.modules, len(ours()), flush=True)
+    os._exit(0)
+os.wait()
+import torch, vllm.model_executor.layers.attention
+import vllm_ascend.model_loader.netloader as netloader
+errors = []
+netloader.logger.error = lambda *line: errors.append(line)
+assert package not in sys.modules and name not in sys.modules and not ours()
 for order in sys.argv[1:]:
     if os.fork() == 0:
         for step in order.split():
             globals()[step]()
-        formats = sys.modules[package]._LOAD_FORMAT_TO_MODEL_LOADER
-        registered = formats.get("netloader")
+        loaders = sys.modules[package]
+        formats = loaders._LOAD_FORMAT_TO_MODEL_LOADER
         theirs = getattr(sys.modules[name], "ModelNetLoaderElastic", None)
-        finders = [one for one in sys.meta_path if "vllm_ascend" in type(one).__module__]
-        there = registered is theirs is not None
-        print(order, there, len(errors), "auto" in formats, finders, flush=True)
+        there = formats.get("netloader") is theirs is not None
+        assert loaders.__spec__.loader is loaders.__loader__
+        assert type(loaders.__loader__).__name__ == "SourceFileLoader"
+        print(order, there, len(errors), "auto" in formats, ours(), flush=True)
         os._exit(0)
     os.wait()
 """
@@ -105,6 +84,7 @@ for order in sys.argv[1:]:
 def test_the_load_format_is_there_in_whichever_order_things_are_imported():
     orders = [
         "plugins face",
+        "hook hook find loaders",
         "hook hook face hook",
         "plugins loaders face",
         "plugins base face",
@@ -116,7 +96,11 @@ def test_the_load_format_is_there_in_whichever_order_things_are_imported():
     without = ["loaders face", "face"]
     # Where it cannot be registered, the other load formats are there all the same.
     failing = ["lost hook loaders", "lost loaders hook"]
-    assert run(_ORDERS, *orders, *without, *failing) == [
+    process = python("-c", _ORDERS, *orders, *without, *failing)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert output.splitlines() == [
+        "False False 1",  # the hook imports neither torch nor vLLM's loaders
         *(f"{order} True 0 True []" for order in orders),
         *(f"{order} False 0 True []" for order in without),
         *(f"{order} False 1 True []" for order in failing),

@@ -3,27 +3,12 @@ import re
 import msgspec
 import pytest
 
+from tests.identity import IDENTITY
 from vllm_ascend.model_loader.netloader.errors import SourceError
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
+from vllm_ascend.model_loader.netloader.identity import Revision
 from vllm_ascend.model_loader.netloader.interaction import api, server
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Refusal
 
-IDENTITY = ModelIdentity(
-    group=api.TARGET_GROUP,
-    model="model",
-    revision=Revision(),
-    rank=0,
-    tp=1,
-    pp=1,
-    dp=1,
-    ep=False,
-    dtype="torch.bfloat16",
-    quantization=None,
-    quantization_config="0",
-    config="0",
-    layout="raw",
-    vllm_version=None,
-)
 DIGEST = "xxh3_128:0123456789abcdef"
 SAID = [
     api.Join(IDENTITY, DIGEST, "10.0.0.1:28000"),
@@ -161,6 +146,6 @@ def test_differences_name_the_field_and_both_values_in_bounded_text():
     source = msgspec.structs.replace(IDENTITY, tp=2, model="\x1b" + "x" * 9000)
     tp, model = sorted(api.differences(IDENTITY, source), key=lambda one: one.field, reverse=True)
     assert tp == api.Difference("tp", "1", "2")
-    assert model.field == "model" and model.client == "'model'"
+    assert model.field == "model" and model.client == "'small'"
     assert len(model.source) < 210 and model.source.isprintable()
     assert api.differences(IDENTITY, IDENTITY) == []

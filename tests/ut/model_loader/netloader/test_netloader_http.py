@@ -25,7 +25,14 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceUnreachable,
 )
 from vllm_ascend.model_loader.netloader.interaction import api, server
-from vllm_ascend.model_loader.netloader.interaction.api import Bytes, Code, Join, Joined, Refusal
+from vllm_ascend.model_loader.netloader.interaction.api import (
+    Bytes,
+    Code,
+    Done,
+    Join,
+    Joined,
+    Refusal,
+)
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient, ElasticServer
 from vllm_ascend.model_loader.netloader.utils import Address
 
@@ -575,11 +582,14 @@ def test_a_connection_has_a_bounded_number_of_groups(source):
             client.open_group(DIGEST)
 
 
-def test_a_source_says_why_it_stops_sending_through_a_group(source):
+@pytest.mark.parametrize("heard", [True, False], ids=["sizes heard", "sizes not heard"])
+def test_a_source_says_why_it_stops_sending_through_a_group(source, heard):
     with source.client() as client:
         group = client.open_group(DIGEST)
         source.service.groups[0].failure = Refusal(Code.CHANGED, "new weights")
-        send(client, group._id, [(0, 1)])
+        client.ask_runs(group._id, [(0, 1)])
+        if heard:
+            client.hear_sizes()
         assert until(client.hung_up)
         why = client.last_words()
     assert type(why) is SourceRefused and "changed: new weights" in str(why)
@@ -596,6 +606,14 @@ def test_what_ended_a_group_is_the_answer_to_the_next_question(source, known):
             client._wire._sock.shutdown(socket.SHUT_WR)
         with pytest.raises(SourceBusy, match="asleep: sleeping"):
             send(client, group._id, [])
+
+
+def test_whoever_waits_in_vain_for_last_words_can_still_say_why(source):
+    with source.client() as client:
+        client.open_group(DIGEST)
+        assert client.last_words() is None
+        client.done(Done(complete=False, reason="no device"))
+    assert until(lambda: source.service.ends == [Done(complete=False, reason="no device")])
 
 
 def test_there_are_no_last_words_where_nothing_was_said(source):

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.identity import (
     MAX_REVISION_BYTES,
@@ -15,7 +16,7 @@ from vllm_ascend.model_loader.netloader.identity import (
     revision_name,
 )
 
-from .support import identity, python
+from .support import python
 
 OTHER = {
     "group": "netloader_draft",

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
-from .support import HOST, dial, identity, load, settings, source, store_of
+from .support import HOST, dial, load, settings, source, store_of
 
 TARGET, DRAFT = "netloader", "netloader_draft"
 WEIGHTS = {"a": torch.ones(1)}

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader.config import Transport
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, Manifest
@@ -33,7 +34,6 @@ from .support import (
     LinkDevice,
     assorted,
     bytes_of,
-    identity,
     incomplete,
     random_tensor,
     settings,

@@ -189,16 +189,15 @@ class ElasticClient:
     def last_words(self) -> SourceError | None:
         """Return why the source has ended the connection, if it has said so.
 
-        To be asked when the transfer through a group has failed; the connection ends with it.
+        To be asked when the transfer through a group has failed; nothing but `done` can follow.
         """
-        try:
-            self._wire.allow(_LAST_WORDS, api.MAX_HEAD)
-            answer = self._answer("POST")
-            return None if answer.status == HTTPStatus.OK else self._refusal(answer)
-        except (*_BROKEN, SourceError):
-            return None
-        finally:
-            self._wire.close()
+        self._wire.allow(_LAST_WORDS, api.MAX_HEAD)
+        with contextlib.suppress(*_BROKEN, SourceError):
+            while (answer := self._answer("POST")).status == HTTPStatus.OK:
+                self._content(answer, api.MAX_BODY)  # it came before the transfer failed
+                self._wire.budget = api.MAX_HEAD
+            return self._refusal(answer)
+        return None
 
     def _ask(
         self,
