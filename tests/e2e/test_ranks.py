@@ -25,7 +25,8 @@ from .killing_proxy import killing_proxy
 pytestmark = [pytest.mark.core, pytest.mark.timeout(300)]
 
 WAYS = {"tp": {"tp": 2}, "pp": {"pp": 2}}
-DRAFT = "netloader_draft"
+# What pipeline stages would show no better.
+tp_only = pytest.mark.parametrize("way", ["tp"], indirect=True, scope="module")
 
 
 class Pair:
@@ -133,10 +134,6 @@ def sources(pair: Pair, folders: dict[str, Path], way: dict[str, int]) -> dict[s
     return running
 
 
-def of(instance: Outcome, *others: Outcome) -> list[str]:
-    return [each.address(0) for each in (instance, *others)]
-
-
 def from_both(a: Outcome, b: Outcome) -> list[dict[str, Any]]:
     return source_list({0: [a.address(0)], 1: [b.address(1)]})
 
@@ -184,6 +181,7 @@ def test_a_source_lost_in_mid_load_and_another_checkpoint_on_disk_end_with_the_d
     assert len(client.said("rank 0: .* different weights: .* loads again from disk")) == 1
 
 
+@tp_only
 def test_the_same_checkpoint_on_disk_is_not_loaded_twice(
     pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
 ) -> None:
@@ -195,6 +193,7 @@ def test_the_same_checkpoint_on_disk_is_not_loaded_twice(
     assert not client.said("different weights")
 
 
+@tp_only
 @pytest.mark.parametrize(
     ("folder", "fallback", "why"),
     [
@@ -218,6 +217,7 @@ def test_a_mixture_that_nothing_can_mend_ends_the_start_of_both_ranks(
     assert client.has == [None, None]
 
 
+@tp_only
 def test_one_rank_that_fails_ends_the_start_of_both(
     pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
 ) -> None:
@@ -228,6 +228,7 @@ def test_one_rank_that_fails_ends_the_start_of_both(
     assert client.errors[1].startswith("RuntimeError: Cannot find any model weights")
 
 
+@tp_only
 def test_a_reload_takes_weights_that_belong_together_or_none(
     pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
 ) -> None:
