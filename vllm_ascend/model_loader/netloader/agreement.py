@@ -37,7 +37,7 @@ import msgspec
 from torch.distributed import Store
 
 from .errors import LoadFailed
-from .utils import logger, one_line
+from .utils import logger, one_line, shortened
 
 DISK = "disk"
 
@@ -300,7 +300,7 @@ def _attempt(
         mine = attempt(order)
     except Exception as error:
         report = msgspec.structs.replace(
-            blank, failure=one_line(f"{type(error).__name__}: {error}")
+            blank, failure=shortened(one_line(f"{type(error).__name__}: {error}"))
         )
         if not order.last_resort:
             return None, report
