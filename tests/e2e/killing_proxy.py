@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 def killing_proxy(source: str, kill: Callable[[], None], after: int) -> Iterator[str]:
     """Relays a connection until the source has sent more than `after` bytes, and kills it then.
 
+    It takes one connection: others are refused.
+
     Yields:
         The address to use as a source.
     """
@@ -18,6 +20,7 @@ def killing_proxy(source: str, kill: Callable[[], None], after: int) -> Iterator
 
         def relay() -> None:
             client, _ = listener.accept()
+            listener.close()
             with client, socket.create_connection((host, int(port))) as upstream:
                 asking = threading.Thread(target=_copy, args=(client, upstream), daemon=True)
                 asking.start()
@@ -33,8 +36,9 @@ def killing_proxy(source: str, kill: Callable[[], None], after: int) -> Iterator
                 asking.join(10)
 
         thread = threading.Thread(target=relay, daemon=True)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
         thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        yield address
 
 
 def _copy(one: socket.socket, other: socket.socket) -> None:

@@ -34,6 +34,8 @@ def make_config(
     *,
     revision: str | None = None,
     download_dir: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
     **extra: Any,
 ) -> VllmConfig:
     """Return the configuration of an instance with this `model_loader_extra_config`.
@@ -47,6 +49,8 @@ def make_config(
         model=str(path),
         revision=revision,
         download_dir=download_dir,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
         load_format=load_format,
         model_loader_extra_config=extra,
         dtype="bfloat16",
@@ -57,18 +61,27 @@ def make_config(
 
 
 @contextlib.contextmanager
-def worker(config: VllmConfig) -> Iterator[BaseModelLoader]:
-    """Be a worker of an instance, with the loader that it would use."""
+def worker(
+    config: VllmConfig, rank: int = 0, meeting: Path | None = None
+) -> Iterator[BaseModelLoader]:
+    """Be a worker of an instance, with the loader that it would use.
+
+    Several of them need a file to meet at. Their group lasts as long as their processes.
+    """
     # vLLM's CPU worker does the same: without an accelerator both raise.
     torch.accelerator.empty_cache = lambda: None
     torch.accelerator.synchronize = lambda *_: None
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
-            store = tempfile.NamedTemporaryFile(delete=False)  # noqa: SIM115, torch keeps it open
-            init_distributed_environment(1, 0, f"file://{store.name}", 0, "gloo")
+            store = meeting or Path(tempfile.mkdtemp()) / "meeting"
+            world_size = config.parallel_config.world_size
+            init_distributed_environment(world_size, rank, f"file://{store}", rank, "gloo")
         # Anew each time, because which groups there are depends on the model.
         destroy_model_parallel()
-        initialize_model_parallel()
+        initialize_model_parallel(
+            config.parallel_config.tensor_parallel_size,
+            config.parallel_config.pipeline_parallel_size,
+        )
         yield get_model_loader(config.load_config)
 
 

@@ -5,6 +5,7 @@ Those marked `core` also run on the older supported vLLM.
 """
 
 import json
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -13,6 +14,7 @@ from tools.netloader_view import source_list
 from tools.vllm_server import ServerError
 
 from .killing_proxy import killing_proxy
+from .ranks import Pair
 from .support import drafting, running
 
 pytestmark = pytest.mark.timeout(600)
@@ -94,28 +96,72 @@ def test_wedged_source_is_passed_over(tmp_path, llama, seed, said, wedged_client
         assert patient.server.search_log(rf"source {wedged_client.address()}")
 
 
-@pytest.mark.core
-def test_ranks_pull_from_their_like(tmp_path, llama, seed, said):
+@pytest.fixture(scope="module")
+def pair(folder, llama, seed):
+    """Has two ranks, and its weights from disk."""
     # The source has one rank: no rank of two can use it.
     alone = {0: [seed.address()], 1: [seed.address()]}
     config = {"MODEL": "llama", "SOURCE": source_list(alone)}
-    with running(tmp_path / "pair", llama.full, config, arguments=TP2) as pair:
-        assert not pair.loads()
-        assert "tp" in pair.why_from_disk()
-        # Sums are split among ranks, so rounding may turn a later token; the first stands.
-        pair_said = pair.say()
-        assert [each.tokens[0] for each in pair_said] == [each.tokens[0] for each in said]
+    with running(folder / "pair", llama.full, config, arguments=TP2) as pair:
+        yield pair
 
-        sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
-        config = {"MODEL": "llama", "SOURCE": sources}
-        with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:
-            assert following.say() == pair_said
-            assert_loaded_from(following, pair, ranks=2)
 
-            files = [following.address_file(rank) for rank in (0, 1)]
-            assert all(file.exists() for file in files)
-            following.server.stop()
-            assert not any(file.exists() for file in files)
+@pytest.fixture(scope="module")
+def pair_said(pair, said):
+    completions = pair.say()
+    # Sums are split among ranks, so rounding may turn a later token; the first stands.
+    assert [each.tokens[0] for each in completions] == [each.tokens[0] for each in said]
+    return completions
+
+
+@pytest.mark.core
+def test_ranks_pull_from_their_like(tmp_path, llama, pair, pair_said):
+    assert not pair.loads()
+    assert "tp" in pair.why_from_disk()
+
+    sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
+    config = {"MODEL": "llama", "SOURCE": sources}
+    with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:
+        assert following.say() == pair_said
+        assert_loaded_from(following, pair, ranks=2)
+
+        files = [following.address_file(rank) for rank in (0, 1)]
+        assert all(file.exists() for file in files)
+        following.server.stop()
+        assert not any(file.exists() for file in files)
+
+
+def test_no_mixture_when_the_source_of_one_rank_dies_and_the_next_has_another_checkpoint(
+    tmp_path, llama, model, pair, pair_said
+):
+    log = tmp_path / "client" / "log.txt"
+    (tmp_path / "other").mkdir()
+    ranks = Pair(tmp_path / "other")
+    try:
+        other = ranks.load(model("llama", seed=1).full, MODEL="llama", tp=2)
+
+        def kill():
+            # Rank 0 has all of its weights by then.
+            for _ in range(600):
+                if "NetLoader rank 0: loaded" in log.read_text():
+                    break
+                time.sleep(0.1)
+            ranks.kill()
+
+        with killing_proxy(other.address(1), kill, after=1 << 20) as dies:
+            sources = {0: [other.address(0), pair.address(0)], 1: [dies, pair.address(1)]}
+            config = {"MODEL": "llama", "SOURCE": source_list(sources)}
+            config |= {"MAX_SOURCES": 1, "CHUNK_MIB": 1, "PROGRESS_TIMEOUT": 60}
+            with running(tmp_path / "client", llama.bare, config, arguments=TP2) as client:
+                assert client.say() == pair_said
+                # Rank 1 gives up what it has while it looks for the weights that rank 0 has.
+                assert [load.source for load in client.loads()] == [
+                    other.address(0),
+                    *(pair.address(rank) for rank in (0, 1, 1)),
+                ]
+                assert client.server.search_log("rank 0: the ranks of this instance have different")
+    finally:
+        ranks.kill()
 
 
 def test_pipeline_stages_pull_from_their_like(tmp_path, llama):

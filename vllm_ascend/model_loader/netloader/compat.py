@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from .agreement import Ranks
 from .executor.chunks.manifest import RAW
 from .identity import (
     ModelIdentity,
@@ -165,6 +166,23 @@ def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
     """Return the groups of the models that this process loads after a model."""
     has_draft = _draft_of(vllm_config) is not None
     return [DRAFT_GROUP] if has_draft and loaded.group == TARGET_GROUP else []
+
+
+def ranks_of(vllm_config: VllmConfig, loaded: ModelIdentity) -> Ranks:
+    """Return the ranks that load a model together: those of torch's process group.
+
+    Replicas that share experts are in it, too; other replicas are instances of their own.
+    """
+    group = torch.distributed.group.WORLD
+    if group is None:
+        return Ranks(loaded.rank, [loaded.rank], loaded.group)
+    parallel = vllm_config.parallel_config
+    ranks = [*range(group.size())]
+    if loaded.group == DRAFT_GROUP:
+        # Only the last pipeline stage has the draft; ranks count by replica, then by stage.
+        before = parallel.world_size - parallel.world_size // parallel.pipeline_parallel_size
+        ranks = [rank for rank in ranks if rank % parallel.world_size >= before]
+    return Ranks(loaded.rank, ranks, loaded.group, group.get_group_store())
 
 
 def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:

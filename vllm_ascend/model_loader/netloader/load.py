@@ -54,10 +54,12 @@ class Loaded:
     Attributes:
         store: the complete store.
         sources: those that gave it, and how much if they are several.
+        lists: the weights digests of the ranks of instances that have these weights.
     """
 
     store: BlockStore
     sources: str
+    lists: Sequence[Mapping[int, str]] = ()
 
 
 def elastic_load(
@@ -68,6 +70,7 @@ def elastic_load(
     config: NetLoaderConfig,
     device: Device,
     *,
+    wanted: str | None = None,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -83,6 +86,7 @@ def elastic_load(
         identity: what the sources must be.
         config: chunk size, deadlines, verification.
         device: where the tensors are.
+        wanted: the weights that go with those of the instance's other ranks; None: not known.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -91,7 +95,7 @@ def elastic_load(
     started = time.monotonic()
     queue = SourceQueue(sources, config.source_wait)
     target = _Target(tensors, required, identity, config, device)
-    sessions = _Sessions(queue, target, identity, config, device)
+    sessions = _Sessions(queue, target, identity, config, device, wanted)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
         for index in range(min(config.max_sources, len(sources)))
@@ -114,7 +118,7 @@ def elastic_load(
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
     if store is None:
         raise LoadFailed("; ".join(queue.reasons()) or "there are no sources")
-    loaded = Loaded(store, sessions.shares())
+    loaded = Loaded(store, sessions.shares(), target.lists)
     seconds = time.monotonic() - started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s",
@@ -181,6 +185,7 @@ class _Target:
         self._store: BlockStore | None = None
         self._scheduler: Scheduler | None = None
         self._sessions = 0
+        self.lists: list[Mapping[int, str]] = []
         self._over = threading.Event()
         self._prefaulting: threading.Thread | None = None
         # As they are when in use; while they are filled they have none.
@@ -229,6 +234,8 @@ class _Target:
             assert store is not None
             assert scheduler is not None
             self._sessions += 1
+            if joined.ranks not in self.lists:
+                self.lists.append(joined.ranks)
         try:
             yield store, scheduler
         finally:
@@ -284,6 +291,7 @@ class _Target:
             )
         self._prefault(tensors)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
+        self.lists = []
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
         self._scheduler = Scheduler(blocks, chunk_mib * MIB)
 
@@ -313,12 +321,14 @@ class _Sessions:
         identity: ModelIdentity,
         config: NetLoaderConfig,
         device: Device,
+        wanted: str | None,
     ) -> None:
         self._queue = queue
         self._target = target
         self._identity = identity
         self._config = config
         self._device = device
+        self._wanted = wanted
         self._lock = threading.Lock()
         # By source and weights digest: those that go on, and the bytes of those that are over.
         self._pulls: list[tuple[tuple[Address, str], P2PLoad]] = []
@@ -407,6 +417,11 @@ class _Sessions:
         if pinned is not None and joined.weights != pinned:
             raise SourceRefused(
                 f"{client.address}: its weights are {joined.weights} and WEIGHTS_DIGEST is {pinned}"
+            )
+        if self._wanted not in (None, joined.weights):
+            raise SourceRefused(
+                f"{client.address}: its weights are {joined.weights}, and {self._wanted} go with "
+                "those of the other ranks"
             )
         self._compare_revisions(client.address, joined.revision)
         there = joined.weights.partition(":")[0]

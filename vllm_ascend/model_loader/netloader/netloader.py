@@ -4,8 +4,9 @@ import contextlib
 import copy
 import gc
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,17 +21,20 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.utils.network_utils import get_ip
 
 from . import register_if_put_off, registry
+from .agreement import AS_CONFIGURED, DISK, Attempt, Order, RankWeights, load_together
 from .compat import (
     can_reload_from_sources,
     feed_reload,
     groups_to_come,
     identity_of,
     name_of,
+    ranks_of,
     remember_registrations,
     why_no_reload,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
+from .executor.chunks.digests import of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Manifest, Scalar
 from .executor.devices import Device, device_of
 from .executor.model.match import allocate
@@ -57,6 +61,11 @@ from .registry import InUse
 from .serve import Offer
 from .utils import Address, logger, one_line, rate, size
 
+# Seconds to wait at most for sources that have the weights of the instance's other ranks.
+_WAIT_AGAIN = 30.0
+
+T = TypeVar("T")
+
 
 @dataclass
 class _Load:
@@ -66,7 +75,9 @@ class _Load:
         identity: who the model is.
         device: where it is.
         serving: whether others may pull it, if it turns out to be possible.
+        hashing: whether its weights digest is needed, even if it is loaded from disk.
         from_disk: whether the sources are out of the question.
+        wanted: the weights that go with those of the instance's other ranks, if that is known.
         store: its weights, as far as others can pull them.
         manifest: of its raw tensors, if that is known.
         copies: of raw tensors that post-processing may change.
@@ -74,19 +85,25 @@ class _Load:
         to_fill: whether the model is still empty, as it is filled after post-processing.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
+        weights: their digest, if known.
+        lists: see `load.Loaded`.
     """
 
     identity: ModelIdentity
     device: Device
     serving: bool
+    hashing: bool = False
     from_disk: bool = False
+    wanted: str | None = None
     store: BlockStore | None = None
     manifest: Manifest | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     to_fill: bool = False
     unserved: str = ""
-    loaded_from: str = "disk"
+    loaded_from: str = DISK
+    weights: str | None = None
+    lists: Sequence[RankWeights] = ()
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:
@@ -98,6 +115,21 @@ class _Load:
         except RuntimeError as error:  # torch's, such as a device that is out of memory
             logger.debug("NetLoader: preparing to be a source failed", exc_info=True)
             self.unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
+
+
+@dataclass(frozen=True)
+class _Renewal:
+    """New weights for a model in use, from sources.
+
+    Attributes:
+        load: how they came.
+        tensors: name -> raw tensor.
+        store: the weights.
+    """
+
+    load: _Load
+    tensors: Mapping[str, torch.Tensor]
+    store: BlockStore
 
 
 class ModelNetLoaderElastic(BaseModelLoader):
@@ -131,7 +163,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
         Raises:
             LoadFailed: neither a source nor the disk has the weights; the message says both. Or no
-                source has them, and FALLBACK is false.
+                source has them, and FALLBACK is false. Or the instance's ranks cannot all get
+                weights that belong together; see `agreement`.
         """
         self._vllm_config = vllm_config
         if not self._supported():
@@ -139,29 +172,64 @@ class ModelNetLoaderElastic(BaseModelLoader):
         # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
         # an error, and no reason to go to disk.
         identity = self._identify(model_config)
-        load = self._load = self._new_load(identity)
         restore_registrations = remember_registrations(vllm_config)
-        failure = ""
-        try:
-            model = self._load_from_sources(load, vllm_config, model_config, prefix)
-        except NetLoaderError as error:
-            if not self._config.fallback:
-                raise
-            failure = str(error)
-        # Outside the handler: there the exception would keep the half-filled model alive.
-        if failure:
-            logger.warning(
-                "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                identity.rank,
-                failure,
-            )
+
+        def start_over() -> None:
+            self._load = None
             restore_registrations()
-            load = self._load = self._new_load(identity, from_disk=True)
             gc.collect()
-            model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
+
+        def attempt(order: Order) -> Attempt[tuple[_Load, nn.Module]]:
+            if order.weights is not None:
+                start_over()
+            failure = "the ranks of this instance had different weights" if order.disk else ""
+            if not failure:
+                load = self._load = self._new_load(identity, order)
+                try:
+                    model = self._load_from_sources(load, vllm_config, model_config, prefix)
+                except NetLoaderError as error:
+                    if not self._config.fallback or order != AS_CONFIGURED:
+                        raise
+                    failure = str(error)
+                    logger.warning(
+                        "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
+                        identity.rank,
+                        failure,
+                    )
+            # Outside the handler: there the exception would keep the half-filled model alive.
+            if failure:
+                start_over()
+                load = self._load = replace(self._new_load(identity), from_disk=True)
+                model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
+            self._finish(load, model)
+            return Attempt((load, model), load.loaded_from, load.weights, load.lists)
+
+        (load, model), ranks = self._together(identity, attempt)
         self._load = None
-        self._offer(load, model, vllm_config, model_config)
+        self._offer(load, model, vllm_config, model_config, ranks)
         return model
+
+    def _together(
+        self, identity: ModelIdentity, attempt: Callable[[Order], Attempt[T]]
+    ) -> tuple[T, RankWeights]:
+        """Load until the instance's ranks have weights that belong together."""
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        ranks = ranks_of(vllm_config, identity)
+        loaded, digests = load_together(
+            ranks,
+            attempt,
+            sources=bool(self._of_rank(identity.rank).addresses),
+            fallback=self._config.fallback,
+        )
+        if digests and identity.rank == ranks.all[0]:
+            logger.info(
+                "NetLoader rank %d: instance digest %s, from the weights digests of %d of %d ranks",
+                identity.rank,
+                of_instance(digests),
+                len(digests),
+                len(ranks.all),
+            )
+        return loaded, digests
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load weights into a model, new or in use, from the sources, or from disk without any."""
@@ -189,7 +257,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         else:
             before = before_loading(model, load.device)
             self._read_disk(load, model, model_config)
-            if load.serving or self._config.weights_digest is not None:
+            if load.serving or load.hashing:
                 with load.preparing_to_serve():
                     load.store = capture_loaded(model, before, load.device)
         if load.store is not None:
@@ -211,24 +279,30 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """
         if not self._supported():
             return self._disk.get_all_weights(model_config, model)
-        if reason := why_no_reload(model, self._device_name()):
-            raise LayoutUnsupported(reason)
         known = registry.in_use(model)
-        if known is not None and known.path == model_config.model and known.manifest is not None:
-            try:
-                if sources := self._sources(known.identity.rank):
-                    return self._renewed(model, known, known.manifest, sources)
-            except LoadFailed as error:
-                if not self._config.fallback:
-                    raise
-                logger.warning(
-                    "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                    known.identity.rank,
-                    error,
-                )
+        reason = why_no_reload(model, self._device_name())
+        if known is None:
+            if reason:
+                raise LayoutUnsupported(reason)
+            return self._disk.get_all_weights(model_config, model)
+
+        def attempt(order: Order) -> Attempt[_Renewal | None]:
+            if reason:
+                raise LayoutUnsupported(reason)
+            renewal = None
+            if known.path == model_config.model and known.manifest is not None and not order.disk:
+                renewal = self._renewal(known, known.manifest, order)
+            if renewal is None:
+                return Attempt(None)
+            load = renewal.load
+            return Attempt(renewal, load.loaded_from, load.weights, load.lists)
+
+        renewal, ranks = self._together(known.identity, attempt)
+        if renewal is not None:
+            return self._renewed(model, known, renewal, ranks)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if known is not None and known.server is not None and known.server.listening:
+        if known.server is not None and known.server.listening:
             logger.info(
                 "NetLoader rank %d: reloading from disk; this instance is no source from now on",
                 known.identity.rank,
@@ -237,21 +311,38 @@ class ModelNetLoaderElastic(BaseModelLoader):
             known.server.offer(Offer(known.identity, None, reason))
         return self._disk.get_all_weights(model_config, model)
 
+    def _renewal(self, known: InUse, manifest: Manifest, order: Order) -> "_Renewal | None":
+        """Pull new weights into memory of their own; None: they are to be read from disk."""
+        try:
+            if sources := self._sources(known.identity.rank):
+                load = self._new_load(known.identity, order)
+                with self._device_name():
+                    tensors = allocate(manifest)
+                store = self._pull(load, tensors, tensors.keys(), sources)
+                return _Renewal(load, tensors, store)
+        except LoadFailed as error:
+            if not self._config.fallback or order != AS_CONFIGURED:
+                raise
+            logger.warning(
+                "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
+                known.identity.rank,
+                error,
+            )
+        return None
+
     def _renewed(
-        self, model: nn.Module, known: InUse, manifest: Manifest, sources: Sequence[Address]
+        self, model: nn.Module, known: InUse, renewal: "_Renewal", ranks: RankWeights
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
-        load = self._new_load(known.identity)
-        with self._device_name():
-            tensors = allocate(manifest)
-        store = self._pull(load, tensors, tensors.keys(), sources)
+        """Fill the model when the iterator is consumed."""
         if known.server is not None:
             known.server.withdraw(known.identity.group)
 
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
-            feed_reload(model, tensors)
+            store = renewal.store
+            feed_reload(model, renewal.tensors)
             apply_attributes(model, store.manifest.attributes)
-            registry.offer_again(known, Offer(known.identity, store, "", load.loaded_from))
+            offer = Offer(known.identity, store, "", renewal.load.loaded_from, ranks)
+            registry.offer_again(known, offer)
             yield from ()
 
         return fill()
@@ -333,46 +424,62 @@ class ModelNetLoaderElastic(BaseModelLoader):
         required: Iterable[str],
         sources: Sequence[Address],
     ) -> BlockStore:
-        rank = load.identity.rank
+        rank, config = load.identity.rank, self._config
+        if load.wanted is not None:
+            # A source that another rank has loaded from is there, or gone for good.
+            config = replace(config, source_wait=min(config.source_wait, _WAIT_AGAIN))
         try:
             loaded = elastic_load(
                 tensors,
                 set(required),
                 sources,
                 load.identity,
-                self._config,
+                config,
                 load.device,
+                wanted=load.wanted,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
             malformed = _malformed(self._of_rank(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None
-        load.loaded_from = loaded.sources
+        load.loaded_from, load.lists = loaded.sources, loaded.lists
+        store = loaded.store
         if load.serving and not self._config.verify:
-            return loaded.store.hashed_anew()  # these have to be right
-        return loaded.store
+            store = store.hashed_anew()  # these have to be right
+        load.weights = store.digests.weights
+        return store
 
-    def _offer(
-        self, load: _Load, model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig
-    ) -> None:
-        store, rank = load.store, load.identity.rank
-        pinned = self._config.weights_digest
+    def _finish(self, load: _Load, model: nn.Module) -> None:
+        """Make the store that others can pull from, once the model is as inference uses it."""
+        rank, pinned = load.identity.rank, self._config.weights_digest
         with load.preparing_to_serve():
             if load.identity.layout == PROCESSED:
-                if store is None and (load.serving or pinned is not None):
+                if load.store is None and (load.serving or (load.hashing and not load.weights)):
                     attributes = changed_scalars(load.scalars, scalars(model))
-                    store = capture_processed(model, attributes, load.device)
-            elif store is not None and not load.unserved:
+                    load.store = capture_processed(model, attributes, load.device)
+            elif load.store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}
-                store = after_processing(store, load.copies, used)
-        if store is not None and pinned is not None and store.digests.weights != pinned:
+                load.store = after_processing(load.store, load.copies, used)
+        if load.store is not None:
+            load.weights = load.store.digests.weights
+        if None not in (load.weights, pinned) and load.weights != pinned:
             logger.warning(
                 "NetLoader rank %d: the weights from disk are %s and WEIGHTS_DIGEST is %s",
                 rank,
-                store.digests.weights,
+                load.weights,
                 pinned,
             )
+
+    def _offer(
+        self,
+        load: _Load,
+        model: nn.Module,
+        vllm_config: VllmConfig,
+        model_config: ModelConfig,
+        ranks: RankWeights,
+    ) -> None:
+        store, rank = load.store, load.identity.rank
         if load.unserved:
             store = None
             logger.warning(
@@ -385,7 +492,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             manifest if can_reload_from_sources(self._device_name()) else None,
             self._config,
             self._config.announced_host or get_ip(),
-            Offer(load.identity, store, load.unserved, load.loaded_from),
+            Offer(load.identity, store, load.unserved, load.loaded_from, ranks),
             groups_to_come(vllm_config, load.identity),
         )
 
@@ -416,9 +523,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         return sources.addresses
 
-    def _new_load(self, identity: ModelIdentity, *, from_disk: bool = False) -> _Load:
+    def _new_load(self, identity: ModelIdentity, order: Order = AS_CONFIGURED) -> _Load:
         serving = self._config.port_for(identity.rank) is not None
-        return _Load(identity, self._device(), serving, from_disk)
+        # A rank that reads the disk is compared with those that have other sources.
+        compared = bool(self._config.source) and _world_size() > 1
+        hashing = self._config.weights_digest is not None or compared
+        wanted = order.weights[identity.rank] if order.weights is not None else None
+        return _Load(identity, self._device(), serving, hashing, wanted=wanted)
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
@@ -461,6 +572,10 @@ def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultMod
 
 def _malformed(sources: Sources) -> list[str]:
     return [f"malformed source {reason}" for reason in sources.malformed]
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _rank() -> int:

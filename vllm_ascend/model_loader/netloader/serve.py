@@ -4,15 +4,16 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from .config import NetLoaderConfig, Transport
 from .errors import NotHere, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
+from .executor.chunks.digests import of_instance
 from .executor.devices import Accelerator
 from .executor.elastic_load import P2PSend
 from .executor.rate_limiter import RateLimiter
@@ -43,12 +44,14 @@ class Offer:
         store: its weights; None: not to be had.
         reason: why not.
         loaded_from: `disk`, or the addresses of the sources.
+        ranks: the weights digests of the instance's ranks, as far as they are known.
     """
 
     identity: ModelIdentity
     store: BlockStore | None
     reason: str = ""
     loaded_from: str = "disk"
+    ranks: Mapping[int, str] = field(default_factory=dict)
 
 
 class WeightServer:
@@ -170,7 +173,7 @@ class WeightServer:
             raise
         with self._lock:
             self._session(session, offer.store)
-        joined = Joined(known, epoch, INSTANCE, offer.identity.revision)
+        joined = Joined(known, epoch, INSTANCE, offer.identity.revision, ranks=dict(offer.ranks))
         if join.weights == known:
             return joined
         return msgspec.structs.replace(
@@ -223,6 +226,8 @@ class WeightServer:
                     offer.store.digests.weights if offer.store is not None else None,
                     self._epochs[group],
                     offer.loaded_from,
+                    of_instance(offer.ranks) if offer.ranks else None,
+                    dict(offer.ranks),
                 )
                 for group, offer in self._offers.items()
             ]

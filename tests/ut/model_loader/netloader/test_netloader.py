@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 import vllm_ascend
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import netloader, register_netloader
+from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
@@ -20,6 +21,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     LayoutUnsupported,
     LoadFailed,
 )
+from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
@@ -310,7 +312,8 @@ def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
     assert log == [
         "NetLoader rank 0: trying the disk, as no source gave the weights: 192.0.2.7:1: gone"
     ]
-    assert [offer.loaded_from for offer in steps.offered] == ["disk"]
+    [offer] = steps.offered
+    assert (offer.loaded_from, offer.ranks) == ("disk", {})
 
 
 def test_without_fallback_the_start_ends_with_all_reasons_and_the_disk_is_not_tried(monkeypatch):
@@ -319,6 +322,41 @@ def test_without_fallback_the_start_ends_with_all_reasons_and_the_disk_is_not_tr
         steps.load()
     assert steps.taken == ["sources"]
     assert steps.offered == []
+
+
+def test_a_rank_that_has_to_load_again_begins_as_if_nothing_had_been_loaded(monkeypatch, log):
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", steps._follow)
+    other = Order({0: "xxh3_128:1"})
+
+    def again(ranks, attempt, **options):
+        assert attempt(AS_CONFIGURED).result[1] == "model"
+        assert attempt(other).result[0].wanted == "xxh3_128:1"
+        steps.taken.append("then")
+        return attempt(Order(disk=True)).result, {0: "xxh3_128:2", 1: "xxh3_128:3"}
+
+    monkeypatch.setattr(netloader, "load_together", again)
+    steps.load()
+    assert steps.taken == ["disk False", "restore", "disk False", "then", "restore", "disk True"]
+    [offer] = steps.offered
+    assert offer.ranks == {0: "xxh3_128:2", 1: "xxh3_128:3"}
+    [line] = [line for line in log if "instance digest" in line]
+    assert line == (
+        f"NetLoader rank 0: instance digest {of_instance(offer.ranks)}, from the weights digests "
+        "of 2 of 1 ranks"
+    )
+
+
+def test_a_rank_that_is_to_have_the_weights_of_the_others_does_not_try_the_disk(monkeypatch):
+    steps = Steps(monkeypatch)
+
+    def again(ranks, attempt, **options):
+        return attempt(Order({0: "xxh3_128:1"})).result, {}
+
+    monkeypatch.setattr(netloader, "load_together", again)
+    with pytest.raises(LoadFailed, match=r"192\.0\.2\.7:1: gone"):
+        steps.load()
+    assert steps.taken == ["restore", "sources"]
 
 
 def test_when_the_disk_has_no_weights_either_one_error_says_both(monkeypatch):
@@ -348,7 +386,8 @@ def offered(monkeypatch, load, **extra_config):
     """What comes of a load that has got so far."""
     steps = Steps(monkeypatch, **extra_config)
     steps.loader._vllm_config = ON_CPU
-    steps.loader._offer(load, "model", ON_CPU, types.SimpleNamespace(model="m"))
+    steps.loader._finish(load, "model")
+    steps.loader._offer(load, "model", ON_CPU, types.SimpleNamespace(model="m"), {})
     [offer] = steps.offered
     return offer
 

@@ -6,6 +6,7 @@ import types
 
 import msgspec
 import pytest
+import torch
 import vllm
 from vllm.config import CompilationConfig
 
@@ -13,6 +14,7 @@ from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
     name_of,
+    ranks_of,
     remember_registrations,
     revision_of,
 )
@@ -237,6 +239,47 @@ def test_speculation_that_has_no_configuration_of_a_draft_leaves_the_target_in_i
     )
     assert who(config, target).group == TARGET_GROUP
     assert groups_to_come(config, who(config, target)) == []
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Be one of so many ranks."""
+
+    def be_one_of(size):
+        group = types.SimpleNamespace(size=lambda: size, get_group_store=lambda: "store")
+        monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=group))
+
+    return be_one_of
+
+
+@pytest.mark.parametrize(
+    ("size", "tp", "pp", "drafts"),
+    [
+        (2, 2, 1, [0, 1]),
+        (4, 2, 2, [2, 3]),
+        (3, 1, 3, [2]),
+        (8, 2, 2, [2, 3, 6, 7]),  # two replicas that share experts
+    ],
+)
+def test_all_ranks_load_the_target_and_those_of_the_last_stage_the_draft(
+    world, size, tp, pp, drafts
+):
+    world(size)
+    target, draft = model_config(), model_config()
+    config = instance(target, draft)
+    config.parallel_config.world_size = tp * pp
+    config.parallel_config.pipeline_parallel_size = pp
+    ranks = [ranks_of(config, who(config, model)) for model in (target, draft)]
+    assert [each.all for each in ranks] == [[*range(size)], drafts]
+    assert [each.group for each in ranks] == [TARGET_GROUP, DRAFT_GROUP]
+    assert {each.store for each in ranks} == {"store"}
+
+
+def test_without_a_process_group_a_rank_is_alone(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=None))
+    target = model_config()
+    ranks = ranks_of(instance(target), who(instance(target), target))
+    assert (ranks.all, ranks.several) == ([ranks.rank], False)
 
 
 def test_the_processed_layout_goes_by_the_version_that_processes(monkeypatch):

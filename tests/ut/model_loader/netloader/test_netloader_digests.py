@@ -12,6 +12,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.digests import (
     DIGEST_BYTES,
     Digests,
     combine,
+    of_instance,
 )
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import (
     PROCESSED,
@@ -170,3 +171,10 @@ def test_a_tensor_without_bytes_has_a_block_and_a_digest():
     store = store_of({"a": torch.empty(0, 4)})
     assert store.blocks.count == 1
     assert len(store.digests.blocks) == DIGEST_BYTES
+
+
+def test_the_instance_digest_is_that_of_who_has_what():
+    a, b = name_of({}), name_of({"a": torch.empty(0)})
+    assert of_instance({0: a, 1: b}) == of_instance({1: b, 0: a})
+    others = ({0: b, 1: a}, {0: a}, {0: a, 2: b}, {0: a, 1: a}, {0: a, 1: b, 2: b})
+    assert of_instance({0: a, 1: b}) not in {of_instance(other) for other in others}

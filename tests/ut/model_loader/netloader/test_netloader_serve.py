@@ -10,7 +10,7 @@ import torch
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader.config import Transport
-from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine
+from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine, of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, Manifest
 from vllm_ascend.model_loader.netloader.executor.transport.group import CLIENT, form_group
 from vllm_ascend.model_loader.netloader.interaction.api import (
@@ -105,6 +105,13 @@ def records():
 
 
 # Joins
+
+
+@pytest.mark.parametrize("known", [None, offer().store.digests.weights])
+def test_a_client_gets_the_weights_digests_of_all_ranks_of_the_instance(known):
+    ranks = {0: "xxh3_128:00", 1: "xxh3_128:01"}
+    joined = join(server(offer(ranks=ranks)), weights=known)
+    assert (joined.ranks, joined.manifest is msgspec.UNSET) == (ranks, known is not None)
 
 
 def test_a_client_of_the_same_model_gets_manifest_and_digests():
@@ -304,7 +311,11 @@ def test_withdrawing_what_is_not_there_changes_nothing():
 
 
 def test_status_says_what_is_served_and_how_far_each_session_is():
-    one, draft = offer(loaded_from="192.0.2.9:1"), Offer(DRAFT, None, "no copy was kept")
+    ranks = {0: "xxh3_128:00", 1: "xxh3_128:01"}
+    one, draft = (
+        offer(loaded_from="192.0.2.9:1", ranks=ranks),
+        Offer(DRAFT, None, "no copy was kept"),
+    )
     to, weights = server(one, draft, max_sessions=7), one.store.digests.weights
     client, other = session(1), session(2)
     chunks = to.blocks(client, weights, 0, 11).chunks
@@ -313,8 +324,8 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     fetched(to, weights, 3, 3, by=other)
     status = to.status(2)
     assert [msgspec.structs.astuple(model) for model in status.models] == [
-        (WHO, "serving", "", weights, 1, "192.0.2.9:1"),
-        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk"),
+        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks),
+        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}),
     ]
     assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
         ("192.0.2.7:1", weights, 4 * MIB),

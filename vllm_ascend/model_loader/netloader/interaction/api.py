@@ -134,6 +134,7 @@ CODES = {code.text: code for code in Code}
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 WeightsDigest: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
+RankWeights: TypeAlias = Annotated[dict[Count, WeightsDigest], msgspec.Meta(max_length=65536)]
 Peers: TypeAlias = Annotated[list[ShortText], msgspec.Meta(max_length=4096)]
 Run: TypeAlias = tuple[Count, Count]
 Value: TypeAlias = tuple[ShortText, Annotated[bytes, msgspec.Meta(max_length=16 << 10)]]
@@ -165,6 +166,7 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
         peers: addresses of others that have or get the same weights.
         manifest: passed on unread; left out where the client named these weights.
         blocks: the digests of all blocks, 16 bytes each, in base64; left out like the manifest.
+        ranks: the weights digests of the instance's ranks, by global rank, as far as known.
     """
 
     weights: WeightsDigest
@@ -174,6 +176,7 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
     peers: Peers = []
     manifest: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     blocks: bytes | msgspec.UnsetType = msgspec.UNSET
+    ranks: RankWeights = {}
 
 
 class OpenGroup(msgspec.Struct, frozen=True):
@@ -244,6 +247,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
         weights: digest of its weights, if known.
         epoch: counts the changes of these weights in this instance.
         loaded_from: `disk`, or the addresses the weights came from.
+        instance_digest: digest of `ranks`, null while that is empty.
+        ranks: the weights digests of the instance's ranks, by global rank, as far as known.
     """
 
     identity: ModelIdentity
@@ -252,6 +257,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
     weights: str | None
     epoch: Count
     loaded_from: str
+    instance_digest: str | None
+    ranks: dict[int, str]
 
 
 class SessionStatus(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ the digests of blocks; all that is made of these is XXH3 with 128 bits.
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -63,3 +64,10 @@ def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes
     of_tensors = [xxhash.xxh3_128_digest(of_blocks[at:end]) for at, end in itertools.pairwise(ends)]
     whole.update(b"".join(of_tensors))
     return Digests(bytes(of_blocks), f"{algorithm}:{whole.hexdigest()}")
+
+
+def of_instance(weights: Mapping[int, str]) -> str:
+    """Return the instance digest: that of the weights digests of all its ranks."""
+    lines = "".join(f"{rank} {weights[rank]}\n" for rank in sorted(weights))
+    whole = xxhash.xxh3_128(lines.encode())
+    return f"instance:{whole.hexdigest()}"

@@ -1,0 +1,166 @@
+"""What becomes of an instance whose ranks get weights of different checkpoints.
+
+The loader inside vLLM, in two processes that are the ranks of all instances, without an engine.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.make_model import copy_without_weights, make_model
+from tools.netloader_view import source_list
+
+from .killing_proxy import killing_proxy
+from .ranks import Outcome, Pair
+
+pytestmark = [pytest.mark.core, pytest.mark.timeout(300)]
+
+WAYS = {"tp": {"tp": 2}, "pp": {"pp": 2}}
+# What pipeline stages would show no better.
+tp_only = pytest.mark.parametrize("way", ["tp"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two checkpoints of one architecture, and a folder without weights."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for seed, name in enumerate("ab"):
+        make_model(folder / name, "llama", "tiny", seed)
+    copy_without_weights(folder / "a", folder / "bare")
+    return {name: folder / name for name in ("a", "b", "bare")}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    running = Pair(tmp_path_factory.mktemp("pair"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, int]:
+    return WAYS[request.param]
+
+
+@pytest.fixture(scope="module")
+def sources(pair: Pair, folders: dict[str, Path], way: dict[str, int]) -> dict[str, Outcome]:
+    """An instance of each checkpoint, from disk."""
+    running = {name: pair.load(folders[name], **way) for name in "ab"}
+    for each in running.values():
+        assert each.errors == ["", ""]
+    assert not set(running["a"].has) & set(running["b"].has)
+    return running
+
+
+def from_both(a: Outcome, b: Outcome) -> list[dict[str, Any]]:
+    return source_list({0: [a.address(0)], 1: [b.address(1)]})
+
+
+def test_an_instance_says_what_all_its_ranks_have(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a = sources["a"]
+    same = source_list({rank: [a.address(rank)] for rank in (0, 1)})
+    client = pair.load(folders["bare"], SOURCE=same, **way)
+    assert (client.errors, client.has) == (["", ""], a.has)
+    there = [each.status(rank) for each in (a, client) for rank in (0, 1)]
+    [digest] = {status.instance_digest for status in there}
+    ranks = {rank: status.weights for rank, status in enumerate(there[:2])}
+    assert all(status.ranks == ranks for status in there)
+    for each in (a, client):
+        assert each.said("instance digest .*") == [
+            f"instance digest {digest}, from the weights digests of 2 of 2 ranks"
+        ]
+    assert sources["b"].status(0).instance_digest != digest
+
+
+def test_ranks_with_sources_of_two_checkpoints_end_with_one(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a, b = sources["a"], sources["b"]
+    mixed = source_list({0: [a.address(0)], 1: [b.address(1), a.address(1)]})
+    client = pair.load(folders["bare"], SOURCE=mixed, MAX_SOURCES=1, **way)
+    assert (client.errors, client.has) == (["", ""], a.has)
+    [line] = client.said("rank 1: the ranks of this instance have different weights: .*")
+    assert f"{b.address(1)}; this rank loads again from sources" in line
+    assert client.status(1).ranks == a.status(0).ranks
+
+
+def test_a_source_lost_in_mid_load_and_another_checkpoint_on_disk_end_with_the_disks(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a, b = sources["a"], sources["b"]
+    with killing_proxy(a.address(1), lambda: None, after=1 << 20) as lost:
+        broken = source_list({0: [a.address(0)], 1: [lost]})
+        # Without a port they are compared all the same.
+        client = pair.load(folders["b"], SOURCE=broken, CHUNK_MIB=1, LISTEN_PORT=1, **way)
+    assert (client.errors, client.has) == (["", ""], b.has)
+    assert len(client.said("rank 1: trying the disk")) == 1
+    assert len(client.said("rank 0: .* different weights: .* loads again from disk")) == 1
+
+
+@tp_only
+def test_the_same_checkpoint_on_disk_is_not_loaded_twice(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a = sources["a"]
+    only_one = source_list({0: [a.address(0)]})
+    client = pair.load(folders["a"], SOURCE=only_one, LISTEN_PORT=1, **way)
+    assert (client.errors, client.has) == (["", ""], a.has)
+    assert len(client.said(r"rank \d: loaded .*")) == 2
+    assert not client.said("different weights")
+
+
+@tp_only
+@pytest.mark.parametrize(
+    ("folder", "fallback", "why"),
+    [
+        ("b", False, "; FALLBACK is false"),
+        ("bare", True, "cannot be loaded from disk either"),
+    ],
+)
+def test_a_mixture_that_nothing_can_mend_ends_the_start_of_both_ranks(
+    pair: Pair,
+    folders: dict[str, Path],
+    way: dict[str, int],
+    sources: dict[str, Outcome],
+    folder: str,
+    fallback: bool,
+    why: str,
+) -> None:
+    mixed = from_both(sources["a"], sources["b"])
+    client = pair.load(folders[folder], SOURCE=mixed, FALLBACK=fallback, **way)
+    assert all(error.startswith("LoadFailed: ") for error in client.errors)
+    assert all(why in error for error in client.errors)
+    assert client.has == [None, None]
+
+
+@tp_only
+def test_one_rank_that_fails_ends_the_start_of_both(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    only_one = source_list({0: [sources["a"].address(0)]})
+    client = pair.load(folders["bare"], SOURCE=only_one, **way)
+    assert "LoadFailed: the ranks of this instance cannot get weights" in client.errors[0]
+    assert "rank 1 has none (RuntimeError: Cannot find any model weights" in client.errors[0]
+    assert client.errors[1].startswith("RuntimeError: Cannot find any model weights")
+
+
+@tp_only
+def test_a_reload_takes_weights_that_belong_together_or_none(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a, b = sources["a"], sources["b"]
+    all_of_a = source_list({rank: [a.address(rank)] for rank in (0, 1)})
+    client = pair.load(folders["bare"], SOURCE=all_of_a, FALLBACK=False, **way)
+    before = client.status(0)
+    mixed = pair.reload(client, SOURCE=from_both(b, a))
+    assert all("cannot get weights that belong together" in error for error in mixed.errors)
+    assert mixed.has == a.has
+    assert client.status(0) == before
+    either = {0: [b.address(0), a.address(0)], 1: [a.address(1), b.address(1)]}
+    renewed = pair.reload(client, SOURCE=source_list(either), MAX_SOURCES=1)
+    assert (renewed.errors, renewed.has) == (["", ""], b.has)
+    assert client.status(1).ranks == b.status(1).ranks
