@@ -51,7 +51,7 @@ from .executor.model.raw import (
 )
 from .executor.store import BlockStore
 from .identity import ModelIdentity
-from .interaction.api import DRAFT_GROUP
+from .interaction.api import DRAFT_GROUP, Code
 from .load import elastic_load
 from .registry import InUse
 from .serve import Offer
@@ -246,7 +246,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             tensors = allocate(manifest)
         store = self._pull(load, tensors, tensors.keys(), sources)
         if known.server is not None:
-            known.server.withdraw(known.identity.group)
+            known.server.withdraw(
+                known.identity.group, Code.CHANGING, "the weights are being replaced"
+            )
 
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             feed_reload(model, tensors)

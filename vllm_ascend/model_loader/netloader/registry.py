@@ -152,9 +152,9 @@ def _open(server: WeightServer, rank: int) -> bool:
 def _retire(server: WeightServer, group: str) -> None:
     """Let a model that is gone be served no more, and close a server that has none left."""
     left = [known for known in _in_use.values() if known.server is server]
-    if not any(known.identity.group == group for known in left):
-        server.withdraw(group)
     if not left:
         server.stop()
         with contextlib.suppress(ValueError):
             _servers.remove(server)
+    elif not any(known.identity.group == group for known in left):
+        server.forget(group)

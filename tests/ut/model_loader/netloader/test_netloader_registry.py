@@ -9,7 +9,9 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.interaction.api import Code
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
@@ -229,13 +231,22 @@ def test_a_model_that_is_gone_is_served_no_more(config, servers, tmp_path):
         dial(address, 1)
 
 
+def test_the_last_model_that_goes_ends_its_sessions_as_a_source_that_is_shutting_down(config):
+    made = offer()
+    model = put_in_use(config(), made)
+    del model
+    gc.collect()
+    with pytest.raises(Gone, match="the source is shutting down"):
+        made.store.check(Run(0, 0))
+
+
 # Reloads
 
 
 def test_a_model_that_was_reloaded_is_offered_again(config, tmp_path):
     model = put_in_use(config())
     known, address = registry.in_use(model), address_of(tmp_path)
-    known.server.withdraw(TARGET)
+    known.server.withdraw(TARGET, Code.CHANGING, "the weights are being replaced")
     assert is_refused(address, TARGET, "changing: the weights are being replaced")
     new = {"a": torch.full((1,), 7.0)}
     registry.offer_again(known, offer(tensors=new))
