@@ -20,13 +20,16 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.utils.network_utils import get_ip
 
 from . import register_if_put_off, registry
+from .changes import After, Change
 from .compat import (
     can_reload_from_sources,
     feed_reload,
     groups_to_come,
     identity_of,
+    instance_of,
     name_of,
     remember_registrations,
+    watch,
     why_no_reload,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
@@ -51,7 +54,7 @@ from .executor.model.raw import (
 )
 from .executor.store import BlockStore
 from .identity import ModelIdentity
-from .interaction.api import DRAFT_GROUP, Code
+from .interaction.api import DRAFT_GROUP
 from .load import elastic_load
 from .registry import InUse
 from .serve import Offer
@@ -169,10 +172,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._disk.load_weights(model, model_config)
             return
         if registry.in_use(model) is not None:
-            weights = self.get_all_weights(model_config, model)
-            initialize_layerwise_reload(model)
-            model.load_weights(weights)
-            finalize_layerwise_reload(model, model_config)
+            with registry.changing(model, Change("reload", After.WHOLE, at_once=False)):
+                weights = self.get_all_weights(model_config, model)
+                initialize_layerwise_reload(model)
+                model.load_weights(weights)
+                finalize_layerwise_reload(model, model_config)
             return
         load = self._load or self._new_load(self._identify(model_config))
         sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
@@ -228,13 +232,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 )
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if known is not None and known.server is not None and known.server.listening:
-            logger.info(
-                "NetLoader rank %d: reloading from disk; this instance is no source from now on",
-                known.identity.rank,
-            )
-            reason = "this instance was reloaded from disk"
-            known.server.offer(Offer(known.identity, None, reason))
+        registry.loaded_from(model, "disk")
         return self._disk.get_all_weights(model_config, model)
 
     def _renewed(
@@ -245,15 +243,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
         with self._device_name():
             tensors = allocate(manifest)
         store = self._pull(load, tensors, tensors.keys(), sources)
-        if known.server is not None:
-            known.server.withdraw(
-                known.identity.group, Code.CHANGING, "the weights are being replaced"
-            )
+        registry.loaded_from(model, load.loaded_from)
 
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             feed_reload(model, tensors)
             apply_attributes(model, store.manifest.attributes)
-            registry.offer_again(known, Offer(known.identity, store, "", load.loaded_from))
+            if not registry.is_renewable(model):
+                offer = Offer(known.identity, store, "", load.loaded_from)
+                registry.offer_again(model, offer, self._watched(model))
             yield from ()
 
         return fill()
@@ -389,7 +386,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._config.announced_host or get_ip(),
             Offer(load.identity, store, load.unserved, load.loaded_from),
             groups_to_come(vllm_config, load.identity),
+            instance_of(vllm_config),
+            self._watched(model),
         )
+
+    def _watched(self, model: nn.Module) -> list[nn.Module]:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        return watch(vllm_config, model, registry.changing, registry.processing)
 
     def _of_rank(self, rank: int) -> Sources:
         return self._config.source.get(rank, Sources())

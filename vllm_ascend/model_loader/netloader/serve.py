@@ -84,7 +84,7 @@ class WeightServer:
         self._served: dict[Session, _Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collector may call `forget` or `stop`
         self._session_over = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
         self._server = ElasticServer(

@@ -1,14 +1,19 @@
 """What NetLoader takes from vLLM: who a model is, and what making one leaves behind."""
 
+import contextlib
 import dataclasses
 import sys
 import types
 
 import msgspec
 import pytest
+import torch
 import vllm
 from vllm.config import CompilationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from vllm_ascend.model_loader.netloader import compat
+from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
@@ -266,3 +271,166 @@ def test_where_a_model_lies_is_no_part_of_who_it_is_in_nested_settings_either():
         for path, version in (("/a", "4"), ("/b", "5"))
     )
     assert who(instance(here), here) == who(instance(there), there)
+
+
+# Changes of weights
+
+
+class Watched:
+    """What is told of the changes of a worker and a model shaped as vLLM's."""
+
+    def __init__(self, monkeypatch):
+        class Worker:
+            vllm_config = types.SimpleNamespace(instance_id="abcde")
+            load_model = update_config = add_lora = execute_model = lambda *_, **__: "done"
+
+            def __getattr__(self, name):
+                raise AttributeError(name)
+
+        for name in compat._CHANGES:
+            setattr(Worker, name, lambda worker, *args, _name=name, **kwargs: self.call(_name))
+
+        class Model(torch.nn.Module):
+            def load_weights(model, weights):
+                return self.call("load_weights")
+
+        class State:
+            def rearrange(state, is_profile=False, **_):
+                return self.call("rearrange")
+
+        class Adaptor:
+            def do_update_expert_weight(state, *_):
+                return self.call("do_update_expert_weight")
+
+        class Method(QuantizeMethodBase):
+            def create_weights(self, layer, *_, **__):
+                pass
+
+            def apply(self, layer, *_, **__):
+                pass
+
+            def process_weights_after_loading(method, layer):
+                return self.call("process")
+
+        for module, name, kind in (
+            ("made.worker", "Worker", Worker),
+            ("vllm.distributed.eplb.eplb_state", "EplbState", State),
+            (ADAPTOR, "VllmEplbAdaptor", Adaptor),
+        ):
+            made = types.ModuleType(module)
+            setattr(made, name, kind)
+            monkeypatch.setitem(sys.modules, module, made)
+        monkeypatch.setattr(compat, "_moving_experts", set())
+        self.told = []
+        self.worker, self.model, self.state, self.adaptor = Worker(), Model(), State(), Adaptor()
+        self.model.layer = torch.nn.Linear(1, 1)
+        self.model.layer.quant_method = Method()
+        self.config = types.SimpleNamespace(
+            instance_id="abcde",
+            parallel_config=types.SimpleNamespace(worker_cls="made.worker.Worker"),
+        )
+        self.layers = self.watch()
+
+    def watch(self):
+        return compat.watch(
+            self.config, self.model, self.changing, lambda layer: self.told.append(("layer", layer))
+        )
+
+    @contextlib.contextmanager
+    def changing(self, whose, change):
+        self.told.append((whose, change))
+        yield
+        self.told.append("over")
+
+    def call(self, name):
+        self.told.append(name)
+        return name
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def test_every_method_of_a_worker_that_changes_weights_is_told_of_before_and_after(watched):
+    for name in compat._CHANGES:
+        arguments = [("weights",)] if name == "discard" else []
+        assert getattr(watched.worker, name)(*arguments) == name
+        (whose, change), called, over = watched.told
+        assert (whose, called, over) == ("abcde", name, "over")
+        assert isinstance(change, Change)
+        watched.told.clear()
+
+
+def test_what_changes_no_weights_is_not_told_of(watched):
+    for name in ("load_model", "update_config", "add_lora", "execute_model"):
+        getattr(watched.worker, name)()
+    watched.worker.discard(("kv_cache",))
+    watched.worker.wake_up(["kv_cache"])
+    watched.worker.sleep(0)
+    watched.state.rearrange(is_profile=True)
+    watched.state.rearrange(True)
+    assert watched.told == ["discard", "wake_up", "sleep", "rearrange", "rearrange"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "expected"),
+    [
+        ("reload_weights", {}, {"at_once": False, "directly": False, "after": After.WHOLE}),
+        ("reload_weights", {"is_checkpoint_format": False}, {"at_once": True, "directly": True}),
+        ("sleep", {"level": 2}, {"sleep": 2, "at_once": True, "after": After.MORE}),
+        ("sleep", {}, {"sleep": 1}),
+        ("wake_up", {"tags": ["weights"]}, {"at_once": False, "after": After.AWAKE}),
+        ("wake_up", {"tags": None}, {"after": After.AWAKE}),
+        ("update_weights", {"update_info": {}}, {"after": After.MORE, "at_once": True}),
+        ("finish_weight_update", {}, {"after": After.WHOLE}),
+        ("apply_model", {"fn": print}, {"after": After.WHOLE, "directly": True}),
+    ],
+    ids=str,
+)
+def test_what_a_method_does_depends_on_its_arguments(watched, method, arguments, expected):
+    getattr(watched.worker, method)(**arguments)
+    change = watched.told[0][1]
+    assert {name: getattr(change, name) for name in expected} == expected
+
+
+def test_a_positional_form_is_known_too(watched):
+    watched.worker.reload_weights(iter(()), None, False)
+    watched.worker.sleep(2)
+    watched.worker.wake_up(["kv_cache"])
+    assert watched.told[0][1].at_once
+    assert watched.told[3][1].sleep == 2
+    assert watched.told[-1] == "wake_up"
+
+
+def test_a_model_whose_load_weights_is_called_is_told_of_whoever_calls(watched):
+    watched.model.load_weights([])
+    (whose, change), *_ = watched.told
+    assert whose is watched.model and change.after is After.UNKNOWN
+
+
+def test_moved_experts_are_told_of_in_vllm_and_in_vllm_ascend(watched):
+    watched.state.rearrange()
+    watched.adaptor.do_update_expert_weight(0, 1, 2)
+    changes = [one for one in watched.told if isinstance(one, tuple)]
+    assert [(whose, change.after) for whose, change in changes] == [("abcde", After.MOVED)] * 2
+
+
+def test_a_layer_is_told_of_before_it_is_processed_again(watched):
+    assert watched.layers == [watched.model.layer]
+    watched.model.layer.quant_method.process_weights_after_loading(watched.model.layer)
+    assert watched.told == [("layer", watched.model.layer), "process"]
+
+
+def test_what_is_watched_already_is_told_of_once(watched):
+    watched.watch()
+    watched.worker.sleep(1)
+    watched.model.load_weights([])
+    assert watched.told.count("over") == 2
+
+
+def test_vllms_own_worker_has_what_is_watched():
+    from vllm.v1.worker.gpu_worker import Worker
+
+    newer = {"discard", "reset_weights"}
+    assert {name for name in compat._CHANGES if not hasattr(Worker, name)} <= newer

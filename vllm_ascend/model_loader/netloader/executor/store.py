@@ -57,7 +57,7 @@ class BlockStore:
         self.device = device
         self.withdrawn = threading.Event()
         self._why: Withdrawn | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collector may call `withdraw`
         self._readers: Counter[int] = Counter()  # by thread
         self._read = threading.Condition(self._lock)
         self._here = bytearray(b"\1" if complete else b"\0") * blocks.count
@@ -161,9 +161,24 @@ class BlockStore:
             self.manifest, self.blocks, tensors, self.digests, self.device, complete=True
         )
 
-    def hashed_anew(self) -> "BlockStore":
-        """Return a complete store with the digests of what is in memory now."""
-        return _hashed(self.manifest, self.blocks, self.tensors, self.device)
+    def hashed_anew(
+        self,
+        attributes: Mapping[str, Scalar] | None = None,
+        stop: threading.Event | None = None,
+    ) -> "BlockStore":
+        """Return a complete store with the digests of what is in memory now.
+
+        Args:
+            attributes: in the place of the manifest's.
+            stop: ends it early.
+
+        Raises:
+            Withdrawn: it was stopped.
+        """
+        manifest = self.manifest
+        if attributes is not None and attributes != manifest.attributes:
+            manifest = msgspec.structs.replace(manifest, attributes=dict(attributes))
+        return _hashed(manifest, self.blocks, self.tensors, self.device, stop)
 
 
 def make_store(
@@ -188,12 +203,18 @@ def make_store(
 
 
 def _hashed(
-    manifest: Manifest, blocks: Blocks, tensors: Sequence[torch.Tensor], device: Device
+    manifest: Manifest,
+    blocks: Blocks,
+    tensors: Sequence[torch.Tensor],
+    device: Device,
+    stop: threading.Event | None = None,
 ) -> BlockStore:
     device.synchronize()
     readable = device.readable(tensors)
     of_blocks = bytearray()
     for run in blocks.cut(_HASHED_AT_ONCE):
+        if stop is not None and stop.is_set():
+            raise Withdrawn("the weights are changing")
         of_blocks += device.digests([read(span, readable) for span in blocks.spans(run)])
     digests = combine(device.digest_algorithm, manifest, blocks, bytes(of_blocks))
     return BlockStore(manifest, blocks, tensors, digests, device, complete=True)
