@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from . import LOAD_FORMAT
 from .changes import After, Change
 from .executor.chunks.manifest import RAW
 from .identity import (
@@ -165,9 +166,11 @@ def _commit_of(model_config: ModelConfig) -> str | None:
 
 
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
-    """Return the groups of the models that this process loads after a model."""
-    has_draft = _draft_of(vllm_config) is not None
-    return [DRAFT_GROUP] if has_draft and loaded.group == TARGET_GROUP else []
+    """Return the groups of the models that this process loads with NetLoader after a model."""
+    if loaded.group != TARGET_GROUP or _draft_of(vllm_config) is None:
+        return []
+    own = getattr(vllm_config.speculative_config, "draft_load_config", None)
+    return [DRAFT_GROUP] if own is None or own.load_format == LOAD_FORMAT else []
 
 
 def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:

@@ -224,6 +224,14 @@ def test_a_draft_has_a_group_of_its_own_even_if_it_is_configured_like_its_target
     assert groups_to_come(config, of_draft) == []
 
 
+@pytest.mark.parametrize(("load_format", "groups"), [("netloader", [DRAFT_GROUP]), ("auto", [])])
+def test_a_draft_is_expected_only_if_its_own_load_format_is_netloader(load_format, groups):
+    target, draft = model_config(), model_config()
+    config = instance(target, draft)
+    config.speculative_config.draft_load_config = types.SimpleNamespace(load_format=load_format)
+    assert groups_to_come(config, who(config, target)) == groups
+
+
 def test_speculation_without_a_model_leaves_the_target_in_its_group():
     """Ngram has the target's configuration in the place of a draft's."""
     target = model_config()
