@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 
+import msgspec
 from torch import nn
 
 from .changes import After, Change, Instance
@@ -18,7 +19,7 @@ from .config import NetLoaderConfig
 from .errors import LayoutUnsupported, Withdrawn
 from .executor.chunks.manifest import Manifest
 from .executor.model.renewal import Renewal
-from .identity import ModelIdentity
+from .identity import ModelIdentity, Revision
 from .interaction.api import Code
 from .serve import Offer, WeightServer
 from .utils import logger, one_line
@@ -225,7 +226,9 @@ def _renew(
         return
     if stop.is_set():
         return
-    offer = replace(before.offer, store=now)
+    if now.digests.weights != store.digests.weights:  # of no revision that is known
+        identity = msgspec.structs.replace(identity, revision=Revision())
+    offer = replace(before.offer, identity=identity, store=now)
     _offered[model] = replace(before, offer=offer)
     epoch = server.offer(offer)
     logger.info(

@@ -1,6 +1,7 @@
 """Models in use in a process, and the servers that others pull them from."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 
@@ -13,6 +14,7 @@ from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.identity import Revision
 from vllm_ascend.model_loader.netloader.interaction.api import Code
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
@@ -325,6 +327,19 @@ def test_weights_that_change_are_withdrawn_before_and_offered_anew_after(config,
         )
         tensors = {"layer.weight": model.layer.weight.detach()}
         assert after.weights == store_of(tensors).digests.weights
+
+
+def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
+    model, revision = Living(), Revision("0" * 40, True)
+    made = offer(tensors={"layer.weight": model.layer.weight.detach()})
+    made = dataclasses.replace(made, identity=identity(revision=revision))
+    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one")
+    for change, expected in ((0, revision), (1, Revision())):
+        with registry.changing("one", RELOAD):
+            model.layer.weight.data.add_(change)
+        registry.wait_for_renewal()
+        [status] = server_of(model).status(0).models
+        assert status.identity.revision == expected
 
 
 def test_two_instances_of_a_process_change_one_by_one(config):
