@@ -1,5 +1,6 @@
 """Weights that change in a living worker: by vLLM's own methods, on real models."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.utils import replace
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -20,6 +22,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from tests.e2e.loading import assert_same, load, make_config, worker
 from tools.make_model import copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import registry
+from vllm_ascend.model_loader.netloader.compat import instance_of
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 
 pytestmark = pytest.mark.core
@@ -152,6 +155,13 @@ def apply(living: Living) -> None:
         model.get_parameter("model.norm.weight").data.add_(1)
 
     living.worker.apply_model(change)
+
+
+def test_a_draft_with_a_configuration_of_its_own_is_of_the_same_instance(folder: Path) -> None:
+    target = make_config(folder / "0")
+    draft = replace(target, load_config=copy.copy(target.load_config))
+    assert draft.load_config is not target.load_config
+    assert instance_of(draft) == instance_of(target) != instance_of(make_config(folder / "0"))
 
 
 WAYS = [reload_another_path, reload_an_iterator, reload_kernel_format, transfer, apply]

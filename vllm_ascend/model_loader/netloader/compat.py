@@ -310,8 +310,12 @@ def watch(
 
 
 def instance_of(vllm_config: VllmConfig) -> str:
-    """Return what names an instance; its draft's configuration has the same."""
-    return str(vllm_config.instance_id)
+    """Return what names an instance in this process.
+
+    vLLM gives its worker, its target and its draft configurations of their own, each with another
+    `instance_id`; their layers enter themselves into one dictionary.
+    """
+    return str(id(vllm_config.compilation_config.static_forward_context))
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

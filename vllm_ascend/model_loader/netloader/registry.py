@@ -46,10 +46,17 @@ class InUse:
 
 @dataclass(frozen=True)
 class _Offered:
-    """What was last offered of a model, and how that is done anew."""
+    """What was last offered of a model, and how that is done anew.
+
+    Attributes:
+        offer: the offer, whatever has changed since.
+        renewal: what hashes the weights anew.
+        source: where a loader gets other weights from; empty: nobody has said.
+    """
 
     offer: Offer
     renewal: Renewal
+    source: str = ""
 
 
 _in_use: "weakref.WeakKeyDictionary[nn.Module, InUse]" = weakref.WeakKeyDictionary()
@@ -135,7 +142,7 @@ def is_renewable(model: nn.Module) -> bool:
 def loaded_from(model: nn.Module, source: str) -> None:
     """Say where the weights come from that a model in use gets now."""
     if (known := _offered.get(model)) is not None:
-        _offered[model] = replace(known, offer=replace(known.offer, loaded_from=source))
+        _offered[model] = replace(known, source=source)
 
 
 @contextlib.contextmanager
@@ -226,10 +233,12 @@ def _renew(
         return
     if stop.is_set():
         return
+    source = before.source or before.offer.loaded_from
     if now.digests.weights != store.digests.weights:  # of no revision that is known
         identity = msgspec.structs.replace(identity, revision=Revision())
-    offer = replace(before.offer, identity=identity, store=now)
-    _offered[model] = replace(before, offer=offer)
+        source = before.source or change
+    offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
+    _offered[model] = replace(before, offer=offer, source="")
     epoch = server.offer(offer)
     logger.info(
         "NetLoader rank %d: a source of the weights %s since %s, epoch %d",

@@ -47,7 +47,7 @@ class Offer:
         identity: what it is.
         store: its weights; None: not to be had.
         reason: why not.
-        loaded_from: `disk`, or the addresses of the sources.
+        loaded_from: `disk`, the addresses of the sources, or the call that has changed it since.
         code: what a client is refused with that asks for what is not to be had.
     """
 

@@ -17,6 +17,7 @@ from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
+    instance_of,
     name_of,
     remember_registrations,
     revision_of,
@@ -288,8 +289,14 @@ class Watched:
     """What is told of the changes of a worker and a model shaped as vLLM's."""
 
     def __init__(self, monkeypatch):
+        self.config = types.SimpleNamespace(
+            compilation_config=CompilationConfig(),
+            parallel_config=types.SimpleNamespace(worker_cls="made.worker.Worker"),
+        )
+        self.name = instance_of(self.config)
+
         class Worker:
-            vllm_config = types.SimpleNamespace(instance_id="abcde")
+            vllm_config = self.config
             load_model = update_config = add_lora = execute_model = lambda *_, **__: "done"
 
             def __getattr__(self, name):
@@ -333,10 +340,6 @@ class Watched:
         self.worker, self.model, self.state, self.adaptor = Worker(), Model(), State(), Adaptor()
         self.model.layer = torch.nn.Linear(1, 1)
         self.model.layer.quant_method = Method()
-        self.config = types.SimpleNamespace(
-            instance_id="abcde",
-            parallel_config=types.SimpleNamespace(worker_cls="made.worker.Worker"),
-        )
         self.layers = self.watch()
 
     def watch(self):
@@ -365,7 +368,7 @@ def test_every_method_of_a_worker_that_changes_weights_is_told_of_before_and_aft
         arguments = [("weights",)] if name == "discard" else []
         assert getattr(watched.worker, name)(*arguments) == name
         (whose, change), called, over = watched.told
-        assert (whose, called, over) == ("abcde", name, "over")
+        assert (whose, called, over) == (watched.name, name, "over")
         assert isinstance(change, Change)
         watched.told.clear()
 
@@ -421,7 +424,8 @@ def test_moved_experts_are_told_of_in_vllm_and_in_vllm_ascend(watched):
     watched.state.rearrange()
     watched.adaptor.do_update_expert_weight(0, 1, 2)
     changes = [one for one in watched.told if isinstance(one, tuple)]
-    assert [(whose, change.after) for whose, change in changes] == [("abcde", After.MOVED)] * 2
+    expected = [(watched.name, After.MOVED)] * 2
+    assert [(whose, change.after) for whose, change in changes] == expected
 
 
 def test_a_layer_is_told_of_before_it_is_processed_again(watched):

@@ -329,6 +329,23 @@ def test_weights_that_change_are_withdrawn_before_and_offered_anew_after(config,
         assert after.weights == store_of(tensors).digests.weights
 
 
+def test_the_status_says_where_weights_come_from_or_what_has_changed_them(config):
+    with living(config(), "one") as (model, status):
+        for source, change, expected in (
+            ("", 0, "disk"),
+            ("", 1, "reload_weights"),
+            ("192.0.2.1:7", 1, "192.0.2.1:7"),
+            ("", 0, "192.0.2.1:7"),
+            ("", 1, "reload_weights"),
+        ):
+            with registry.changing("one", RELOAD):
+                model.layer.weight.data.add_(change)
+                if source:
+                    registry.loaded_from(model, source)
+            registry.wait_for_renewal()
+            assert status().loaded_from == expected
+
+
 def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
     model, revision = Living(), Revision("0" * 40, True)
     made = offer(tensors={"layer.weight": model.layer.weight.detach()})

@@ -252,7 +252,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
         reason: why it is not serving, for people.
         weights: digest of its weights, if known.
         epoch: counts the changes of these weights in this instance.
-        loaded_from: `disk`, or the addresses the weights came from.
+        loaded_from: `disk`, the addresses the weights came from, or the call that has changed them.
     """
 
     identity: ModelIdentity
