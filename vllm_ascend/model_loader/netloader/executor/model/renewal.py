@@ -33,15 +33,16 @@ class Renewal:
         self.store = store
         self._watched = weakref.WeakSet(watched)
         self._model = weakref.ref(model)
-        in_use = _memory(processed_tensors(model))
         modules = dict(model.named_modules())
         self._beside: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, torch.Tensor]]]
         self._beside = weakref.WeakKeyDictionary()
         self._stale: set[str] = set()
-        for name, tensor in zip(store.manifest.names, store.tensors, strict=True):
-            path, _, attribute = name.rpartition(".")
-            if _where(tensor) not in in_use and path in modules:
-                self._beside.setdefault(modules[path], {})[attribute] = name, tensor
+        if store.manifest.layout == RAW:  # in the other layout all are the model's own
+            in_use = _memory(processed_tensors(model))
+            for name, tensor in zip(store.manifest.names, store.tensors, strict=True):
+                path, _, attribute = name.rpartition(".")
+                if _where(tensor) not in in_use and path in modules:
+                    self._beside.setdefault(modules[path], {})[attribute] = name, tensor
         # LoRA gives layers other names later on.
         self._holders = {
             name: (weakref.ref(modules[path]), attribute)
