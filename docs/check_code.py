@@ -24,8 +24,8 @@ from vllm_ascend.model_loader.netloader.interaction import api, server  # noqa: 
 
 VARIES = "…"
 KEYS_IN_README = 6
-# Bodies that have no table: a base class, and an answer without fields.
-NO_TABLE = {"Struct", "Noted"}
+# Bodies that have no table: a base class, and those without fields.
+NO_TABLE = {"Struct", "Noted", "Check"}
 
 
 def main() -> int:

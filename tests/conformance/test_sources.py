@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from vllm_ascend.model_loader.netloader.errors import Withdrawn
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import Digests
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.executor.transport.group import AHEAD, WINDOW
@@ -15,7 +16,7 @@ from vllm_ascend.model_loader.netloader.executor.transport.group import AHEAD, W
 from . import models
 from .faults import Proxy, closed_port, corrupting, failing_after, tapped
 from .models import COUNT, ROW, many_rows, rows
-from .sides import fresh, load, make, source, store_of, until
+from .sides import PATIENCE, fresh, load, make, source, store_of, until
 from .ways import Way
 
 MANY = 64
@@ -76,7 +77,7 @@ def test_nothing_that_a_lost_source_sends_later_reaches_the_tensors(way, over):
 def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(way, last):
     def withdraw(index, count):
         if count == last:
-            store.withdraw("the weights are being replaced")
+            store.withdraw(Withdrawn("the weights are being replaced"))
 
     store = tapped(way, rows, withdraw)
     with source(way, store) as running:
@@ -89,9 +90,11 @@ def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(way, 
 def test_weights_replaced_in_mid_transfer_are_loaded_from_the_start(way):
     def replace(index, count):
         if count == 8:
-            running.offer(way, fresh(store_of(way, rows, 1)))
+            threading.Thread(target=running.offer, args=(way, later)).start()
+            assert first.withdrawn.wait(PATIENCE)
 
-    with source(way, tapped(way, rows, replace)) as running, Proxy(running.address) as again:
+    first, later = tapped(way, rows, replace), fresh(store_of(way, rows, 1))
+    with source(way, first) as running, Proxy(running.address) as again:
         load(way, [running, again], rows, 1, **ONE).check()
 
 
@@ -228,17 +231,60 @@ def test_a_chunk_that_comes_wrong_once_is_fetched_again(way):
     assert sorted(sent.readable.read) == sorted([*range(COUNT), 7])
 
 
-def test_a_source_whose_bytes_stay_wrong_is_dropped_with_the_tensors_name(way):
+def test_a_source_whose_bytes_come_wrong_twice_is_dropped_with_the_tensors_name(way):
     second = tapped(way, rows)
-    with source(way, corrupting(way, rows, 99)) as wrong, source(way, second) as right:
+    with source(way, corrupting(way, rows, times=2)) as wrong, source(way, second) as right:
         outcome = load(way, [wrong, right], **ONE).check()
+        assert wrong.status.models[0].state == "serving"
     assert outcome.said(f"source {wrong.address}: wrong bytes twice in blocks 7-7 (row.7)")
     assert 7 in second.readable.read
     assert len(second.readable.read) < COUNT
 
 
+CHANGED = "changed: the source's weights have changed since they were offered"
+
+
+def test_a_source_whose_own_bytes_are_wrong_withdraws_them_and_the_client_goes_on(way):
+    second = tapped(way, rows)
+    with source(way, corrupting(way, rows, 99)) as wrong, source(way, second) as right:
+        renewed = []
+        wrong.server.renew = renewed.append
+        outcome = load(way, [wrong, right], **ONE).check()
+        assert outcome.said(f"source {wrong.address}: {CHANGED}")
+        [model] = wrong.status.models
+        assert (model.state, renewed) == ("changing", ["netloader"])
+    assert len(second.readable.read) < COUNT
+
+
+def test_weights_pushed_into_a_source_behind_its_back_are_loaded_when_it_has_noticed(way):
+    for changed in (range(COUNT), [COUNT - 1]):
+        device, tensors = way.device(), make(way, rows, 0)
+        store = make_store(tensors, device.layout, {}, device)
+        with source(way, store) as running:
+            running.server.renew = lambda _, store=store: running.offer(way, store.hashed_anew())
+            for index in changed:
+                store.tensors[index].copy_(store_of(way, rows, 1).tensors[index])
+            outcome = load(way, [running], rows, 1, source_wait=PATIENCE)
+            assert outcome.reasons == ""
+            assert outcome.said(f"source {running.address}: {CHANGED}")
+            assert len(outcome.wrong) == COUNT - len(changed)  # those that are the old ones still
+            [model] = running.status.models
+            assert (model.weights, model.epoch) == (outcome.digest, 2)
+
+
+def test_a_client_that_does_not_look_gets_no_mixture_of_two_epochs(way):
+    def replace(index, count):
+        if count == 8:
+            threading.Thread(target=running.offer, args=(way, later)).start()
+            assert first.withdrawn.wait(PATIENCE)
+
+    first, later = tapped(way, rows, replace), fresh(store_of(way, rows, 1))
+    with source(way, first) as running:
+        load(way, [running], rows, 1, verify=False, source_wait=PATIENCE).check()
+
+
 def test_wrong_bytes_in_a_packed_chunk_are_noticed(way):
-    with source(way, corrupting(way, models.small, 99, wrong=4)) as running:
+    with source(way, corrupting(way, models.small, times=2, wrong=4)) as running:
         load(way, [running], models.small).check_failed("wrong bytes twice in blocks 0-8 (t4)")
 
 
@@ -254,13 +300,13 @@ def test_memory_that_nothing_was_written_to_is_noticed(way):
     store = tapped(way, rows, lambda index, count: torch.zeros_like(tensors[index]))
     tensors = store_of(way, rows).readable
     with source(way, store) as running:
-        load(way, [running]).check_failed("wrong bytes twice")
+        load(way, [running]).check_failed(CHANGED)
 
 
 def test_chunks_in_the_wrong_order_are_noticed(way):
     tensors = store_of(way, rows).readable
     with source(way, tapped(way, rows, lambda index, count: tensors[index ^ 1])) as running:
-        load(way, [running]).check_failed("wrong bytes twice")
+        load(way, [running]).check_failed(CHANGED)
 
 
 def test_weights_that_change_while_they_are_sent_are_not_loaded(way):
@@ -274,7 +320,7 @@ def test_weights_that_change_while_they_are_sent_are_not_loaded(way):
 
     with source(way, tapped(way, store, change)) as running, source(way, models.packed) as good:
         load(way, [running, good], models.packed, **ONE).check()
-        load(way, [running], models.packed).check_failed("wrong bytes twice")
+        load(way, [running], models.packed).check_failed("changing: the weights have changed")
 
 
 @pytest.mark.ways(Way.HTTP, Way.STREAM)
@@ -349,7 +395,7 @@ def faulty(way, fault, after, over):
             if fault == "stalls":
                 over.wait(30)
             if fault == "withdraws":
-                store.withdraw("the weights are being replaced")
+                store.withdraw(Withdrawn("the weights are being replaced"))
 
     store = {
         "corrupts once": lambda: corrupting(way, rows, 1, wrong=after),

@@ -1,10 +1,12 @@
 """What differs between vLLM versions, and the vLLM internals that have no public name."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -23,7 +25,9 @@ from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.platforms import current_platform
 
+from . import LOAD_FORMAT
 from .agreement import Ranks
+from .changes import After, Change
 from .executor.chunks.manifest import RAW
 from .identity import (
     ModelIdentity,
@@ -163,9 +167,11 @@ def _commit_of(model_config: ModelConfig) -> str | None:
 
 
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
-    """Return the groups of the models that this process loads after a model."""
-    has_draft = _draft_of(vllm_config) is not None
-    return [DRAFT_GROUP] if has_draft and loaded.group == TARGET_GROUP else []
+    """Return the groups of the models that this process loads with NetLoader after a model."""
+    if loaded.group != TARGET_GROUP or _draft_of(vllm_config) is None:
+        return []
+    own = getattr(vllm_config.speculative_config, "draft_load_config", None)
+    return [DRAFT_GROUP] if own is None or own.load_format == LOAD_FORMAT else []
 
 
 def ranks_of(vllm_config: VllmConfig, loaded: ModelIdentity) -> Ranks:
@@ -272,3 +278,158 @@ def _is_attention(layer: nn.Module) -> bool:
     if hasattr(layerwise, "is_deferred_attention_layer"):  # vLLM 0.28 and later
         return bool(layerwise.is_deferred_attention_layer(layer))
     return isinstance(layer, layerwise.Attention | layerwise.MLAAttention)
+
+
+_WATCHED = "watched_by_netloader"
+Changing = Callable[[str | nn.Module, Change], AbstractContextManager[None]]
+
+
+def watch(
+    vllm_config: VllmConfig,
+    model: nn.Module,
+    changing: Changing,
+    processing: Callable[[nn.Module], object],
+) -> list[nn.Module]:
+    """Tell of whatever changes the weights of an instance from now on, before it does.
+
+    vLLM finds the methods of its worker by their names at each call; those that change weights are
+    replaced once in each class.
+
+    Args:
+        vllm_config: the instance's configuration.
+        model: one of its models, ready for inference.
+        changing: entered around each change, with the name of the instance (`instance_of`), or with
+            a model that may be one in use.
+        processing: called with each layer that is about to be post-processed.
+
+    Returns:
+        The layers of the model that `processing` is called for.
+    """
+    module, _, name = str(vllm_config.parallel_config.worker_cls).rpartition(".")
+    worker = getattr(sys.modules.get(module), name, None)
+    for method, change_of in _CHANGES.items():
+        _replace(worker, method, functools.partial(_watched_worker, change_of, changing))
+    _replace(type(model), "load_weights", functools.partial(_watched_model, changing))
+    _moving_experts.add(instance_of(vllm_config))
+    for module, name, method in _MOVING_EXPERTS:
+        mover = getattr(sys.modules.get(module), name, None)
+        _replace(mover, method, functools.partial(_watched_mover, changing))
+    layers = []
+    for layer in model.modules():
+        quant_method = getattr(layer, "quant_method", None)
+        if isinstance(quant_method, QuantizeMethodBase):
+            _replace(
+                type(quant_method),
+                "process_weights_after_loading",
+                functools.partial(_watched_processing, processing),
+            )
+            layers.append(layer)
+    return layers
+
+
+def instance_of(vllm_config: VllmConfig) -> str:
+    """Return what names an instance in this process.
+
+    vLLM gives its worker, its target and its draft configurations of their own, each with another
+    `instance_id`; their layers enter themselves into one dictionary.
+    """
+    return str(id(vllm_config.compilation_config.static_forward_context))
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    method = getattr(owner, name, None)
+    if method is not None and not hasattr(method, _WATCHED):
+        watched = functools.wraps(method)(wrap(method))
+        setattr(watched, _WATCHED, True)
+        setattr(owner, name, watched)
+
+
+def _watched_worker(
+    change_of: Callable[..., Change | None], changing: Changing, method: Any
+) -> Any:
+    def watched(worker: Any, *args: Any, **kwargs: Any) -> Any:
+        change = change_of(*args, **kwargs)
+        if change is None:
+            return method(worker, *args, **kwargs)
+        with changing(instance_of(worker.vllm_config), change):
+            return method(worker, *args, **kwargs)
+
+    return watched
+
+
+def _watched_model(changing: Changing, method: Any) -> Any:
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with changing(model, Change("load_weights", After.UNKNOWN)):
+            return method(model, *args, **kwargs)
+
+    return watched
+
+
+def _watched_mover(changing: Changing, method: Any) -> Any:
+    def watched(mover: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_profile", bool(args) and args[0] is True):
+            return method(mover, *args, **kwargs)  # which measures only
+        with contextlib.ExitStack() as changes:
+            for instance in [*_moving_experts]:
+                changes.enter_context(changing(instance, Change("EPLB", After.MOVED)))
+            return method(mover, *args, **kwargs)
+
+    return watched
+
+
+def _watched_processing(processing: Callable[[nn.Module], object], method: Any) -> Any:
+    def watched(quant_method: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        processing(layer)
+        return method(quant_method, layer, *args, **kwargs)
+
+    return watched
+
+
+def _reload(*args: Any, **kwargs: Any) -> Change:
+    """Weights in the checkpoint's form change once `load_weights` is called, others at once."""
+    as_they_are = not kwargs.get("is_checkpoint_format", args[2] if len(args) > 2 else True)
+    return Change("reload_weights", After.WHOLE, at_once=as_they_are, directly=as_they_are)
+
+
+def _sleep(level: int = 1, **_: Any) -> Change | None:
+    return Change(f"sleep level {level}", After.MORE, sleep=level) if level else None
+
+
+def _wake_up(tags: list[str] | None = None, **_: Any) -> Change | None:
+    awake = tags is None or "weights" in tags
+    return Change("wake_up", After.AWAKE, at_once=False) if awake else None
+
+
+def _discard(tags: tuple[str, ...], **_: Any) -> Change | None:
+    return Change("discard", After.MORE, sleep=2) if "weights" in tags else None
+
+
+def _always(change: Change) -> Callable[..., Change]:
+    return lambda *_, **__: change
+
+
+# What changes the weights of a worker, of those methods that its class has. A LoRA adapter has
+# memory of its own. What other methods do, those of a `worker_extension_cls` among them, is noticed
+# by `load_weights`, or by the digests.
+_CHANGES: dict[str, Callable[..., Change | None]] = {
+    "reload_weights": _reload,
+    "start_weight_update": _always(Change("start_weight_update", After.MORE, directly=True)),
+    "start_draft_weight_update": _always(
+        Change("start_draft_weight_update", After.MORE, directly=True)
+    ),
+    "update_weights": _always(Change("update_weights", After.MORE, directly=True)),
+    "finish_weight_update": _always(Change("finish_weight_update", After.WHOLE, directly=True)),
+    "reset_weights": _always(Change("reset_weights", After.MORE, directly=True)),
+    "apply_model": _always(Change("apply_model", After.WHOLE, directly=True)),
+    "sleep": _sleep,
+    "wake_up": _wake_up,
+    "discard": _discard,
+    "elastic_ep_execute": _always(Change("elastic EP", After.MOVED)),
+}
+# Module, class and method of what moves experts while an instance runs. The modules have been
+# imported where that is so.
+_MOVING_EXPERTS = (
+    ("vllm.distributed.eplb.eplb_state", "EplbState", "rearrange"),
+    ("vllm_ascend.eplb.adaptor.vllm_adaptor", "VllmEplbAdaptor", "do_update_expert_weight"),
+)
+_moving_experts: set[str] = set()  # the instances in this process

@@ -52,11 +52,21 @@ class SourceUnreachable(SourceLost):
 
 
 class TransferCorrupt(SourceError):
-    """A source sent bytes that differ from their digest more often than chance explains."""
+    """A source sent bytes that differ from their digest more often than chance explains.
+
+    Attributes:
+        block: number of the first one that did, if it was one of a transfer.
+    """
+
+    block: int | None = None
 
 
 class Withdrawn(NetLoaderError):
     """Weights that were offered are not any more, as their memory changes or goes away."""
+
+
+class Gone(Withdrawn):
+    """Weights that were offered go away for good, with their model or their process."""
 
 
 class NotHere(NetLoaderError):

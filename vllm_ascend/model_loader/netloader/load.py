@@ -20,10 +20,12 @@ from .errors import (
     LayoutUnsupported,
     LoadFailed,
     ProtocolError,
+    SourceBusy,
     SourceError,
     SourceLost,
     SourceRefused,
     TransferCorrupt,
+    Withdrawn,
 )
 from .executor.chunks.blocks import Blocks
 from .executor.chunks.digests import combine
@@ -259,7 +261,7 @@ class _Target:
         if store is None or not store.complete:
             return None
         if self._restore is not None:
-            store.withdraw("its formats are changing")
+            store.withdraw(Withdrawn("its formats are changing"))
             self._restore()
         self._device.synchronize()
         self._device.empty_cache()
@@ -391,8 +393,28 @@ class _Sessions:
                     self._transfer(address, client, store, scheduler)
                 except BaseException as error:
                     client.done(Done(complete=False, reason=one_line(error)))
+                    if isinstance(error, TransferCorrupt):
+                        self._report(address, store, error)
                     raise
             client.done(Done(complete=True))
+
+    def _report(self, address: Address, store: BlockStore, error: TransferCorrupt) -> None:
+        """Ask the source whether its weights are still what it said, as they came wrong twice.
+
+        Raises:
+            SourceError: they are not.
+        """
+        if error.block is None:
+            return
+        try:
+            # Answers to what was asked for before are still due on the session's own connection.
+            with self._connect(address) as client:
+                client.check(store.digests.weights, error.block, error.block)
+        except SourceError as answer:
+            if answer.code != Code.CHANGED.text:
+                return
+            changed = "the source's weights have changed since they were offered"
+            raise SourceBusy(f"{address}: changed: {changed}", answer.code) from None
 
     def _connect(self, address: Address) -> ElasticClient:
         config = self._config
@@ -448,7 +470,7 @@ class _Sessions:
         if accelerator is not None and self._config.transport is Transport.AUTO:
             try:
                 control, group = self._form_group(client, store, accelerator)
-            except (RuntimeError, SourceRefused) as error:
+            except (RuntimeError, SourceBusy, SourceRefused) as error:
                 logger.warning(
                     "NetLoader rank %d: source %s: no process group, so the weights come over "
                     "HTTP: %s",

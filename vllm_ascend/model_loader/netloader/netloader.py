@@ -22,14 +22,17 @@ from vllm.utils.network_utils import get_ip
 
 from . import register_if_put_off, registry
 from .agreement import AS_CONFIGURED, DISK, Attempt, Order, RankWeights, load_together
+from .changes import After, Change
 from .compat import (
     can_reload_from_sources,
     feed_reload,
     groups_to_come,
     identity_of,
+    instance_of,
     name_of,
     ranks_of,
     remember_registrations,
+    watch,
     why_no_reload,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
@@ -237,10 +240,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._disk.load_weights(model, model_config)
             return
         if registry.in_use(model) is not None:
-            weights = self.get_all_weights(model_config, model)
-            initialize_layerwise_reload(model)
-            model.load_weights(weights)
-            finalize_layerwise_reload(model, model_config)
+            with registry.changing(model, Change("reload", After.WHOLE, at_once=False)):
+                weights = self.get_all_weights(model_config, model)
+                initialize_layerwise_reload(model)
+                model.load_weights(weights)
+                finalize_layerwise_reload(model, model_config)
             return
         load = self._load or self._new_load(self._identify(model_config))
         sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
@@ -302,13 +306,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return self._renewed(model, known, renewal, ranks)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
-        if known.server is not None and known.server.listening:
-            logger.info(
-                "NetLoader rank %d: reloading from disk; this instance is no source from now on",
-                known.identity.rank,
-            )
-            reason = "this instance was reloaded from disk"
-            known.server.offer(Offer(known.identity, None, reason))
+        registry.loaded_from(model, "disk")
         return self._disk.get_all_weights(model_config, model)
 
     def _renewal(self, known: InUse, manifest: Manifest, order: Order) -> "_Renewal | None":
@@ -334,15 +332,15 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self, model: nn.Module, known: InUse, renewal: "_Renewal", ranks: RankWeights
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Fill the model when the iterator is consumed."""
-        if known.server is not None:
-            known.server.withdraw(known.identity.group)
+        registry.loaded_from(model, renewal.load.loaded_from)
 
         def fill() -> Iterator[tuple[str, torch.Tensor]]:
             store = renewal.store
             feed_reload(model, renewal.tensors)
             apply_attributes(model, store.manifest.attributes)
-            offer = Offer(known.identity, store, "", renewal.load.loaded_from, ranks)
-            registry.offer_again(known, offer)
+            if not registry.is_renewable(model):
+                offer = Offer(known.identity, store, "", renewal.load.loaded_from, ranks)
+                registry.offer_again(model, offer, self._watched(model))
             yield from ()
 
         return fill()
@@ -494,7 +492,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._config.announced_host or get_ip(),
             Offer(load.identity, store, load.unserved, load.loaded_from, ranks),
             groups_to_come(vllm_config, load.identity),
+            instance_of(vllm_config),
+            self._watched(model),
         )
+
+    def _watched(self, model: nn.Module) -> list[nn.Module]:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        return watch(vllm_config, model, registry.changing, registry.processing)
 
     def _of_rank(self, rank: int) -> Sources:
         return self._config.source.get(rank, Sources())

@@ -5,18 +5,24 @@ and its draft are served on one port.
 """
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 
+import msgspec
 from torch import nn
 
+from .changes import After, Change, Instance
 from .config import NetLoaderConfig
+from .errors import LayoutUnsupported, Withdrawn
 from .executor.chunks.manifest import Manifest
-from .identity import ModelIdentity
+from .executor.model.renewal import Renewal
+from .identity import ModelIdentity, Revision
+from .interaction.api import Code
 from .serve import Offer, WeightServer
-from .utils import logger
+from .utils import logger, one_line
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,36 @@ class InUse:
         identity: who it is.
         path: the `model_config.model` it was loaded for.
         manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
+        instance: names the instance that it belongs to; None: its weights do not change.
     """
 
     server: WeightServer | None
     identity: ModelIdentity
     path: str
     manifest: Manifest | None
+    instance: str | None = None
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """What was last offered of a model, and how that is done anew.
+
+    Attributes:
+        offer: the offer, whatever has changed since.
+        renewal: what hashes the weights anew.
+        source: where a loader gets other weights from; empty: nobody has said.
+    """
+
+    offer: Offer
+    renewal: Renewal
+    source: str = ""
 
 
 _in_use: "weakref.WeakKeyDictionary[nn.Module, InUse]" = weakref.WeakKeyDictionary()
+_offered: "weakref.WeakKeyDictionary[nn.Module, _Offered]" = weakref.WeakKeyDictionary()
+_pending: "weakref.WeakKeyDictionary[nn.Module, tuple[Offer, Collection[nn.Module]]]"
+_pending = weakref.WeakKeyDictionary()
+_instances: dict[str, Instance] = {}
 _servers: list[WeightServer] = []
 # The settings of a server; models with the same ones share it.
 _OF_SERVER = (
@@ -64,6 +91,8 @@ def put_in_use(
     host: str,
     offer: Offer,
     to_come: Iterable[str],
+    instance: str | None = None,
+    watched: Collection[nn.Module] = (),
 ) -> None:
     """Take note of a model that was loaded, and let others pull it.
 
@@ -75,20 +104,157 @@ def put_in_use(
         host: the address of this machine that others reach.
         offer: what others get.
         to_come: groups of the models that this process loads next.
+        instance: see `InUse`.
+        watched: the layers of which `processing` is told.
     """
     server = _serve(config, host, offer, to_come)
-    _in_use[model] = InUse(server, offer.identity, path, manifest)
-    if server is not None:
-        # At exit the server stops by itself, and in a forked child it is not to be stopped.
-        weakref.finalize(model, _retire, server, offer.identity.group).atexit = False
+    _in_use[model] = InUse(server, offer.identity, path, manifest, instance)
+    if server is None:
+        return
+    _note(model, offer, watched)
+    if instance is not None and instance not in _instances:
+        _instances[instance] = _new_instance(instance)
+    # At exit the server stops by itself, and in a forked child it is not to be stopped.
+    weakref.finalize(model, _retire, server, offer.identity.group, instance).atexit = False
 
 
-def offer_again(known: InUse, offer: Offer) -> None:
-    """Let others pull a model whose weights were replaced."""
-    if known.server in _servers:
+def offer_again(model: nn.Module, offer: Offer, watched: Collection[nn.Module] = ()) -> None:
+    """Let others pull other weights of a model in use, from when its reload has ended.
+
+    Args:
+        model: the model, which is no source so far.
+        offer: what others get.
+        watched: see `put_in_use`.
+    """
+    known = _in_use[model]
+    _pending[model] = offer, watched
+    if known.instance not in _instances and known.server in _servers:
         assert known.server is not None
-        known.server.offer(offer)
-        _open(known.server, offer.identity.rank)
+        _offer_pending(model, known.server)
+
+
+def is_renewable(model: nn.Module) -> bool:
+    """Return whether a model in use is offered anew when its weights have changed."""
+    known = _in_use.get(model)
+    return known is not None and known.instance in _instances and model in _offered
+
+
+def loaded_from(model: nn.Module, source: str) -> None:
+    """Say where the weights come from that a model in use gets now."""
+    if (known := _offered.get(model)) is not None:
+        _offered[model] = replace(known, source=source)
+
+
+@contextlib.contextmanager
+def changing(whose: str | nn.Module | None, change: Change) -> Iterator[None]:
+    """Change weights of an instance, or of the one of a model in use; see `Instance.changing`."""
+    if isinstance(whose, nn.Module):
+        known = _in_use.get(whose)
+        whose = known.instance if known is not None else None
+    instance = _instances.get(whose) if whose is not None else None
+    with instance.changing(change) if instance is not None else contextlib.nullcontext():
+        yield
+
+
+def processing(layer: nn.Module) -> None:
+    """Keep what a layer is made of that is about to be post-processed, if it was before."""
+    for model, known in [*_offered.items()]:
+        if known.renewal.concerns(layer):
+            with changing(model, Change("post-processing", After.UNKNOWN)):
+                known.renewal.refresh(layer)
+
+
+def wait_for_renewal() -> None:
+    """Return when what has changed in this process is offered anew."""
+    for instance in [*_instances.values()]:
+        instance.wait()
+
+
+def _note(model: nn.Module, offer: Offer, watched: Collection[nn.Module]) -> None:
+    if offer.store is not None:
+        _offered[model] = _Offered(offer, Renewal(model, offer.store, watched))
+
+
+def _offer_pending(model: nn.Module, server: WeightServer) -> None:
+    offer, watched = _pending.pop(model)
+    server.offer(offer)
+    _open(server, offer.identity.rank)
+    _note(model, offer, watched)
+
+
+def _new_instance(name: str) -> Instance:
+    def withdraw(code: Code, reason: str) -> None:
+        for _, known, server in _served(name):
+            server.withdraw(known.identity.group, code, reason)
+
+    def renew(change: str, directly: bool, unchanged: bool, stop: threading.Event) -> None:
+        for model, _, server in _served(name):
+            if model in _pending:
+                _offer_pending(model, server)
+            elif model in _offered:
+                _renew(model, server, change, directly, unchanged, stop)
+
+    return Instance(withdraw, renew)
+
+
+def _served(instance: str) -> list[tuple[nn.Module, InUse, WeightServer]]:
+    return [
+        (model, known, known.server)
+        for model, known in [*_in_use.items()]
+        if known.instance == instance and known.server in _servers and known.server is not None
+    ]
+
+
+def _renew(
+    model: nn.Module,
+    server: WeightServer,
+    change: str,
+    directly: bool,
+    unchanged: bool,
+    stop: threading.Event,
+) -> None:
+    """Offer a model's weights as they are now; see `Instance`."""
+    before = _offered[model]
+    identity, store = before.offer.identity, before.offer.store
+    assert store is not None
+    try:
+        with store.device.attached():
+            now = before.renewal.hashed(directly=directly, stop=stop)
+        if unchanged and now.digests.weights != store.digests.weights:
+            raise LayoutUnsupported(f"the weights are not those of before {change}")
+    except Withdrawn:
+        return
+    except (LayoutUnsupported, RuntimeError) as error:  # torch raises RuntimeErrors
+        reason = one_line(error)
+        server.withdraw(identity.group, Code.CANNOT_SERVE, reason)
+        logger.warning(
+            "NetLoader rank %d: no longer a source since %s: %s", identity.rank, change, reason
+        )
+        return
+    if stop.is_set():
+        return
+    source = before.source or before.offer.loaded_from
+    if now.digests.weights != store.digests.weights:  # of no revision that is known
+        identity = msgspec.structs.replace(identity, revision=Revision())
+        source = before.source or change
+    offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
+    _offered[model] = replace(before, offer=offer, source="")
+    epoch = server.offer(offer)
+    logger.info(
+        "NetLoader rank %d: a source of the weights %s since %s, epoch %d",
+        identity.rank,
+        now.digests.weights,
+        change,
+        epoch,
+    )
+
+
+def _changed_without_notice(server: WeightServer, group: str) -> None:
+    for known in [*_in_use.values()]:
+        if known.server is server and known.identity.group == group:
+            instance = _instances.get(known.instance or "")
+            if instance is not None:
+                instance.changed_without_notice()
 
 
 def _serve(
@@ -125,6 +291,7 @@ def _server_for(config: NetLoaderConfig, host: str, identity: ModelIdentity) -> 
         if same and server.rank == identity.rank and server not in taken:
             return server
     server = WeightServer(config, identity.rank, host)
+    server.renew = lambda group: _changed_without_notice(server, group)
     _servers.append(server)
     return server
 
@@ -149,12 +316,14 @@ def _open(server: WeightServer, rank: int) -> bool:
     return True
 
 
-def _retire(server: WeightServer, group: str) -> None:
+def _retire(server: WeightServer, group: str, instance: str | None) -> None:
     """Let a model that is gone be served no more, and close a server that has none left."""
+    if instance in _instances and not any(one.instance == instance for one in _in_use.values()):
+        _instances.pop(instance).stop()
     left = [known for known in _in_use.values() if known.server is server]
-    if not any(known.identity.group == group for known in left):
-        server.withdraw(group)
     if not left:
         server.stop()
         with contextlib.suppress(ValueError):
             _servers.remove(server)
+    elif not any(known.identity.group == group for known in left):
+        server.forget(group)

@@ -4,14 +4,14 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from .config import NetLoaderConfig, Transport
-from .errors import NotHere, ProtocolError, SourceBusy, Withdrawn
+from .errors import Gone, NotHere, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
 from .executor.devices import Accelerator
@@ -33,6 +33,11 @@ from .version import __version__
 INSTANCE = uuid.uuid4().hex
 
 _PIECE = 4 << 20  # bytes of a run that are sent at once over HTTP
+_LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory is about to change
+_UNTIL_CUT = 5.0  # seconds for sessions to let go of that memory once they have been cut
+_BETWEEN_CHECKS = 1.0  # seconds from one check of blocks for a client to the next
+_MOST_CHECKED = 16  # blocks of one
+_SHUTTING_DOWN = "the source is shutting down"
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,9 @@ class Offer:
         identity: what it is.
         store: its weights; None: not to be had.
         reason: why not.
-        loaded_from: `disk`, or the addresses of the sources.
+        loaded_from: `disk`, the addresses of the sources, or the call that has changed it since.
         ranks: the weights digests of the instance's ranks, as far as they are known.
+        code: what a client is refused with that asks for what is not to be had.
     """
 
     identity: ModelIdentity
@@ -52,6 +58,7 @@ class Offer:
     reason: str = ""
     loaded_from: str = "disk"
     ranks: Mapping[int, str] = field(default_factory=dict)
+    code: Code = Code.CANNOT_SERVE
 
 
 class WeightServer:
@@ -64,20 +71,24 @@ class WeightServer:
 
     Attributes:
         listening: whether it has been started.
+        renew: called with a group whose weights have changed without notice, once withdrawn.
     """
 
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
         self.config = config
         self.rank = rank
         self.listening = False
+        self.renew: Callable[[str], object] = lambda group: None
         self._host = host
         self._offers: dict[str, Offer] = {}
         self._epochs: dict[str, int] = {}
-        self._unavailable: dict[str, Refusal] = {}
+        self._expected: set[str] = set()
+        self._next_check = 0.0
         self._served: dict[Session, _Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collector may call `forget` or `stop`
+        self._session_over = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
         self._server = ElasticServer(
             self,
@@ -111,39 +122,47 @@ class WeightServer:
         )
         return address
 
-    def offer(self, offer: Offer) -> None:
-        """Offer a model, in the place of any earlier one of its group."""
+    def offer(self, offer: Offer) -> int:
+        """Offer a model, in the place of any earlier one of its group; return its epoch."""
         group = offer.identity.group
-        self.withdraw(group)
+        self.withdraw(group, Code.CHANGING, "the weights are being replaced")
         with self._lock:
             self._epochs[group] = self._epochs.get(group, 0) + 1
-            self._unavailable.pop(group, None)
+            self._expected.discard(group)
             self._offers[group] = offer
+            return self._epochs[group]
 
     def expect(self, group: str) -> None:
         """Let clients that ask for this group's model come again later, as it is being loaded."""
         with self._lock:
             if group not in self._offers:
-                self._unavailable[group] = Refusal(Code.LOADING, "the weights are being loaded")
+                self._expected.add(group)
 
-    def withdraw(self, group: str) -> None:
-        """Offer a group's model no more; sessions that pull it end."""
+    def withdraw(self, group: str, code: Code, reason: str) -> None:
+        """Offer a group's model no more, and refuse who asks for it with a code and a reason.
+
+        Sessions that pull it end. When this returns none of them reads the model's memory. A model
+        that was no source to begin with keeps its own reason.
+        """
+        store = self._refuse(group, code, reason)
+        if store is not None:
+            self._wait_for_readers(store)
+
+    def forget(self, group: str) -> None:
+        """Offer a group's model no more, as it has been unloaded."""
         with self._lock:
             offer = self._offers.pop(group, None)
-            if offer is not None:
-                reason = "the weights are being replaced"
-                self._unavailable[group] = Refusal(Code.CHANGING, reason)
         if offer is not None and offer.store is not None:
-            offer.store.withdraw(reason)
+            offer.store.withdraw(Gone("the source has unloaded the model"))
 
     def stop(self) -> None:
         """Close the port and all sessions, and remove the port file if it is still this one's."""
         with self._lock:
             for offer in self._offers.values():
                 if offer.store is not None:
-                    offer.store.withdraw("the source is shutting down")
+                    offer.store.withdraw(Gone(_SHUTTING_DOWN))
             self._offers.clear()
-            self._unavailable.clear()
+            self._expected.clear()
         self._server.stop()
         if self._port_file is not None:
             self._port_file.remove()
@@ -154,17 +173,17 @@ class WeightServer:
         """Let a client in whose model is this one."""
         group = join.identity.group
         with self._lock:
-            offer, unavailable = self._offers.get(group), self._unavailable.get(group)
+            offer, expected = self._offers.get(group), group in self._expected
             epoch = self._epochs.get(group, 0)
         try:
+            if offer is None and expected:
+                raise Refusal(Code.LOADING, "the weights are being loaded")
             if offer is None:
-                raise unavailable or Refusal(
-                    Code.NO_MODEL, f"there is no model of group {group!r} here"
-                )
+                raise Refusal(Code.NO_MODEL, f"there is no model of group {group!r} here")
             if differ := api.differences(join.identity, offer.identity):
                 raise Refusal(Code.OTHER_MODEL, "the models differ", differences=differ)
             if offer.store is None:
-                raise Refusal(Code.CANNOT_SERVE, offer.reason)
+                raise Refusal(offer.code, offer.reason)
             known = offer.store.digests.weights
             if join.weights not in (None, known):
                 raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
@@ -186,7 +205,7 @@ class WeightServer:
         """Return the bytes of blocks."""
         run = Run(first, last)
         with self._lock:
-            served = self._session(session, self._store(weights))
+            served = self._session(session, self._store(weights, session))
         store = served.store
         if not store.blocks.contains(run):
             allowed = f"there are no blocks {run}; allowed: 0-{store.blocks.count - 1}"
@@ -198,14 +217,48 @@ class WeightServer:
     def open_group(self, session: Session, weights: str) -> "_ServedGroup":
         """Begin to form a two-rank group with the client."""
         with self._lock:
-            served = self._session(session, self._store(weights))
+            served = self._session(session, self._store(weights, session))
         accelerator = served.store.device.accelerator
         if accelerator is None or self.config.transport is Transport.HTTP:
             raise Refusal(Code.NO_GROUPS, "this instance sends over HTTP only")
         group = _ServedGroup(session, served, accelerator, self.config, self._limiter)
+        served.groups.append(group)
         session.on_close(group.close)
         group.start()
         return group
+
+    def check(self, session: Session, weights: str, first: int, last: int) -> None:
+        """Compare blocks that came wrong with their digests; withdraw weights that have changed."""
+        run = Run(first, last)
+        with self._lock:
+            store = self._store(weights, session)
+            if not store.blocks.contains(run) or last - first >= _MOST_CHECKED:
+                allowed = f"{_MOST_CHECKED} of 0-{store.blocks.count - 1}"
+                raise Refusal(Code.OUT_OF_RANGE, f"blocks {run} cannot be checked; {allowed} can")
+            now = time.monotonic()
+            # So that a client that reports what is not so cannot keep this instance busy.
+            if now < self._next_check:
+                raise Refusal(Code.BUSY, "blocks were checked for another client just now")
+            self._next_check = now + _BETWEEN_CHECKS
+        with _as_refusals(), store.device.attached(), store.reading(run):
+            wrong = store.wrong(run)
+        if not wrong:
+            return
+        reason = "the weights have changed since they were offered"
+        with self._lock:
+            changed = [group for group, offer in self._offers.items() if offer.store is store]
+        for group in changed:
+            logger.warning(
+                "NetLoader rank %d: no longer a source of %s, as the weights have changed without "
+                "notice: found in %s, which %s reported",
+                self.rank,
+                weights,
+                ", ".join(store.names(wrong)),
+                session.peer,
+            )
+            self._refuse(group, Code.CHANGING, reason)
+            self.renew(group)
+        raise Refusal(Code.CHANGED, reason)
 
     def done(self, session: Session, done: Done) -> None:
         """Take note of how the client's session has ended."""
@@ -221,7 +274,7 @@ class WeightServer:
             models = [
                 api.ModelStatus(
                     offer.identity,
-                    "serving" if offer.store is not None else Code.CANNOT_SERVE.text,
+                    "serving" if offer.store is not None else offer.code.text,
                     offer.reason,
                     offer.store.digests.weights if offer.store is not None else None,
                     self._epochs[group],
@@ -244,11 +297,28 @@ class WeightServer:
             bytes_sent=bytes_sent,
         )
 
-    def _store(self, weights: str) -> BlockStore:
-        """Return the store of a weights digest; the lock is held."""
+    def _refuse(self, group: str, code: Code, reason: str) -> BlockStore | None:
+        """Offer a group's model no more; return its store, if it was offered."""
+        with self._lock:
+            offer = self._offers.get(group)
+            if offer is None or (offer.store is None and offer.code is Code.CANNOT_SERVE):
+                return None
+            self._offers[group] = replace(offer, store=None, code=code, reason=reason)
+        if offer.store is not None:
+            offer.store.withdraw(Withdrawn(reason))
+        return offer.store
+
+    def _store(self, weights: str, session: Session) -> BlockStore:
+        """Return the store of a weights digest; the lock is held.
+
+        That of a session may have been withdrawn, and knows why.
+        """
         for offer in self._offers.values():
             if offer.store is not None and offer.store.digests.weights == weights:
                 return offer.store
+        served = self._served.get(session)
+        if served is not None and served.store.digests.weights == weights:
+            return served.store
         raise Refusal(Code.CHANGED, "these weights are not served here, or no longer")
 
     def _session(self, session: Session, store: BlockStore) -> "_Served":
@@ -264,8 +334,9 @@ class WeightServer:
         return served
 
     def _over(self, session: Session) -> None:
-        with self._lock:
+        with self._session_over:
             self._end(self._served.pop(session))
+            self._session_over.notify_all()
 
     def _end(self, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
@@ -275,11 +346,41 @@ class WeightServer:
     def _pieces(self, served: "_Served", run: Run) -> Generator[list[Buffer], None, None]:
         """Yield the memory of a run, piece by piece, as the rate limiter lets them go."""
         nbytes = min(_PIECE, self.config.max_message_bytes)
-        with served.store.device.attached():
+        # A piece is read until the next one is asked for.
+        with _as_refusals(), served.store.device.attached(), served.store.reading(run):
             for piece in served.store.blocks.split(run, nbytes):
-                with _as_refusals():
-                    views = served.views(piece)
-                yield views
+                yield served.views(piece)
+
+    def _wait_for_readers(self, store: BlockStore) -> None:
+        """Return when no session reads a store's memory; those that go on for too long are cut."""
+        with self._lock:
+            sessions = [session for session, one in self._served.items() if one.store is store]
+            groups = [group for session in sessions for group in self._served[session].groups]
+        settling = [threading.Thread(target=group.settle_last, daemon=True) for group in groups]
+        for thread in settling:
+            thread.start()
+
+        def is_idle(deadline: float) -> bool:
+            for thread in settling:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            return store.idle(left) and not any(thread.is_alive() for thread in settling)
+
+        if is_idle(time.monotonic() + _LAST_RUNS):
+            return
+        for session in sessions:
+            session.cut()
+        deadline = time.monotonic() + _UNTIL_CUT
+        with self._session_over:
+            over = self._session_over.wait_for(
+                lambda: self._served.keys().isdisjoint(sessions), _UNTIL_CUT
+            )
+        if not (is_idle(deadline) and over):
+            logger.error(
+                "NetLoader rank %d: sessions still read the weights %s, which change now",
+                self.rank,
+                store.digests.weights,
+            )
 
     def _log_refusal(self, session: Session, refusal: Refusal) -> None:
         # A client that is to come again asks many times.
@@ -298,6 +399,7 @@ class _Served:
     def __init__(self, session: Session, store: BlockStore, limiter: RateLimiter) -> None:
         self.store = store
         self.end = ""
+        self.groups: list[_ServedGroup] = []
         self._peer = session.peer
         self._started = time.monotonic()
         self._views: list[Buffer] = []
@@ -367,6 +469,7 @@ class _ServedGroup:
         self._formed: Future[TransferGroup] = Future()
         self._sender: GroupSender | None = None
         self._send: P2PSend | None = None
+        self._sending = threading.Lock()
 
     def start(self) -> None:
         """Begin to form the group, in a thread of its own."""
@@ -394,14 +497,20 @@ class _ServedGroup:
         """Start to send runs, after waiting for room in the window."""
         with self._accelerator.attached(), _as_refusals():
             send = self._ready()
-            for run in runs:
-                send.send(Run(*run))
+            for run in (Run(*run) for run in runs):
+                with self._sending:
+                    send.send(run)
 
     def settle(self) -> None:
         """Return when all that was sent has arrived."""
         if self._sender is not None:
-            with self._accelerator.attached(), _as_refusals():
+            with self._accelerator.attached(), _as_refusals(), self._sending:
                 self._sender.finish()
+
+    def settle_last(self) -> None:
+        """Return when nothing of the weights, which were withdrawn, is on its way any more."""
+        with contextlib.suppress(Exception):  # then the session's own thread fails, too
+            self.settle()
 
     def close(self) -> None:
         """Leave the group, or stop forming it."""
@@ -446,6 +555,8 @@ def _as_refusals() -> Iterator[None]:
     """Tell the client in a code what keeps the data plane from sending."""
     try:
         yield
+    except Gone as error:
+        raise Refusal(Code.GONE, str(error)) from None
     except Withdrawn as error:
         raise Refusal(Code.CHANGED, str(error)) from None
     except NotHere as error:

@@ -281,6 +281,8 @@ class Steps:
         monkeypatch.setattr(netloader, "remember_registrations", lambda config: restore)
         monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
         monkeypatch.setattr(netloader, "groups_to_come", lambda config, identity: [])
+        monkeypatch.setattr(netloader, "instance_of", lambda config: "instance")
+        monkeypatch.setattr(netloader, "watch", lambda *_: [])
         monkeypatch.setattr(netloader.registry, "put_in_use", self._put_in_use)
         monkeypatch.setattr(self.loader, "_identify", lambda config: identity())
         monkeypatch.setattr(self.loader, "_load_from_sources", self._fail)
@@ -301,7 +303,7 @@ class Steps:
 
     model = "model"
 
-    def _put_in_use(self, model, path, manifest, config, host, offer, to_come):
+    def _put_in_use(self, model, path, manifest, config, host, offer, *_):
         self.offered.append(offer)
 
 

@@ -28,6 +28,7 @@ SAID = [
     api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
     api.Done(False, "tired"),
     api.Noted(),
+    api.Check(),
     api.Status("0.1.0", "instance", 0, [], [], 4, 1, 7),
     api.Difference("model", "'a'", "'b'"),
     api.Problem("other_model", "message", [api.Difference("model", "'a'", "'b'")], ["[::1]:1024"]),
@@ -57,7 +58,7 @@ def test_the_codes_are_told_apart_and_mean_an_error_of_a_source():
         assert 400 <= code.status < 600 and code.about
         assert issubclass(code.error, SourceError)
     later = {code for code in Code if code.error.__name__ == "SourceBusy"}
-    assert later == {code for code in Code if code.status == 503}
+    assert later == {code for code in Code if code.status == 503} | {Code.CHANGED}
 
 
 def test_every_path_is_found_again_and_has_an_answer():

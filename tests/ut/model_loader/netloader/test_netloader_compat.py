@@ -1,5 +1,6 @@
 """What NetLoader takes from vLLM: who a model is, and what making one leaves behind."""
 
+import contextlib
 import dataclasses
 import sys
 import types
@@ -9,10 +10,14 @@ import pytest
 import torch
 import vllm
 from vllm.config import CompilationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from vllm_ascend.model_loader.netloader import compat
+from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
+    instance_of,
     name_of,
     ranks_of,
     remember_registrations,
@@ -221,6 +226,14 @@ def test_a_draft_has_a_group_of_its_own_even_if_it_is_configured_like_its_target
     assert groups_to_come(config, of_draft) == []
 
 
+@pytest.mark.parametrize(("load_format", "groups"), [("netloader", [DRAFT_GROUP]), ("auto", [])])
+def test_a_draft_is_expected_only_if_its_own_load_format_is_netloader(load_format, groups):
+    target, draft = model_config(), model_config()
+    config = instance(target, draft)
+    config.speculative_config.draft_load_config = types.SimpleNamespace(load_format=load_format)
+    assert groups_to_come(config, who(config, target)) == groups
+
+
 def test_speculation_without_a_model_leaves_the_target_in_its_group():
     """Ngram has the target's configuration in the place of a draft's."""
     target = model_config()
@@ -309,3 +322,169 @@ def test_where_a_model_lies_is_no_part_of_who_it_is_in_nested_settings_either():
         for path, version in (("/a", "4"), ("/b", "5"))
     )
     assert who(instance(here), here) == who(instance(there), there)
+
+
+# Changes of weights
+
+
+class Watched:
+    """What is told of the changes of a worker and a model shaped as vLLM's."""
+
+    def __init__(self, monkeypatch):
+        self.config = types.SimpleNamespace(
+            compilation_config=CompilationConfig(),
+            parallel_config=types.SimpleNamespace(worker_cls="made.worker.Worker"),
+        )
+        self.name = instance_of(self.config)
+
+        class Worker:
+            vllm_config = self.config
+            load_model = update_config = add_lora = execute_model = lambda *_, **__: "done"
+
+            def __getattr__(self, name):
+                raise AttributeError(name)
+
+        for name in compat._CHANGES:
+            setattr(Worker, name, lambda worker, *args, _name=name, **kwargs: self.call(_name))
+
+        class Model(torch.nn.Module):
+            def load_weights(model, weights):
+                return self.call("load_weights")
+
+        class State:
+            def rearrange(state, is_profile=False, **_):
+                return self.call("rearrange")
+
+        class Adaptor:
+            def do_update_expert_weight(state, *_):
+                return self.call("do_update_expert_weight")
+
+        class Method(QuantizeMethodBase):
+            def create_weights(self, layer, *_, **__):
+                pass
+
+            def apply(self, layer, *_, **__):
+                pass
+
+            def process_weights_after_loading(method, layer):
+                return self.call("process")
+
+        for module, name, kind in (
+            ("made.worker", "Worker", Worker),
+            ("vllm.distributed.eplb.eplb_state", "EplbState", State),
+            (ADAPTOR, "VllmEplbAdaptor", Adaptor),
+        ):
+            made = types.ModuleType(module)
+            setattr(made, name, kind)
+            monkeypatch.setitem(sys.modules, module, made)
+        monkeypatch.setattr(compat, "_moving_experts", set())
+        self.told = []
+        self.worker, self.model, self.state, self.adaptor = Worker(), Model(), State(), Adaptor()
+        self.model.layer = torch.nn.Linear(1, 1)
+        self.model.layer.quant_method = Method()
+        self.layers = self.watch()
+
+    def watch(self):
+        return compat.watch(
+            self.config, self.model, self.changing, lambda layer: self.told.append(("layer", layer))
+        )
+
+    @contextlib.contextmanager
+    def changing(self, whose, change):
+        self.told.append((whose, change))
+        yield
+        self.told.append("over")
+
+    def call(self, name):
+        self.told.append(name)
+        return name
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    return Watched(monkeypatch)
+
+
+def test_every_method_of_a_worker_that_changes_weights_is_told_of_before_and_after(watched):
+    for name in compat._CHANGES:
+        arguments = [("weights",)] if name == "discard" else []
+        assert getattr(watched.worker, name)(*arguments) == name
+        (whose, change), called, over = watched.told
+        assert (whose, called, over) == (watched.name, name, "over")
+        assert isinstance(change, Change)
+        watched.told.clear()
+
+
+def test_what_changes_no_weights_is_not_told_of(watched):
+    for name in ("load_model", "update_config", "add_lora", "execute_model"):
+        getattr(watched.worker, name)()
+    watched.worker.discard(("kv_cache",))
+    watched.worker.wake_up(["kv_cache"])
+    watched.worker.sleep(0)
+    watched.state.rearrange(is_profile=True)
+    watched.state.rearrange(True)
+    assert watched.told == ["discard", "wake_up", "sleep", "rearrange", "rearrange"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "expected"),
+    [
+        ("reload_weights", {}, {"at_once": False, "directly": False, "after": After.WHOLE}),
+        ("reload_weights", {"is_checkpoint_format": False}, {"at_once": True, "directly": True}),
+        ("sleep", {"level": 2}, {"sleep": 2, "at_once": True, "after": After.MORE}),
+        ("sleep", {}, {"sleep": 1}),
+        ("wake_up", {"tags": ["weights"]}, {"at_once": False, "after": After.AWAKE}),
+        ("wake_up", {"tags": None}, {"after": After.AWAKE}),
+        ("update_weights", {"update_info": {}}, {"after": After.MORE, "at_once": True}),
+        ("finish_weight_update", {}, {"after": After.WHOLE}),
+        ("apply_model", {"fn": print}, {"after": After.WHOLE, "directly": True}),
+    ],
+    ids=str,
+)
+def test_what_a_method_does_depends_on_its_arguments(watched, method, arguments, expected):
+    getattr(watched.worker, method)(**arguments)
+    change = watched.told[0][1]
+    assert {name: getattr(change, name) for name in expected} == expected
+
+
+def test_a_positional_form_is_known_too(watched):
+    watched.worker.reload_weights(iter(()), None, False)
+    watched.worker.sleep(2)
+    watched.worker.wake_up(["kv_cache"])
+    assert watched.told[0][1].at_once
+    assert watched.told[3][1].sleep == 2
+    assert watched.told[-1] == "wake_up"
+
+
+def test_a_model_whose_load_weights_is_called_is_told_of_whoever_calls(watched):
+    watched.model.load_weights([])
+    (whose, change), *_ = watched.told
+    assert whose is watched.model and change.after is After.UNKNOWN
+
+
+def test_moved_experts_are_told_of_in_vllm_and_in_vllm_ascend(watched):
+    watched.state.rearrange()
+    watched.adaptor.do_update_expert_weight(0, 1, 2)
+    changes = [one for one in watched.told if isinstance(one, tuple)]
+    expected = [(watched.name, After.MOVED)] * 2
+    assert [(whose, change.after) for whose, change in changes] == expected
+
+
+def test_a_layer_is_told_of_before_it_is_processed_again(watched):
+    assert watched.layers == [watched.model.layer]
+    watched.model.layer.quant_method.process_weights_after_loading(watched.model.layer)
+    assert watched.told == [("layer", watched.model.layer), "process"]
+
+
+def test_what_is_watched_already_is_told_of_once(watched):
+    watched.watch()
+    watched.worker.sleep(1)
+    watched.model.load_weights([])
+    assert watched.told.count("over") == 2
+
+
+def test_vllms_own_worker_has_what_is_watched():
+    from vllm.v1.worker.gpu_worker import Worker
+
+    newer = {"discard", "reset_weights"}
+    assert {name for name in compat._CHANGES if not hasattr(Worker, name)} <= newer

@@ -260,7 +260,7 @@ def test_withdrawing_the_weights_ends_a_wait_for_the_rate_limiter():
     thread.start()
     thread.join(0.05)
     assert thread.is_alive()
-    store.withdraw("the weights are being replaced")
+    store.withdraw(Withdrawn("the weights are being replaced"))
     thread.join(PATIENCE)
     assert outcome == ["the weights are being replaced"]
     assert send.bytes_sent == MIB

@@ -92,6 +92,7 @@ class Service:
         self.groups = []
         self.chunks = lambda data: [[data]]
         self.nbytes = None
+        self.checked = []
 
     def join(self, session, join):
         session.on_close(lambda: self.ended.append(session.peer))
@@ -114,6 +115,11 @@ class Service:
 
     def made(self, data):
         yield from self.chunks(data)
+
+    def check(self, session, digest, first, last):
+        if digest != DIGEST:
+            raise Refusal(Code.CHANGED, "other weights by now")
+        self.checked.append((first, last))
 
     def open_group(self, session, weights):
         self.groups.append(Group())
@@ -567,6 +573,17 @@ def test_values_travel_both_ways_and_sizes_come_before_the_bytes(source):
     assert until(lambda: source.service.ended)
 
 
+def test_a_client_may_ask_whether_blocks_are_what_their_digests_say(source):
+    with source.client() as client:
+        client.check(DIGEST, 1, 2)
+        assert source.service.checked == [(1, 2)]
+        with pytest.raises(SourceBusy, match="changed: other weights by now") as changed:
+            client.check(DIGEST.replace("0", "1"), 1, 2)
+        assert changed.value.code == "changed"
+        with pytest.raises(SourceRefused, match="out_of_range: block 2 comes after block 1"):
+            client.check(DIGEST, 2, 1)
+
+
 def test_a_group_is_its_connections_own(source):
     with source.client() as client, source.client() as other:
         group = client.open_group(DIGEST)
@@ -592,7 +609,7 @@ def test_a_source_says_why_it_stops_sending_through_a_group(source, heard):
             client.hear_sizes()
         assert until(client.hung_up)
         why = client.last_words()
-    assert type(why) is SourceRefused and "changed: new weights" in str(why)
+    assert type(why) is SourceBusy and "changed: new weights" in str(why)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["silently", "known to the system"])

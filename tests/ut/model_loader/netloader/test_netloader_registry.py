@@ -1,5 +1,7 @@
 """Models in use in a process, and the servers that others pull them from."""
 
+import contextlib
+import dataclasses
 import gc
 import os
 
@@ -9,8 +11,12 @@ from torch import nn
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import registry
+from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.identity import Revision
+from vllm_ascend.model_loader.netloader.interaction.api import Code
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
@@ -230,16 +236,26 @@ def test_a_model_that_is_gone_is_served_no_more(config, servers, tmp_path):
         dial(address, 1)
 
 
+def test_the_last_model_that_goes_ends_its_sessions_as_a_source_that_is_shutting_down(config):
+    made = offer()
+    model = put_in_use(config(), made)
+    del model
+    gc.collect()
+    with pytest.raises(Gone, match="the source is shutting down"):
+        made.store.check(Run(0, 0))
+
+
 # Reloads
 
 
 def test_a_model_that_was_reloaded_is_offered_again(config, tmp_path):
     model = put_in_use(config())
     known, address = registry.in_use(model), address_of(tmp_path)
-    known.server.withdraw(TARGET)
+    reason = "the weights are being replaced"
+    known.server.withdraw(TARGET, Code.CHANGING, reason)
     assert is_refused(address, TARGET, "changing: the weights are being replaced")
     new = {"a": torch.full((1,), 7.0)}
-    registry.offer_again(known, offer(tensors=new))
+    registry.offer_again(model, offer(tensors=new))
     assert is_served(address, tensors=new)
     assert known.server.status(0).models[0].epoch == 2
 
@@ -247,16 +263,187 @@ def test_a_model_that_was_reloaded_is_offered_again(config, tmp_path):
 def test_a_reload_opens_the_port_of_a_model_that_had_nothing_to_give(config, tmp_path):
     model = put_in_use(config(), offer(declined="no copy"))
     assert os.listdir(tmp_path) == []
-    registry.offer_again(registry.in_use(model), offer())
+    registry.offer_again(model, offer())
     assert is_served(address_of(tmp_path))
 
 
 def test_where_there_is_no_server_a_reload_opens_none(servers):
     model = put_in_use(settings(listen_port=1))
-    registry.offer_again(registry.in_use(model), offer())
+    registry.offer_again(model, offer())
     assert servers == []
     with source(WEIGHTS, config=settings()) as other:  # the port is taken meanwhile
         port = other.address.port
         model = put_in_use(settings(listen_port=port))
-        registry.offer_again(registry.in_use(model), offer())
+        registry.offer_again(model, offer())
     assert servers == []
+
+
+# Changes of weights
+
+RELOAD = Change("reload_weights", After.WHOLE)
+
+
+class Living(nn.Module):
+    """A model of one weight that is served from where it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+
+
+@contextlib.contextmanager
+def living(config, instance, group=TARGET):
+    """A model in use of an instance of its own, and its status."""
+    model = Living()
+    made = offer(group=group, tensors={"layer.weight": model.layer.weight.detach()})
+    registry.put_in_use(model, "path", None, config, HOST, made, (), instance)
+
+    def status():
+        models = server_of(model).status(0).models
+        return next(one for one in models if one.identity.group == group)
+
+    try:
+        yield model, status
+    finally:
+        registry.wait_for_renewal()
+
+
+def test_weights_that_change_are_withdrawn_before_and_offered_anew_after(config, log):
+    with living(config(), "one") as (model, status):
+        before = status()
+        with registry.changing("one", RELOAD):
+            assert (status().state, status().reason) == (
+                "changing",
+                "the weights are being changed (reload_weights)",
+            )
+            model.layer.weight.data.add_(1)
+            registry.loaded_from(model, "192.0.2.1:7")
+        registry.wait_for_renewal()
+        after = status()
+        assert (after.state, after.epoch, after.loaded_from) == ("serving", 2, "192.0.2.1:7")
+        assert after.weights != before.weights
+        assert log[-1] == (
+            f"NetLoader rank 0: a source of the weights {after.weights} since reload_weights, "
+            "epoch 2"
+        )
+        tensors = {"layer.weight": model.layer.weight.detach()}
+        assert after.weights == store_of(tensors).digests.weights
+
+
+def test_the_status_says_where_weights_come_from_or_what_has_changed_them(config):
+    with living(config(), "one") as (model, status):
+        for source, change, expected in (
+            ("", 0, "disk"),
+            ("", 1, "reload_weights"),
+            ("192.0.2.1:7", 1, "192.0.2.1:7"),
+            ("", 0, "192.0.2.1:7"),
+            ("", 1, "reload_weights"),
+        ):
+            with registry.changing("one", RELOAD):
+                model.layer.weight.data.add_(change)
+                if source:
+                    registry.loaded_from(model, source)
+            registry.wait_for_renewal()
+            assert status().loaded_from == expected
+
+
+def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
+    model, revision = Living(), Revision("0" * 40, True)
+    made = offer(tensors={"layer.weight": model.layer.weight.detach()})
+    made = dataclasses.replace(made, identity=identity(revision=revision))
+    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one")
+    for change, expected in ((0, revision), (1, Revision())):
+        with registry.changing("one", RELOAD):
+            model.layer.weight.data.add_(change)
+        registry.wait_for_renewal()
+        [status] = server_of(model).status(0).models
+        assert status.identity.revision == expected
+
+
+def test_two_instances_of_a_process_change_one_by_one(config):
+    with living(config(), "one") as (model, one), living(settings(), "two") as (_, two):
+        with registry.changing(model, RELOAD):
+            assert (one().state, two().state) == ("changing", "serving")
+        with registry.changing("two", Change("sleep", After.MORE, sleep=1)):
+            pass
+        registry.wait_for_renewal()
+        assert (one().state, two().state) == ("serving", "asleep")
+
+
+def test_target_and_draft_of_an_instance_change_together(config):
+    with (
+        living(config(), "one") as (_, target),
+        living(config(), "one", DRAFT) as (draft_model, draft),
+    ):
+        with registry.changing(draft_model, RELOAD):
+            assert (target().state, draft().state) == ("changing", "changing")
+        registry.wait_for_renewal()
+        assert (target().state, draft().state) == ("serving", "serving")
+
+
+def test_weights_that_are_not_what_they_were_after_a_failed_change_are_not_offered(config, log):
+    with living(config(), "one") as (model, status):
+        with pytest.raises(ZeroDivisionError), registry.changing("one", RELOAD):
+            model.layer.weight.data.add_(1)
+            raise ZeroDivisionError
+        registry.wait_for_renewal()
+        reason = "the weights are not those of before reload_weights"
+        assert (status().state, status().reason) == ("cannot_serve", reason)
+        assert log[-1] == f"NetLoader rank 0: no longer a source since reload_weights: {reason}"
+        with registry.changing("one", RELOAD):
+            pass
+        registry.wait_for_renewal()
+        assert status().state == "serving"
+
+
+def test_weights_found_changed_are_offered_anew(config):
+    with living(config(), "one") as (model, status):
+        before, server = status(), server_of(model)
+        model.layer.weight.data.add_(1)
+        server.renew(TARGET)
+        registry.wait_for_renewal()
+        assert (status().state, status().epoch) == ("serving", 2)
+        assert status().weights != before.weights
+
+
+def test_a_model_that_is_no_source_is_not_one_after_its_weights_have_changed(config):
+    model = Living()
+    made = offer(declined="no copy")
+    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one")
+    assert not registry.is_renewable(model)
+    with registry.changing("one", RELOAD):
+        pass
+    registry.wait_for_renewal()
+    [status] = server_of(model).status(0).models
+    assert (status.state, status.reason) == ("cannot_serve", "no copy")
+
+
+def test_what_nobody_knows_changes_without_notice():
+    with registry.changing("nobody", RELOAD), registry.changing(Living(), RELOAD):
+        pass
+
+
+def test_raw_tensors_are_copied_only_when_nobody_can_have_them(config):
+    model = Living()
+    raw = model.layer.weight.detach()
+    made = offer(tensors={"layer.weight": raw})
+    model.layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one", [model.layer])
+    new = torch.rand(3, 3)
+    with registry.changing("one", Change("reload_weights", After.WHOLE, at_once=False)):
+        model.layer.weight = nn.Parameter(new, requires_grad=False)
+        registry.processing(model.layer)
+        assert made.store.withdrawn.is_set() and torch.equal(raw, new)
+        model.layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    registry.wait_for_renewal()
+    [status] = server_of(model).status(0).models
+    assert status.weights == store_of({"layer.weight": new}).digests.weights
+    registry.processing(nn.Linear(1, 1))
+
+
+def test_an_instance_whose_models_are_gone_is_forgotten(config):
+    with living(config(), "one") as (model, _):
+        assert "one" in registry._instances
+        del model, _
+    gc.collect()
+    assert "one" not in registry._instances

@@ -1,5 +1,6 @@
 """What a source answers, without the connections around it."""
 
+import contextlib
 import logging
 import socket
 import threading
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.identity import identity
+from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.config import Transport
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine, of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, Manifest
@@ -52,6 +54,10 @@ class Wire:
         self.peer = Address("192.0.2.7", number)
         self.local_host = HOST
         self.hung_up = False
+        self.ended = threading.Event()
+
+    def cut(self):
+        self.ended.set()
 
 
 def session(number=1):
@@ -77,6 +83,10 @@ def refusal(call, *arguments):
 
 def join(to, who=WHO, weights=None, by=None):
     return to.join(by or session(), Join(who, weights))
+
+
+def withdraw(to, who=WHO, code=Code.CHANGING, reason="the weights are being replaced"):
+    to.withdraw(who.group, code, reason)
 
 
 def fetched(to, weights, first, last, by=None):
@@ -196,7 +206,7 @@ def test_target_and_draft_are_served_side_by_side():
         assert join(to, one.identity).weights == weights
         data, _ = fetched(to, weights, 0, one.store.blocks.count - 1)
         assert len(data) == one.store.blocks.nbytes
-    to.withdraw(DRAFT.group)
+    withdraw(to, DRAFT)
     join(to)
     assert refusal(join, to, DRAFT)[0] == "changing"
 
@@ -261,20 +271,161 @@ def test_a_store_is_served_while_it_is_being_filled():
 def test_weights_that_are_withdrawn_are_had_no_more():
     one = offer()
     to, weights = server(one), one.store.digests.weights
-    to.withdraw(WHO.group)
+    withdraw(to, WHO)
     assert refusal(join, to) == ("changing", "the weights are being replaced")
     assert refusal(to.blocks, session(), weights, 0, 0)[0] == "changed"
     assert refusal(to.open_group, session(), weights)[0] == "changed"
     assert one.store.withdrawn.is_set()
 
 
-def test_weights_withdrawn_in_mid_transfer_stop_at_the_next_piece():
-    one = offer()
+def test_a_run_that_is_on_its_way_arrives_before_its_memory_changes_and_is_the_last_one():
+    one, client = offer(), session()
     to, weights = server(one), one.store.digests.weights
-    chunks = to.blocks(session(), weights, 0, 11).chunks
-    next(chunks)
-    to.withdraw(WHO.group)
-    assert refusal(next, chunks) == ("changed", "the weights are being replaced")
+    got, go_on = [], threading.Event()
+
+    def send():
+        for views in to.blocks(client, weights, 0, 11).chunks:
+            got.append(sum(map(len, views)))
+            go_on.wait(PATIENCE)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert until(lambda: got)
+    changing = threading.Thread(target=withdraw, args=(to,))
+    changing.start()
+    assert one.store.withdrawn.wait(PATIENCE)
+    assert refusal(join, to) == ("changing", "the weights are being replaced")
+    assert changing.is_alive()
+    go_on.set()
+    for thread in (changing, sending):
+        thread.join(PATIENCE)
+    assert sum(got) == ALL
+    assert not client._wire.ended.is_set()
+    assert refusal(to.blocks, client, weights, 0, 0) == (
+        "changed",
+        "the weights are being replaced",
+    )
+
+
+def test_a_session_that_reads_for_too_long_is_cut_before_the_memory_changes(monkeypatch, records):
+    monkeypatch.setattr(serve, "_LAST_RUNS", 0.01)
+    one, client = offer(), session()
+    to, weights = server(one), one.store.digests.weights
+    begun = threading.Event()
+
+    def send():
+        with contextlib.closing(to.blocks(client, weights, 0, 11).chunks) as chunks:
+            next(chunks)
+            begun.set()
+            assert client._wire.ended.wait(PATIENCE)  # as the write to a stalled client does
+        client.close()
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert begun.wait(PATIENCE)
+    withdraw(to)
+    assert one.store.idle(0)
+    assert to.status(0).sessions == []
+    assert not any(level == "ERROR" for level, _ in records)
+    sending.join(PATIENCE)
+
+
+def test_a_session_that_cannot_be_ended_is_an_error_in_the_log(monkeypatch, records):
+    monkeypatch.setattr(serve, "_LAST_RUNS", 0.01)
+    monkeypatch.setattr(serve, "_UNTIL_CUT", 0.01)
+    one = offer()
+    to, over = server(one), threading.Event()
+    chunks = []
+
+    def send():
+        chunks.append(to.blocks(session(), one.store.digests.weights, 0, 11).chunks)
+        next(chunks[0])
+        over.wait(PATIENCE)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    assert until(lambda: one.store._readers)
+    withdraw(to)
+    over.set()
+    sending.join(PATIENCE)
+    [line] = [line for level, line in records if level == "ERROR"]
+    assert "sessions still read the weights" in line
+
+
+def test_whoever_asks_is_refused_with_the_reason_and_the_status_has_it():
+    to = server(offer())
+    withdraw(to, WHO, Code.ASLEEP, "sleep level 1")
+    assert refusal(join, to) == ("asleep", "sleep level 1")
+    withdraw(to, WHO, Code.CHANGING, "reload_weights")
+    assert refusal(join, to) == ("changing", "reload_weights")
+    [status] = to.status(0).models
+    assert (status.state, status.reason) == ("changing", "reload_weights")
+    assert (status.weights, status.epoch) == (None, 1)
+    assert refusal(join, to, identity(rank=3))[0] == "other_model"
+
+
+def test_a_model_that_was_never_a_source_keeps_its_own_reason():
+    to = server(Offer(WHO, None, "no copy was kept"))
+    withdraw(to, WHO)
+    assert refusal(join, to) == ("cannot_serve", "no copy was kept")
+
+
+def test_a_model_that_was_unloaded_is_gone_and_not_changed():
+    one, client = offer(), session()
+    to, weights = server(one), one.store.digests.weights
+    fetched(to, weights, 0, 0, by=client)
+    to.forget(WHO.group)
+    assert refusal(to.blocks, client, weights, 0, 0) == (
+        "gone",
+        "the source has unloaded the model",
+    )
+    assert refusal(join, to)[0] == "no_model"
+
+
+# Weights that change without notice
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """A server whose checks need not wait, the weights, and the groups to be offered anew."""
+    monkeypatch.setattr(serve, "_BETWEEN_CHECKS", 0)
+    one = offer(tensors={name: tensor.clone() for name, tensor in TENSORS.items()})
+    to, renewed = server(one), []
+    to.renew = renewed.append
+    return to, one.store, renewed
+
+
+def test_blocks_that_are_right_at_the_source_change_nothing(checked, records):
+    to, store, renewed = checked
+    to.check(session(), store.digests.weights, 3, 3)
+    assert join(to).weights == store.digests.weights
+    assert renewed == [] and not any(level == "WARNING" for level, _ in records)
+
+
+def test_weights_that_have_changed_without_notice_are_withdrawn_and_offered_anew(checked, records):
+    to, store, renewed = checked
+    store.tensors[3][0] ^= 1
+    changed = "changed", "the weights have changed since they were offered"
+    assert refusal(to.check, session(), store.digests.weights, 3, 3) == changed
+    assert renewed == [WHO.group]
+    assert refusal(join, to) == ("changing", changed[1])
+    assert refusal(to.check, session(2), store.digests.weights, 3, 3)[0] == "changed"
+    assert renewed == [WHO.group]
+    [line] = [line for level, line in records if level == "WARNING"]
+    assert "the weights have changed without notice: found in t3, which 192.0.2.7:1" in line
+
+
+def test_a_client_cannot_have_more_checked_than_a_few_blocks_a_second(records):
+    one, client = offer(tensors={"t": torch.zeros(20 * MIB, dtype=torch.uint8)}), session()
+    to, weights = server(one), one.store.digests.weights
+    assert refusal(to.check, client, weights, 0, 16)[0] == "out_of_range"
+    assert refusal(to.check, client, weights, 20, 20)[0] == "out_of_range"
+    read = []
+    one.store.wrong = lambda run: read.append(run) or []
+    to.check(client, weights, 0, 15)
+    for _ in range(3):
+        assert refusal(to.check, client, weights, 0, 0)[0] == "busy"
+    assert len(read) == 1
 
 
 def test_a_new_offer_takes_the_place_of_the_one_before_in_a_new_epoch():
@@ -291,7 +442,7 @@ def test_the_same_weights_offered_anew_are_had_again_by_whoever_is_connected():
     first, client = offer(), session()
     to, weights = server(first), first.store.digests.weights
     fetched(to, weights, 0, 0, by=client)
-    to.withdraw(WHO.group)
+    withdraw(to, WHO)
     refusal(to.blocks, client, weights, 0, 0)
     to.offer(Offer(WHO, first.store.with_tensors(first.store.tensors)))
     assert len(fetched(to, weights, 0, 3, by=client)[0]) == 4 * MIB
@@ -303,7 +454,7 @@ def test_the_same_weights_offered_anew_are_had_again_by_whoever_is_connected():
 
 def test_withdrawing_what_is_not_there_changes_nothing():
     to = server()
-    to.withdraw(WHO.group)
+    withdraw(to, WHO)
     assert refusal(join, to)[0] == "no_model"
 
 
@@ -489,7 +640,7 @@ def test_a_run_over_the_limit_is_refused():
 def test_weights_withdrawn_meanwhile_are_not_sent_through_a_group(grouped):
     to, group, _, _ = grouped
     group.sizes([(0, 0)])
-    to.withdraw(WHO.group)
+    withdraw(to, WHO)
     assert refusal(group.sizes, [(0, 0)])[0] == "changed"
     assert refusal(group.send, [(0, 0)])[0] == "changed"
 
@@ -571,9 +722,12 @@ def test_where_the_port_file_cannot_be_written_nothing_is_left_open(tmp_path, mo
 def test_what_is_served_is_withdrawn_when_the_server_stops():
     one = offer()
     to = server(one)
-    chunks = to.blocks(session(), one.store.digests.weights, 0, 11).chunks
-    next(chunks)
+    client = session()
+    fetched(to, one.store.digests.weights, 0, 0, by=client)
     to.start(0)
     to.stop()
-    assert refusal(next, chunks) == ("changed", "the source is shutting down")
+    assert refusal(to.blocks, client, one.store.digests.weights, 0, 0) == (
+        "gone",
+        "the source is shutting down",
+    )
     assert refusal(join, to)[0] == "no_model"

@@ -1,5 +1,6 @@
 """The block store, complete and incomplete: one suite for both."""
 
+import contextlib
 import itertools
 import threading
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conformance.faults import Tapped, flipped
-from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, NotHere, Withdrawn
+from vllm_ascend.model_loader.netloader.errors import Gone, LayoutUnsupported, NotHere, Withdrawn
 from vllm_ascend.model_loader.netloader.executor import store as module
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
@@ -100,7 +101,7 @@ def test_a_store_whose_memory_has_changed_is_another_one_when_hashed_anew(full):
 
 def test_a_store_may_go_on_in_other_memory(full):
     elsewhere = [tensor.clone() for tensor in full.tensors]
-    full.withdraw("its memory changes")
+    full.withdraw(Withdrawn("its memory changes"))
     moved = full.with_tensors(elsewhere)
     assert (moved.digests, moved.manifest, moved.complete) == (full.digests, full.manifest, True)
     moved.check(whole(moved))
@@ -145,11 +146,61 @@ def test_nothing_can_be_read_from_a_store_that_is_withdrawn(filled):
     store = store_of(tensors)
     store = store if filled else client_of(store, tensors)
     assert not store.withdrawn.is_set()
-    store.withdraw("the weights are being replaced")
-    store.withdraw("something else")
+    store.withdraw(Withdrawn("the weights are being replaced"))
+    store.withdraw(Withdrawn("something else"))
     assert store.withdrawn.is_set()
     with pytest.raises(Withdrawn, match="the weights are being replaced"):
         store.check(Run(0, 0))
+
+
+def test_what_has_been_begun_to_be_read_may_be_read_to_its_end_by_the_same_thread(full):
+    seen = []
+
+    def other():
+        with contextlib.suppress(Withdrawn):
+            full.check(Run(0, 0))
+            seen.append("other")
+
+    with full.reading(Run(0, 1)):
+        full.withdraw(Withdrawn("why"))
+        full.check(Run(1, 1))
+        with full.reading(Run(1, 1)):
+            pass
+        full.check(Run(1, 1))
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == []
+    with pytest.raises(Withdrawn, match="why"), full.reading(Run(0, 0)):
+        pass
+
+
+def test_a_store_is_idle_when_the_last_reader_has_ended(full):
+    order, begun, end = [], threading.Event(), threading.Event()
+
+    def read():
+        with full.reading(Run(0, 0)):
+            begun.set()
+            end.wait(20)
+            order.append("read")
+
+    assert full.idle(0)
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(20)
+    assert not full.idle(0.01)
+    with full.reading(Run(0, 0)):  # whoever waits may be reading itself
+        threading.Timer(0.01, end.set).start()
+        assert full.idle(20)
+    order.append("idle")
+    reader.join()
+    assert order == ["read", "idle"]
+
+
+def test_a_withdrawn_store_says_in_what_way(full):
+    full.withdraw(Gone("it is shutting down"))
+    with pytest.raises(Gone, match="it is shutting down"):
+        full.check(Run(0, 0))
 
 
 def test_whoever_is_told_that_a_store_is_withdrawn_finds_it_so():
@@ -163,7 +214,7 @@ def test_whoever_is_told_that_a_store_is_withdrawn_finds_it_so():
             told.append(True)
 
     store.withdrawn = Told()
-    store.withdraw("why")
+    store.withdraw(Withdrawn("why"))
     assert told
 
 

@@ -158,7 +158,9 @@ class P2PLoad:
             return
         if run in self._wrong_before:
             names = self._store.names(wrong)
-            raise TransferCorrupt(f"wrong bytes twice in blocks {run} ({_first_few(names)})")
+            error = TransferCorrupt(f"wrong bytes twice in blocks {run} ({_first_few(names)})")
+            error.block = wrong[0]
+            raise error
         self._wrong_before.add(run)
         self._scheduler.give_back([run])
 

@@ -1,8 +1,10 @@
 """The block store: weights as blocks in tensors' memory, complete or still being filled."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import torch
@@ -54,8 +56,10 @@ class BlockStore:
         self.digests = digests
         self.device = device
         self.withdrawn = threading.Event()
-        self._reason = ""
-        self._lock = threading.Lock()
+        self._why: Withdrawn | None = None
+        self._lock = threading.RLock()  # a garbage collector may call `withdraw`
+        self._readers: Counter[int] = Counter()  # by thread
+        self._read = threading.Condition(self._lock)
         self._here = bytearray(b"\1" if complete else b"\0") * blocks.count
         self._missing = 0 if complete else blocks.count
 
@@ -74,20 +78,48 @@ class BlockStore:
         """Whether all blocks are here."""
         return self._missing == 0
 
-    def withdraw(self, reason: str) -> None:
-        """Let nothing be read from now on, as the memory is about to change or to go away."""
-        self._reason = self._reason or reason
+    def withdraw(self, why: Withdrawn) -> None:
+        """Let no read begin from now on, as the memory is about to change or to go away."""
+        with self._lock:  # so that a read has begun, or sees this
+            self._why = self._why or why
         self.withdrawn.set()
 
+    @contextlib.contextmanager
+    def reading(self, run: Run) -> Iterator[None]:
+        """Read the memory of a run: see `idle`.
+
+        Raises:
+            Withdrawn: see `check`.
+            NotHere: see `check`.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self.check(run)
+            self._readers[thread] += 1
+        try:
+            yield
+        finally:
+            with self._read:
+                self._readers[thread] -= 1
+                if not self._readers[thread]:
+                    del self._readers[thread]
+                self._read.notify_all()
+
+    def idle(self, seconds: float) -> bool:
+        """Wait until no other thread is `reading`; return whether that is so in time."""
+        me = {threading.get_ident()}
+        with self._read:
+            return self._read.wait_for(lambda: self._readers.keys() <= me, seconds)
+
     def check(self, run: Run) -> None:
-        """Return if a run can be read.
+        """Return if a run can be read. A thread that is `reading` may read what it has begun.
 
         Raises:
             Withdrawn: nothing can be read any more; says why.
             NotHere: a block of it has not come yet.
         """
-        if self._reason:
-            raise Withdrawn(self._reason)
+        if self._why is not None and threading.get_ident() not in self._readers:
+            raise type(self._why)(str(self._why))
         if self._missing and (block := self._here.find(0, run.first, run.last + 1)) >= 0:
             raise NotHere(f"block {block} is not here")
 
@@ -129,9 +161,24 @@ class BlockStore:
             self.manifest, self.blocks, tensors, self.digests, self.device, complete=True
         )
 
-    def hashed_anew(self) -> "BlockStore":
-        """Return a complete store with the digests of what is in memory now."""
-        return _hashed(self.manifest, self.blocks, self.tensors, self.device)
+    def hashed_anew(
+        self,
+        attributes: Mapping[str, Scalar] | None = None,
+        stop: threading.Event | None = None,
+    ) -> "BlockStore":
+        """Return a complete store with the digests of what is in memory now.
+
+        Args:
+            attributes: in the place of the manifest's.
+            stop: ends it early.
+
+        Raises:
+            Withdrawn: it was stopped.
+        """
+        manifest = self.manifest
+        if attributes is not None and attributes != manifest.attributes:
+            manifest = msgspec.structs.replace(manifest, attributes=dict(attributes))
+        return _hashed(manifest, self.blocks, self.tensors, self.device, stop)
 
 
 def make_store(
@@ -156,12 +203,18 @@ def make_store(
 
 
 def _hashed(
-    manifest: Manifest, blocks: Blocks, tensors: Sequence[torch.Tensor], device: Device
+    manifest: Manifest,
+    blocks: Blocks,
+    tensors: Sequence[torch.Tensor],
+    device: Device,
+    stop: threading.Event | None = None,
 ) -> BlockStore:
     device.synchronize()
     readable = device.readable(tensors)
     of_blocks = bytearray()
     for run in blocks.cut(_HASHED_AT_ONCE):
+        if stop is not None and stop.is_set():
+            raise Withdrawn("the weights are changing")
         of_blocks += device.digests([read(span, readable) for span in blocks.spans(run)])
     digests = combine(device.digest_algorithm, manifest, blocks, bytes(of_blocks))
     return BlockStore(manifest, blocks, tensors, digests, device, complete=True)

@@ -10,6 +10,8 @@ query. A session is a connection::
       GET /netloader/v1/weights/DIGEST/blocks/0-3  ->
                                              <-  the bytes of these blocks
       ...
+      POST /netloader/v1/weights/DIGEST/blocks/2-2/check  ->  (they came wrong twice)
+                                             <-  noted, or `changed`: the source's own are wrong
       POST /netloader/v1/done                ->  (the end of the connection is that of the session)
 
 or, where the bytes go through a two-rank group of HCCL or NCCL::
@@ -57,6 +59,7 @@ TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
 
 JOIN = "/netloader/v1/models/{group}/join"
 BLOCKS = "/netloader/v1/weights/{digest}/blocks/{first}-{last}"
+CHECK = "/netloader/v1/weights/{digest}/blocks/{first}-{last}/check"
 GROUPS = "/netloader/v1/groups"
 STORE = "/netloader/v1/groups/{id}/store"
 SEND = "/netloader/v1/groups/{id}/send"
@@ -66,6 +69,7 @@ HEALTHZ = "/healthz"
 METHODS = {
     JOIN: "POST",
     BLOCKS: "GET",
+    CHECK: "POST",
     GROUPS: "POST",
     STORE: "POST",
     SEND: "POST",
@@ -109,7 +113,8 @@ class Code(Enum):
     NO_GROUPS = "no_groups", 409, SourceRefused, "this instance sends over HTTP only"
     OTHER_WEIGHTS = "other_weights", 409, SourceRefused, "the weights have another digest"
     CANNOT_SERVE = "cannot_serve", 409, SourceRefused, "this instance cannot be a source"
-    CHANGED = "changed", 410, SourceRefused, "the weights have changed since they were offered"
+    CHANGED = "changed", 410, SourceBusy, "the weights have changed since they were offered"
+    GONE = "gone", 410, SourceLost, "the source is shutting down, or has unloaded the model"
     LENGTH_REQUIRED = "length_required", 411, SourceRefused, "the body has no Content-Length"
     TOO_LARGE = "too_large", 413, SourceRefused, "the body is too large"
     URI_TOO_LONG = "uri_too_long", 414, SourceRefused, "the path is too long"
@@ -233,8 +238,12 @@ class Done(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: ShortText = ""
 
 
+class Check(msgspec.Struct, frozen=True):
+    """The client has got blocks that are not what their digests say, twice."""
+
+
 class Noted(msgspec.Struct, frozen=True):
-    """The answer to `Done`."""
+    """The answer to `Done`, and to `Check` if the source has these blocks as their digests say."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -246,7 +255,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
         reason: why it is not serving, for people.
         weights: digest of its weights, if known.
         epoch: counts the changes of these weights in this instance.
-        loaded_from: `disk`, or the addresses the weights came from.
+        loaded_from: `disk`, the addresses the weights came from, or the call that has changed them.
         instance_digest: digest of `ranks`, null while that is empty.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
     """

@@ -140,6 +140,15 @@ class ElasticClient:
             self._wire.receive(into)
             self._close_after(answer)
 
+    def check(self, weights: str, first: int, last: int) -> None:
+        """Let the source compare blocks that came wrong, `last` included, with their digests.
+
+        Raises:
+            SourceError: see the class; with the code `changed` if its own are wrong.
+        """
+        path = api.CHECK.format(digest=weights, first=first, last=last)
+        self._ask(path, api.Check(), api.Noted, self._handshake)
+
     def open_group(self, weights: str) -> "GroupControl":
         """Let the source begin to form a two-rank group for blocks of these weights."""
         self._has_groups = True

@@ -48,6 +48,10 @@ class Session:
         """Return whether the client has ended the connection; whoever waits asks now and then."""
         return self._wire.hung_up
 
+    def cut(self) -> None:
+        """End the connection, also while something is being sent."""
+        self._wire.cut()
+
     def on_close(self, call: Callable[[], object]) -> None:
         """Call something when the connection ends, the last one first; now if it has ended."""
         with self._lock:
@@ -103,6 +107,9 @@ class Service(Protocol):
 
     def blocks(self, session: Session, digest: str, first: int, last: int) -> Bytes:
         """Return the bytes of blocks, `last` included."""
+
+    def check(self, session: Session, weights: str, first: int, last: int) -> None:
+        """Compare blocks that a client has got wrong with their digests."""
 
     def open_group(self, session: Session, weights: str) -> Group:
         """Begin to form a group, in a thread of its own."""
@@ -426,6 +433,14 @@ class _Handler(BaseHTTPRequestHandler):
             raise RuntimeError(f"blocks {first} to {last} do not have {run.nbytes} bytes")
         self._wire.send(head)
 
+    def _check(self, body: bytes, digest: str, first: str, last: str) -> None:
+        api.decode(body, api.Check)
+        if int(first) > int(last):
+            raise Refusal(Code.OUT_OF_RANGE, f"block {first} comes after block {last}")
+        with self._calls():
+            self._server.service.check(self._session, digest, int(first), int(last))
+        self._say(api.Noted())
+
     def _open_group(self, body: bytes) -> None:
         weights = api.decode(body, api.OpenGroup).weights
         if len(self._groups) >= api.MAX_GROUPS:
@@ -538,6 +553,7 @@ class _Handler(BaseHTTPRequestHandler):
 _ANSWERS: dict[str, Callable[..., None]] = {
     api.JOIN: _Handler._join,
     api.BLOCKS: _Handler._blocks,
+    api.CHECK: _Handler._check,
     api.GROUPS: _Handler._open_group,
     api.STORE: _Handler._exchange,
     api.SEND: _Handler._send,

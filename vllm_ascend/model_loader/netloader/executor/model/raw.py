@@ -124,7 +124,7 @@ def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None
         except AttributeError:
             raise LayoutUnsupported(f"attribute {name}: no such module here") from None
         existing = getattr(module, attribute, None)
-        if attribute.startswith("__") or not _is_scalar(existing):
+        if attribute.startswith("__") or not is_scalar(existing):
             raise LayoutUnsupported(f"attribute {name} is not a plain value here")
         setattr(module, attribute, value)
 
@@ -253,7 +253,8 @@ def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
     }
 
 
-def _is_scalar(value: object) -> bool:
+def is_scalar(value: object) -> bool:
+    """Return whether an attribute is a plain value, which travels in a manifest."""
     if isinstance(value, float):
         return math.isfinite(value)  # JSON has no other
     return value is None or isinstance(value, bool | int | str)
@@ -265,7 +266,7 @@ def scalars(model: nn.Module) -> dict[str, Scalar]:
         f"{path}.{name}" if path else name: value
         for path, module in model.named_modules(remove_duplicate=False)
         for name, value in vars(module).items()
-        if _is_scalar(value)
+        if is_scalar(value)
     }
 
 
