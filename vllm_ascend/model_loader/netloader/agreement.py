@@ -25,6 +25,9 @@ list to whoever joins. The protocol, for a target, for a draft, and again for ea
 In a reload nobody knows the digest of what a disk has before inference uses it. There "disk" means
 that a rank would read it: the ranks agree before the first of them changes anything, on a list or
 on the disk. An instance of one rank reports nothing and waits for nobody.
+
+Weights also change later on, by calls that reach all ranks. Each rank then publishes what it has,
+once it knows, and the list that a source hands out is what its ranks have published last.
 """
 
 import contextlib
@@ -46,6 +49,7 @@ _MOST_LISTS = 4
 # Seconds to wait for the slowest rank, and between two lines in the log about it. A rank that has
 # died ends the instance before, and one that reads a slow disk is to be waited for.
 _DEADLINE, _NEWS = 4 * 3600.0, 60.0
+_NOTHING = "-"  # in the place of a digest
 
 RankWeights = Mapping[int, str]
 T = TypeVar("T")
@@ -171,6 +175,30 @@ class Ranks:
                 f"the ranks of this instance cannot compare their weights: {one_line(error)}"
             ) from None
         return [msgspec.json.decode(report, type=Report) for report in reports]
+
+    def publish(self, weights: str | None) -> None:
+        """Tell what this rank has from now on; None: its weights are changing, or not known."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # of the store: its process may have ended
+                self.store.set(self._present(self.rank), weights or _NOTHING)
+
+    def present(self, agreed: RankWeights) -> RankWeights:
+        """Return what the ranks have now, as far as it is known.
+
+        Args:
+            agreed: what they had when they loaded.
+        """
+        now = dict(agreed)
+        if self.store is None:
+            return now
+        with contextlib.suppress(RuntimeError):
+            for rank in self.all:
+                if self.store.check([self._present(rank)]):
+                    now[rank] = self.store.get(self._present(rank)).decode()
+        return {rank: weights for rank, weights in now.items() if weights != _NOTHING}
+
+    def _present(self, rank: int) -> str:
+        return f"netloader/{self.group}/present/{rank}"
 
     def _wait(self, number: int) -> None:
         assert self.store is not None

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -207,9 +208,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._finish(load, model)
             return Attempt((load, model), load.loaded_from, load.weights, load.lists)
 
-        (load, model), ranks = self._together(identity, attempt)
+        (load, model), agreed = self._together(identity, attempt)
         self._load = None
-        self._offer(load, model, vllm_config, model_config, ranks)
+        self._offer(load, model, vllm_config, model_config, agreed)
         return model
 
     def _together(
@@ -301,9 +302,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             load = renewal.load
             return Attempt(renewal, load.loaded_from, load.weights, load.lists)
 
-        renewal, ranks = self._together(known.identity, attempt)
+        renewal, agreed = self._together(known.identity, attempt)
         if renewal is not None:
-            return self._renewed(model, known, renewal, ranks)
+            return self._renewed(model, known, renewal, agreed)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
         self._disk.download_model(model_config)
         registry.loaded_from(model, "disk")
@@ -329,7 +330,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return None
 
     def _renewed(
-        self, model: nn.Module, known: InUse, renewal: "_Renewal", ranks: RankWeights
+        self, model: nn.Module, known: InUse, renewal: "_Renewal", agreed: RankWeights
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Fill the model when the iterator is consumed."""
         registry.loaded_from(model, renewal.load.loaded_from)
@@ -339,6 +340,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             feed_reload(model, renewal.tensors)
             apply_attributes(model, store.manifest.attributes)
             if not registry.is_renewable(model):
+                assert known.ranks is not None
+                ranks = partial(known.ranks.present, agreed)
                 offer = Offer(known.identity, store, "", renewal.load.loaded_from, ranks)
                 registry.offer_again(model, offer, self._watched(model))
             yield from ()
@@ -475,9 +478,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
         model: nn.Module,
         vllm_config: VllmConfig,
         model_config: ModelConfig,
-        ranks: RankWeights,
+        agreed: RankWeights,
     ) -> None:
         store, rank = load.store, load.identity.rank
+        ranks = ranks_of(vllm_config, load.identity)
+        ranks.publish(agreed.get(rank))
         if load.unserved:
             store = None
             logger.warning(
@@ -490,10 +495,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
             manifest if can_reload_from_sources(self._device_name()) else None,
             self._config,
             self._config.announced_host or get_ip(),
-            Offer(load.identity, store, load.unserved, load.loaded_from, ranks),
+            Offer(
+                load.identity,
+                store,
+                load.unserved,
+                load.loaded_from,
+                partial(ranks.present, agreed),
+            ),
             groups_to_come(vllm_config, load.identity),
             instance_of(vllm_config),
             self._watched(model),
+            ranks,
         )
 
     def _watched(self, model: nn.Module) -> list[nn.Module]:

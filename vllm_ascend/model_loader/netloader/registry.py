@@ -14,6 +14,7 @@ from multiprocessing.util import Finalize
 import msgspec
 from torch import nn
 
+from .agreement import Ranks
 from .changes import After, Change, Instance
 from .config import NetLoaderConfig
 from .errors import LayoutUnsupported, Withdrawn
@@ -35,6 +36,7 @@ class InUse:
         path: the `model_config.model` it was loaded for.
         manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
         instance: names the instance that it belongs to; None: its weights do not change.
+        ranks: those that have the parts of this model.
     """
 
     server: WeightServer | None
@@ -42,6 +44,12 @@ class InUse:
     path: str
     manifest: Manifest | None
     instance: str | None = None
+    ranks: Ranks | None = None
+
+    def publish(self, weights: str | None) -> None:
+        """Tell the other ranks what this one has; see `Ranks.publish`."""
+        if self.ranks is not None:
+            self.ranks.publish(weights)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ def put_in_use(
     to_come: Iterable[str],
     instance: str | None = None,
     watched: Collection[nn.Module] = (),
+    ranks: Ranks | None = None,
 ) -> None:
     """Take note of a model that was loaded, and let others pull it.
 
@@ -106,9 +115,10 @@ def put_in_use(
         to_come: groups of the models that this process loads next.
         instance: see `InUse`.
         watched: the layers of which `processing` is told.
+        ranks: see `InUse`.
     """
     server = _serve(config, host, offer, to_come)
-    _in_use[model] = InUse(server, offer.identity, path, manifest, instance)
+    _in_use[model] = InUse(server, offer.identity, path, manifest, instance, ranks)
     if server is None:
         return
     _note(model, offer, watched)
@@ -177,6 +187,8 @@ def _note(model: nn.Module, offer: Offer, watched: Collection[nn.Module]) -> Non
 
 def _offer_pending(model: nn.Module, server: WeightServer) -> None:
     offer, watched = _pending.pop(model)
+    if offer.store is not None:
+        _in_use[model].publish(offer.store.digests.weights)
     server.offer(offer)
     _open(server, offer.identity.rank)
     _note(model, offer, watched)
@@ -186,13 +198,14 @@ def _new_instance(name: str) -> Instance:
     def withdraw(code: Code, reason: str) -> None:
         for _, known, server in _served(name):
             server.withdraw(known.identity.group, code, reason)
+            known.publish(None)
 
     def renew(change: str, directly: bool, unchanged: bool, stop: threading.Event) -> None:
-        for model, _, server in _served(name):
+        for model, known, server in _served(name):
             if model in _pending:
                 _offer_pending(model, server)
             elif model in _offered:
-                _renew(model, server, change, directly, unchanged, stop)
+                _renew(model, known, server, change, directly, unchanged, stop)
 
     return Instance(withdraw, renew)
 
@@ -207,6 +220,7 @@ def _served(instance: str) -> list[tuple[nn.Module, InUse, WeightServer]]:
 
 def _renew(
     model: nn.Module,
+    known: InUse,
     server: WeightServer,
     change: str,
     directly: bool,
@@ -239,6 +253,7 @@ def _renew(
         source = before.source or change
     offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
     _offered[model] = replace(before, offer=offer, source="")
+    known.publish(now.digests.weights)
     epoch = server.offer(offer)
     logger.info(
         "NetLoader rank %d: a source of the weights %s since %s, epoch %d",

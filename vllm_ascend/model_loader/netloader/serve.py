@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -49,7 +49,7 @@ class Offer:
         store: its weights; None: not to be had.
         reason: why not.
         loaded_from: `disk`, the addresses of the sources, or the call that has changed it since.
-        ranks: the weights digests of the instance's ranks, as far as they are known.
+        ranks: returns the weights digests of the instance's ranks, as far as they are known.
         code: what a client is refused with that asks for what is not to be had.
     """
 
@@ -57,8 +57,15 @@ class Offer:
     store: BlockStore | None
     reason: str = ""
     loaded_from: str = "disk"
-    ranks: Mapping[int, str] = field(default_factory=dict)
+    ranks: Callable[[], Mapping[int, str]] = dict
     code: Code = Code.CANNOT_SERVE
+
+    def instance(self) -> dict[int, str]:
+        """Return the weights digests of the instance's ranks, as far as they are known now."""
+        ranks = dict(self.ranks())
+        if self.store is not None and ranks:
+            ranks[self.identity.rank] = self.store.digests.weights
+        return ranks
 
 
 class WeightServer:
@@ -192,7 +199,7 @@ class WeightServer:
             raise
         with self._lock:
             self._session(session, offer.store)
-        joined = Joined(known, epoch, INSTANCE, offer.identity.revision, ranks=dict(offer.ranks))
+        joined = Joined(known, epoch, INSTANCE, offer.identity.revision, ranks=offer.instance())
         if join.weights == known:
             return joined
         return msgspec.structs.replace(
@@ -279,8 +286,8 @@ class WeightServer:
                     offer.store.digests.weights if offer.store is not None else None,
                     self._epochs[group],
                     offer.loaded_from,
-                    of_instance(offer.ranks) if offer.ranks else None,
-                    dict(offer.ranks),
+                    of_instance(ranks) if (ranks := offer.instance()) else None,
+                    ranks,
                 )
                 for group, offer in self._offers.items()
             ]

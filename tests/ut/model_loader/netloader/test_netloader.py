@@ -315,7 +315,7 @@ def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
         "NetLoader rank 0: trying the disk, as no source gave the weights: 192.0.2.7:1: gone"
     ]
     [offer] = steps.offered
-    assert (offer.loaded_from, offer.ranks) == ("disk", {})
+    assert (offer.loaded_from, offer.ranks()) == ("disk", {})
 
 
 def test_without_fallback_the_start_ends_with_all_reasons_and_the_disk_is_not_tried(monkeypatch):
@@ -341,10 +341,10 @@ def test_a_rank_that_has_to_load_again_begins_as_if_nothing_had_been_loaded(monk
     steps.load()
     assert steps.taken == ["disk False", "restore", "disk False", "then", "restore", "disk True"]
     [offer] = steps.offered
-    assert offer.ranks == {0: "xxh3_128:2", 1: "xxh3_128:3"}
+    assert offer.ranks() == {0: "xxh3_128:2", 1: "xxh3_128:3"}
     [line] = [line for line in log if "instance digest" in line]
     assert line == (
-        f"NetLoader rank 0: instance digest {of_instance(offer.ranks)}, from the weights digests "
+        f"NetLoader rank 0: instance digest {of_instance(offer.ranks())}, from the weights digests "
         "of 2 of 1 ranks"
     )
 

@@ -340,3 +340,17 @@ def test_processes_of_a_gloo_group_agree_also_after_one_of_them_has_failed(tmp_p
     assert "rank 1 has none (OSError: the disk is gone)" in one[0]
     assert one[1:] == [agreed]
     assert other == ["OSError the disk is gone", agreed]
+
+
+def test_the_list_is_what_the_ranks_have_published_last():
+    store = HashStore()
+    one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    agreed = list_of("a")
+    assert one.present(agreed) == agreed
+    other.publish(digest("b", 1))
+    assert one.present(agreed) == {0: digest("a", 0), 1: digest("b", 1)}
+    other.publish(None)
+    assert one.present(agreed) == {0: digest("a", 0)}
+    alone = Ranks(3, [3], "netloader")
+    alone.publish(None)
+    assert alone.present({3: "x"}) == {3: "x"}

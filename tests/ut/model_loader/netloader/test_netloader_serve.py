@@ -119,8 +119,8 @@ def records():
 
 @pytest.mark.parametrize("known", [None, offer().store.digests.weights])
 def test_a_client_gets_the_weights_digests_of_all_ranks_of_the_instance(known):
-    ranks = {0: "xxh3_128:00", 1: "xxh3_128:01"}
-    joined = join(server(offer(ranks=ranks)), weights=known)
+    ranks = {0: offer().store.digests.weights, 1: "xxh3_128:01"}
+    joined = join(server(offer(ranks=lambda: ranks)), weights=known)
     assert (joined.ranks, joined.manifest is msgspec.UNSET) == (ranks, known is not None)
 
 
@@ -462,9 +462,9 @@ def test_withdrawing_what_is_not_there_changes_nothing():
 
 
 def test_status_says_what_is_served_and_how_far_each_session_is():
-    ranks = {0: "xxh3_128:00", 1: "xxh3_128:01"}
+    ranks = {0: "xxh3_128:00 of before", 1: "xxh3_128:01"}
     one, draft = (
-        offer(loaded_from="192.0.2.9:1", ranks=ranks),
+        offer(loaded_from="192.0.2.9:1", ranks=lambda: ranks),
         Offer(DRAFT, None, "no copy was kept"),
     )
     to, weights = server(one, draft, max_sessions=7), one.store.digests.weights
@@ -474,6 +474,7 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     next(chunks)
     fetched(to, weights, 3, 3, by=other)
     status = to.status(2)
+    ranks |= {0: weights}
     assert [msgspec.structs.astuple(model) for model in status.models] == [
         (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks),
         (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}),
