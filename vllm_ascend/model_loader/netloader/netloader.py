@@ -25,9 +25,12 @@ from .compat import (
     feed_reload,
     groups_to_come,
     identity_of,
+    meaning_of,
     name_of,
     remember_registrations,
+    why_experts_move,
     why_no_reload,
+    worker_of,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
@@ -72,6 +75,7 @@ class _Load:
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
+        worker: number of this process among all workers of the instance.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
     """
@@ -80,6 +84,7 @@ class _Load:
     device: Device
     serving: bool
     from_disk: bool = False
+    worker: int = 0
     store: BlockStore | None = None
     manifest: Manifest | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -139,7 +144,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
         # an error, and no reason to go to disk.
         identity = self._identify(model_config)
-        load = self._load = self._new_load(identity)
+        load = self._load = self._new_load(identity, model_config)
         restore_registrations = remember_registrations(vllm_config)
         failure = ""
         try:
@@ -156,7 +161,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 failure,
             )
             restore_registrations()
-            load = self._load = self._new_load(identity, from_disk=True)
+            load = self._load = self._new_load(identity, model_config, from_disk=True)
             gc.collect()
             model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
         self._load = None
@@ -174,7 +179,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             model.load_weights(weights)
             finalize_layerwise_reload(model, model_config)
             return
-        load = self._load or self._new_load(self._identify(model_config))
+        load = self._load or self._new_load(self._identify(model_config), model_config)
         sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
         if load.identity.layout == PROCESSED:
             load.scalars, load.to_fill = scalars(model), bool(sources)
@@ -182,7 +187,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 self._read_disk(load, model, model_config)
         elif sources:
             tensors, required = raw_tensors(model)
-            store = self._pull(load, tensors, required, sources)
+            store = self._pull(load, tensors, required, sources, meaning_of(model, RAW))
             apply_attributes(model, store.manifest.attributes)
             load.manifest = store.manifest
             load.store = store if load.serving else None
@@ -191,7 +196,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._read_disk(load, model, model_config)
             if load.serving or self._config.weights_digest is not None:
                 with load.preparing_to_serve():
-                    load.store = capture_loaded(model, before, load.device)
+                    load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
         if load.store is not None:
             with load.preparing_to_serve():
                 load.copies = copy_int8(
@@ -217,7 +222,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if known is not None and known.path == model_config.model and known.manifest is not None:
             try:
                 if sources := self._sources(known.identity.rank):
-                    return self._renewed(model, known, known.manifest, sources)
+                    load = self._new_load(known.identity, model_config)
+                    return self._renewed(load, model, known, known.manifest, sources)
             except LoadFailed as error:
                 if not self._config.fallback:
                     raise
@@ -238,13 +244,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return self._disk.get_all_weights(model_config, model)
 
     def _renewed(
-        self, model: nn.Module, known: InUse, manifest: Manifest, sources: Sequence[Address]
+        self,
+        load: _Load,
+        model: nn.Module,
+        known: InUse,
+        manifest: Manifest,
+        sources: Sequence[Address],
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
-        load = self._new_load(known.identity)
         with self._device_name():
             tensors = allocate(manifest)
-        store = self._pull(load, tensors, tensors.keys(), sources)
+        store = self._pull(load, tensors, tensors.keys(), sources, meaning_of(model, RAW))
         if known.server is not None:
             known.server.withdraw(known.identity.group)
 
@@ -278,7 +288,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 f"an empty model cannot be post-processed: {type(error).__name__}: {error}"
             ) from None
         tensors = processed_tensors(model)
-        store = self._pull(load, tensors, tensors.keys(), sources)
+        meaning = meaning_of(model, PROCESSED)
+        store = self._pull(load, tensors, tensors.keys(), sources, meaning)
         apply_attributes(model, store.manifest.attributes)
         load.store = store if load.serving else None
         return model
@@ -332,7 +343,10 @@ class ModelNetLoaderElastic(BaseModelLoader):
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
         sources: Sequence[Address],
+        meaning: Mapping[str, str],
     ) -> BlockStore:
+        if load.unserved:
+            raise LayoutUnsupported(load.unserved)
         rank = load.identity.rank
         try:
             loaded = elastic_load(
@@ -342,6 +356,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.identity,
                 self._config,
                 load.device,
+                meaning=meaning,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -361,7 +376,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if load.identity.layout == PROCESSED:
                 if store is None and (load.serving or pinned is not None):
                     attributes = changed_scalars(load.scalars, scalars(model))
-                    store = capture_processed(model, attributes, load.device)
+                    store = capture_processed(
+                        model, attributes, load.device, meaning_of(model, PROCESSED)
+                    )
             elif store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}
@@ -387,6 +404,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._config.announced_host or get_ip(),
             Offer(load.identity, store, load.unserved, load.loaded_from),
             groups_to_come(vllm_config, load.identity),
+            load.worker,
         )
 
     def _of_rank(self, rank: int) -> Sources:
@@ -416,9 +434,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         return sources.addresses
 
-    def _new_load(self, identity: ModelIdentity, *, from_disk: bool = False) -> _Load:
-        serving = self._config.port_for(identity.rank) is not None
-        return _Load(identity, self._device(), serving, from_disk)
+    def _new_load(
+        self, identity: ModelIdentity, model_config: ModelConfig, *, from_disk: bool = False
+    ) -> _Load:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        worker = worker_of(vllm_config, _rank())
+        unserved = why_experts_move(vllm_config, model_config)
+        serving = not unserved and self._config.port_for(worker) is not None
+        return _Load(identity, self._device(), serving, from_disk, worker, unserved=unserved)
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()

@@ -64,6 +64,7 @@ def put_in_use(
     host: str,
     offer: Offer,
     to_come: Iterable[str],
+    worker: int,
 ) -> None:
     """Take note of a model that was loaded, and let others pull it.
 
@@ -75,8 +76,9 @@ def put_in_use(
         host: the address of this machine that others reach.
         offer: what others get.
         to_come: groups of the models that this process loads next.
+        worker: number of this process among all workers of the instance, which decides its port.
     """
-    server = _serve(config, host, offer, to_come)
+    server = _serve(config, host, offer, to_come, worker)
     _in_use[model] = InUse(server, offer.identity, path, manifest)
     if server is not None:
         # At exit the server stops by itself, and in a forked child it is not to be stopped.
@@ -88,11 +90,11 @@ def offer_again(known: InUse, offer: Offer) -> None:
     if known.server in _servers:
         assert known.server is not None
         known.server.offer(offer)
-        _open(known.server, offer.identity.rank)
+        _open(known.server)
 
 
 def _serve(
-    config: NetLoaderConfig, host: str, offer: Offer, to_come: Iterable[str]
+    config: NetLoaderConfig, host: str, offer: Offer, to_come: Iterable[str], worker: int
 ) -> WeightServer | None:
     """Offer a model on a server of this process, which is started if need be.
 
@@ -100,38 +102,38 @@ def _serve(
     later, or a reload, may start the server.
     """
     identity = offer.identity
-    if config.port_for(identity.rank) is None:
+    if config.port_for(worker) is None:
         logger.info(
             "NetLoader rank %d: this instance is no source, as LISTEN_PORT is %s",
             identity.rank,
             config.listen_port,
         )
         return None
-    server = _server_for(config, host, identity)
+    server = _server_for(config, host, identity.group, worker)
     server.offer(offer)  # before anybody can ask for it
     for group in to_come:
         server.expect(group)
-    if offer.store is None or _open(server, identity.rank):
+    if offer.store is None or _open(server):
         return server
     _servers.remove(server)
     return None
 
 
-def _server_for(config: NetLoaderConfig, host: str, identity: ModelIdentity) -> WeightServer:
+def _server_for(config: NetLoaderConfig, host: str, group: str, worker: int) -> WeightServer:
     """Return the server of the same configuration that has no other model of this group in use."""
-    taken = [known.server for known in _in_use.values() if known.identity.group == identity.group]
+    taken = [known.server for known in _in_use.values() if known.identity.group == group]
     for server in _servers:
         same = all(getattr(server.config, name) == getattr(config, name) for name in _OF_SERVER)
-        if same and server.rank == identity.rank and server not in taken:
+        if same and server.rank == worker and server not in taken:
             return server
-    server = WeightServer(config, identity.rank, host)
+    server = WeightServer(config, worker, host)
     _servers.append(server)
     return server
 
 
-def _open(server: WeightServer, rank: int) -> bool:
+def _open(server: WeightServer) -> bool:
     """Listen, if the server does not yet; return whether it does."""
-    port = server.config.port_for(rank)
+    port = server.config.port_for(server.rank)
     if server.listening or port is None:
         return server.listening
     try:
@@ -139,7 +141,7 @@ def _open(server: WeightServer, rank: int) -> bool:
     except OSError as error:
         logger.error(
             "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
-            rank,
+            server.rank,
             port,
             error,
         )

@@ -229,7 +229,7 @@ def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed
     loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1, SOURCE_WAIT=0)
     load = netloader._Load(identity(), DEVICE, serving=False)
     with pytest.raises(LoadFailed) as failed:
-        loader._pull(load, {}, (), [address])
+        loader._pull(load, {}, (), [address], {})
     assert str(failed.value).startswith("malformed source 'a': no port")
     assert f"; {address}: cannot connect: " in str(failed.value)
 
@@ -281,7 +281,12 @@ def test_a_device_that_is_not_known_is_refused_by_name():
 # From sources, from disk, and what is offered then
 
 
-ON_CPU = types.SimpleNamespace(device_config=types.SimpleNamespace(device="cpu"))
+ON_CPU = types.SimpleNamespace(
+    device_config=types.SimpleNamespace(device="cpu"),
+    parallel_config=types.SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_index=0
+    ),
+)
 
 
 class Steps:
@@ -315,7 +320,7 @@ class Steps:
 
     model = "model"
 
-    def _put_in_use(self, model, path, manifest, config, host, offer, to_come):
+    def _put_in_use(self, model, path, manifest, config, host, offer, *_):
         self.offered.append(offer)
 
 
@@ -414,7 +419,7 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
     loaded = Loaded(store, "192.0.2.7:1")
     monkeypatch.setattr(netloader, "elastic_load", lambda *_, **options: loaded)
     load = netloader._Load(identity(), DEVICE, serving=serving)
-    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)])
+    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
     assert load.loaded_from == "192.0.2.7:1"
     assert (got is store) == (verify or not serving)
     if got is not store:

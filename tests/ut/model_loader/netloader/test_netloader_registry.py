@@ -43,10 +43,12 @@ def offer(rank=0, group=TARGET, tensors=WEIGHTS, declined=""):
     return Offer(identity(rank=rank, group=group), store, declined)
 
 
-def put_in_use(config, offered=None, host=HOST, to_come=()):
+def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None):
     """Load a model; it is in use for as long as what is returned is there."""
     model = nn.Linear(1, 1)
-    registry.put_in_use(model, "path", None, config, host, offered or offer(), to_come)
+    offered = offered or offer()
+    worker = offered.identity.rank if worker is None else worker
+    registry.put_in_use(model, "path", None, config, host, offered, to_come, worker)
     return model
 
 
@@ -79,7 +81,7 @@ def is_refused(address, group, reason):
 
 def test_a_model_in_use_is_known_with_all_that_a_reload_needs(config):
     model, manifest = nn.Linear(1, 1), store_of(WEIGHTS).manifest
-    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), ())
+    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), (), 0)
     known = registry.in_use(model)
     assert known.identity == identity()
     assert (known.path, known.manifest) == ("path", manifest)
