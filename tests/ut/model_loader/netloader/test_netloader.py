@@ -397,6 +397,24 @@ def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monk
     assert line.endswith("this model cannot be a source: post-processing has changed x")
 
 
+def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):
+    monkeypatch.setattr(netloader, "why_experts_move", lambda *_: "--enable-eplb moves experts")
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
+    assert steps.load() == "model"
+    [offer] = steps.offered
+    assert (offer.store, offer.reason) == (None, "--enable-eplb moves experts")
+    assert log == [
+        "NetLoader rank 0: trying the disk, as no source gave the weights: "
+        "--enable-eplb moves experts",
+        "NetLoader rank 0: this model cannot be a source: --enable-eplb moves experts",
+    ]
+
+
+def pull_from(loader):
+    return lambda load, *_: loader._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
+
+
 def test_what_keeps_an_instance_from_being_a_source_does_not_end_its_start():
     load = in_progress()
     with load.preparing_to_serve():

@@ -152,6 +152,19 @@ def test_a_model_that_is_gone_leaves_its_place_to_the_next(config, servers, tmp_
     assert is_served(address_of(tmp_path))
 
 
+def test_workers_of_the_same_rank_in_two_replicas_have_ports_and_files_of_their_own(
+    config, tmp_path, log
+):
+    first, second = put_in_use(config()), put_in_use(config(), worker=2)
+    assert [server_of(model).rank for model in (first, second)] == [0, 2]
+    assert address_of(tmp_path, 0) != address_of(tmp_path, 2)
+    log.clear()
+    taken = address_of(tmp_path, 0).port
+    put_in_use(config(LISTEN_PORT=taken - 2), worker=2)
+    [line] = log
+    assert line.startswith(f"NetLoader rank 2: cannot listen on port {taken}, ")
+
+
 def test_ranks_have_servers_of_their_own(config, tmp_path):
     first, second = put_in_use(config()), put_in_use(config(), offer(rank=1))
     assert server_of(first) is not server_of(second)
