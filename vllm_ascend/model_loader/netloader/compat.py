@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -293,9 +292,8 @@ def _described(value: object, depth: int) -> str:
 
 def _is_kernel(value: object) -> bool:
     kind = type(value)
-    return kind.__module__.startswith(("vllm.", "vllm_ascend.")) and not (
-        kind.__name__.endswith("Config") or isinstance(value, FunctionType | MethodType)
-    )
+    ours = kind.__module__.startswith(("vllm.", "vllm_ascend."))
+    return ours and not kind.__name__.endswith("Config")
 
 
 def name_of(model_config: ModelConfig) -> str:
