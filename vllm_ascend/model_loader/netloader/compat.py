@@ -194,7 +194,8 @@ def why_experts_move(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
     if not getattr(model_config, "is_moe", True):
         return ""
     parallel = vllm_config.parallel_config
-    of_ascend = (getattr(vllm_config, "additional_config", None) or {}).get("eplb_config") or {}
+    additional = getattr(vllm_config, "additional_config", None)
+    of_ascend = (additional.get("eplb_config") if isinstance(additional, dict) else None) or {}
     if getattr(parallel, "enable_elastic_ep", False):
         setting = "--enable-elastic-ep"
     elif getattr(parallel, "enable_eplb", False):

@@ -167,6 +167,14 @@ def test_a_setting_of_the_quantization_is_named_with_both_values(models, with_se
     assert line.endswith("is True at the client and False at the source")
 
 
+def test_the_settings_of_an_online_quantization_count(models):
+    plain, online = (configured(models / "llama") for _ in range(2))
+    online.model_config.quantization_config = {"scheme": "fp8"}
+    [line] = differences(plain, online)
+    assert line.startswith("config.online_quantization is None at the client and ")
+    assert "'scheme': 'fp8'" in line
+
+
 def test_another_dtype_is_named(models):
     plain, other = configured(models / "llama"), configured(models / "llama", dtype="float32")
     assert differences(plain, other) == [

@@ -277,7 +277,7 @@ class Status(msgspec.Struct, frozen=True):
     Attributes:
         version: NetLoader's.
         instance: names the process.
-        rank: global rank of the process.
+        rank: global rank of the process, counted through all data-parallel replicas.
         models: each model that it serves or loads.
         sessions: those that get blocks.
         places: sessions that can be open at once.
