@@ -177,10 +177,9 @@ def _wrong_in_bodies() -> Iterator[str]:
 
 def _wrong_in_limits() -> Iterator[str]:
     known: dict[str, float] = {"BLOCK_BYTES": blocks.BLOCK_BYTES}
-    for module in (api, server):
+    for module in (api, server, identity):
         known |= {name: value for name, value in vars(module).items() if name.startswith("MAX_")}
     known["MAX_MODEL_NAME_BYTES"] = config.MAX_MODEL_NAME_BYTES
-    known["MAX_REVISION_BYTES"] = identity.MAX_REVISION_BYTES
     known |= dict(_longest_lists())
     page = {
         name.strip("`"): float(value.split()[0].replace(",", ""))

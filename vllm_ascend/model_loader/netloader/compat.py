@@ -4,10 +4,12 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -28,16 +30,20 @@ from vllm.platforms import current_platform
 from . import LOAD_FORMAT
 from .agreement import Ranks
 from .changes import After, Change
-from .executor.chunks.manifest import RAW
+from .executor.chunks.manifest import PROCESSED, RAW
 from .identity import (
     ModelIdentity,
     Revision,
     cached_snapshot,
-    digest_of_settings,
+    flattened,
     plain_identity,
     revision_name,
 )
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP
+
+# Integers that say which expert is where: of vLLM, of its EPLB, of vLLM Ascend; not how busy it is.
+_EXPERT_MAP = re.compile(r"^(?!.*load).*(expert_|log2phy|phy2log|physical|logical)")
+_DEEPEST_KERNEL = 2
 
 
 def is_cpu_platform() -> bool:
@@ -105,34 +111,206 @@ def identity_of(
     """
     parallel = vllm_config.parallel_config
     draft = model_config is _draft_of(vllm_config)
-    settings = model_config.hf_config.to_dict()
-    quantization = settings.get("quantization_config") or settings.get("compression_config") or {}
+    config, defaults = _settings_of(model_config)
+    # Replicas of a dense model hold the same tensors; experts are spread over all of them.
+    moe = getattr(model_config, "is_moe", True)
+    dp, dp_rank = 1, 0
+    if moe and parallel.data_parallel_size > 1:
+        dp, dp_rank = parallel.data_parallel_size, parallel.data_parallel_index
+    pcp = getattr(parallel, "prefill_context_parallel_size", 1)
+    across = parallel.tensor_parallel_size * pcp  # ranks of a pipeline stage
+    spread = moe and bool(parallel.enable_expert_parallel)
+    size = _ranks_of_replica(vllm_config)
     return plain_identity(
         group=DRAFT_GROUP if draft else TARGET_GROUP,
         model=model,
         revision=revision_of(model_config),
-        rank=rank,
+        rank=dp_rank * size + rank % size,
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
-        # Replicas of a dense model hold the same tensors; experts are spread over all of them.
-        dp=parallel.data_parallel_size if getattr(model_config, "is_moe", True) else 1,
-        ep=bool(parallel.enable_expert_parallel),
+        pcp=pcp,
+        dp=dp,
+        dp_rank=dp_rank,
+        ep=dp * across if spread else 1,
+        ep_rank=dp_rank * across + rank % across if spread else 0,
         dtype=str(model_config.dtype),
         quantization=model_config.quantization,
-        quantization_config=digest_of_settings(quantization),
-        config=digest_of_settings(settings),
+        config=config,
+        defaults=defaults,
         layout=layout,
         vllm_version=None if layout == RAW else _post_processing(),
     )
 
 
+def _settings_of(model_config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a model by dotted names: those that were set, and the defaults.
+
+    Which defaults a configuration writes out depends on the version of transformers.
+    """
+    config = model_config.hf_config
+    settings, defaults = config.to_dict(), _defaults_of(config)
+    online = getattr(model_config, "quantization_config", None)
+    if online is not None:
+        settings["online_quantization"] = str(online)
+    found, of_class = flattened(settings), flattened(defaults)
+    aliases = getattr(config, "attribute_map", {})
+    # Which of a setting's two names is written depends on the version, too.
+    either = {name for pair in aliases.items() for name in pair}
+    found |= {alias: found[name] for alias, name in aliases.items() if name in found}
+    filled = {
+        name: value
+        for name, value in found.items()
+        if name in either or (name in of_class and of_class[name] == value)
+    }
+    return {name: found[name] for name in found if name not in filled}, filled
+
+
+def _defaults_of(config: Any) -> dict[str, Any]:
+    """Return what the classes of a configuration and of those inside of it fill in."""
+    try:
+        defaults: dict[str, Any] = type(config)().to_dict()
+    except Exception:  # the class needs arguments
+        defaults = {}
+    inside = {key: value for key, value in vars(config).items() if hasattr(value, "to_dict")}
+    return defaults | {key: _defaults_of(value) for key, value in inside.items()}
+
+
+def worker_of(vllm_config: VllmConfig, rank: int) -> int:
+    """Return a number that no other worker of an instance has, whichever replica it belongs to.
+
+    Data-parallel replicas of a dense model each begin to count their ranks at 0.
+
+    Args:
+        vllm_config: the instance's configuration.
+        rank: global rank.
+    """
+    size = _ranks_of_replica(vllm_config)
+    return int(vllm_config.parallel_config.data_parallel_index) * size + rank % size
+
+
+def _ranks_of_replica(vllm_config: VllmConfig) -> int:
+    parallel = vllm_config.parallel_config
+    pcp = getattr(parallel, "prefill_context_parallel_size", 1)
+    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size * pcp)
+
+
+def why_experts_move(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
+    """Say why nobody can know which expert a tensor of a model is, if that is so."""
+    if not getattr(model_config, "is_moe", True):
+        return ""
+    parallel = vllm_config.parallel_config
+    additional = getattr(vllm_config, "additional_config", None)
+    of_ascend = (additional.get("eplb_config") if isinstance(additional, dict) else None) or {}
+    if getattr(parallel, "enable_elastic_ep", False):
+        setting = "--enable-elastic-ep"
+    elif getattr(parallel, "enable_eplb", False):
+        setting = "--enable-eplb"
+    elif of_ascend.get("dynamic_eplb") or of_ascend.get("expert_map_path"):
+        setting = "eplb_config in --additional-config"
+    else:
+        return ""
+    return f"{setting} lets experts move from rank to rank while the model is in use"
+
+
+def meaning_of(model: nn.Module, layout: str) -> dict[str, str]:
+    """Say what decides the meaning of a model's tensors beside their names and kinds.
+
+    In both layouts it is which expert each slot of an expert layer has. In the processed layout it
+    is also what post-processing went by: the class of each layer's quantization method, the kernel
+    or backend that it has chosen, which tells how weights are packed and whether the halves of
+    `w13` are swapped, and the type of the KV cache, which tells where its scales come from.
+
+    Args:
+        model: as its tensors are exchanged: not yet post-processed in the raw layout.
+        layout: RAW or PROCESSED.
+
+    Returns:
+        Path of a kind of layer and name -> value; `*` stands for the layers' numbers.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for path, layer in model.named_modules():
+        kind, numbers = re.sub(r"\d+", "*", path), ".".join(re.findall(r"\d+", path))
+        named = _placement(layer)
+        if layout == PROCESSED:
+            named |= _made_for(layer)
+        for name, value in named.items():
+            found.setdefault(f"{kind}.{name}", {}).setdefault(value, []).append(numbers)
+    return {
+        field: "; ".join(
+            value if len(values) == 1 else f"{value} in {' '.join(numbers)}"
+            for value, numbers in values.items()
+        )
+        for field, values in found.items()
+    }
+
+
+def _placement(layer: nn.Module) -> dict[str, str]:
+    """Return which experts a layer has where, if it has but some of them, or some twice."""
+    tensors = {
+        name: value
+        for name, value in (vars(layer) | layer._buffers).items()
+        if isinstance(value, torch.Tensor)
+        and not (value.is_meta or value.is_floating_point() or value.dtype == torch.int8)
+    }
+    maps = {
+        name: " ".join(map(str, tensor.flatten().tolist()))
+        for name, tensor in tensors.items()
+        if _EXPERT_MAP.search(name)
+    }
+    here = getattr(layer, "local_num_experts", None)
+    if not maps and here != getattr(layer, "global_num_experts", here):
+        # No map is left of the placement but the setting that it was made by.
+        names = ("expert_placement_strategy", "ep_rank", "ep_size")
+        return {name: str(getattr(layer, name, None)) for name in names}
+    return maps
+
+
+def _made_for(layer: nn.Module) -> dict[str, str]:
+    """Return what a layer's post-processed tensors were made for."""
+    named = {
+        name: _described(value, 0)
+        for name in ("quant_method", "scheme")
+        if (value := getattr(layer, name, None)) is not None
+    }
+    for name in ("kv_cache_dtype", "calculate_kv_scales"):
+        if (value := getattr(layer, name, None)) is not None:
+            named[name] = str(value)
+    impl = getattr(layer, "impl", None)
+    if any(isinstance(value, torch.Tensor) for value in getattr(impl, "__dict__", {}).values()):
+        named["impl"] = type(impl).__qualname__
+    return named
+
+
+def _described(value: object, depth: int) -> str:
+    """Name a quantization method or kernel, and the kernels and backends that it has chosen."""
+    chosen = []
+    for name, item in sorted(getattr(value, "__dict__", {}).items()):
+        if name.startswith("_") or name.endswith("config") or isinstance(item, torch.Tensor):
+            continue
+        if isinstance(item, Enum):
+            chosen.append(f"{name}={item.name}")
+        elif isinstance(item, type):
+            chosen.append(f"{name}={item.__qualname__}")
+        elif _is_kernel(item) and depth < _DEEPEST_KERNEL:
+            chosen.append(f"{name}={_described(item, depth + 1)}")
+    return type(value).__qualname__ + (f"({', '.join(chosen)})" if chosen else "")
+
+
+def _is_kernel(value: object) -> bool:
+    kind = type(value)
+    ours = kind.__module__.startswith(("vllm.", "vllm_ascend."))
+    return ours and not kind.__name__.endswith("Config")
+
+
 def name_of(model_config: ModelConfig) -> str:
     """Return the name that a model was asked for by.
 
-    With HF_HUB_OFFLINE vLLM puts the folder of the Hub's cache in its place.
+    With HF_HUB_OFFLINE vLLM puts the folder of the Hub's cache in its place, and for object storage
+    a folder with the model's configuration.
     """
-    snapshot = cached_snapshot(model_config.model)
-    return snapshot[0] if snapshot else model_config.model
+    asked = getattr(model_config, "model_weights", "") or model_config.model
+    snapshot = cached_snapshot(asked)
+    return snapshot[0] if snapshot else str(asked)
 
 
 def revision_of(model_config: ModelConfig) -> Revision:

@@ -75,11 +75,11 @@ class NetLoaderConfig:
         source: global rank -> where it can get its weights.
         model: model name for the consistency check; None: the `--model` argument.
         listen_host: address to listen on; None: all of them.
-        listen_port: base port, the rank is added to it; None: the system chooses; a value outside
-            1024-65535: no server.
+        listen_port: base port, the worker's number is added to it; None: the system chooses; a
+            value outside 1024-65535: no server.
         int8_cache: whether and where altered int8 parameters are kept.
         int8_cache_name: parts of parameter names that `int8_cache` applies to; None: all.
-        output_prefix: a rank writes its address to `{output_prefix}{rank}.txt`.
+        output_prefix: a worker writes its address to `{output_prefix}{its number}.txt`.
         max_sessions: connections of clients that are fed at once.
         max_send_rate: bytes per second that a rank sends to all its clients together; None: as fast
             as it goes.
@@ -148,13 +148,17 @@ class NetLoaderConfig:
             everywhere = False
         return None if everywhere else self.listen_host
 
-    def port_for(self, rank: int) -> int | None:
-        """Return the port a rank listens on (0: the system chooses), or None for no server."""
+    def port_for(self, worker: int) -> int | None:
+        """Return the port a worker listens on (0: the system chooses), or None for no server.
+
+        Args:
+            worker: its number: data-parallel rank times ranks of a replica, plus rank inside of it.
+        """
         if self.listen_port is None:
             return 0
-        if not MIN_PORT <= self.listen_port <= MAX_PORT - rank:
+        if not MIN_PORT <= self.listen_port <= MAX_PORT - worker:
             return None
-        return self.listen_port + rank
+        return self.listen_port + worker
 
     def with_model(self, model: str) -> "NetLoaderConfig":
         """Return this configuration with MODEL set to `model` where it was absent.

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -12,7 +14,35 @@ from .errors import ConfigError
 from .utils import plain
 
 MAX_REVISION_BYTES = 128
+MAX_CONFIG_BYTES = 16 << 10  # of JSON, all settings together
+MAX_SETTING_BYTES = 512  # of JSON, the value of one
 _COMMIT = "[0-9a-f]{40}"
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_LARGEST_INT = 1 << 53
+# Settings that neither weights nor their use depend on: where a configuration comes from, who wrote
+# it, how it is trained, what is generated, what is returned. A setting that is not known counts.
+_MEANINGLESS = re.compile(
+    r"""
+    _.* | transformers_version | torch_dtype | dtype | auto_map | tokenizer_class
+    | attn_implementation | unsloth_version | unsloth_fixed | torchscript | use_bfloat16
+    | gradient_checkpointing | finetuning_task | task_specific_params | id2label | label2id
+    | initializer_(range|factor|std) | init_std | .*(dropout|pdrop|drop_path|layerdrop).*
+    | router_aux_loss_coef | router_z_loss_coef | router_jitter_noise | aux_loss_alpha | seq_aux
+    | pretraining_tp | chunk_size_feed_forward | use_cache | return_dict(_in_generate)?
+    | output_(attentions|hidden_states|router_logits|scores)
+    | max_length | min_length | max_new_tokens | do_sample | early_stopping | num_beams
+    | num_beam_groups | diversity_penalty | typical_p | repetition_penalty | length_penalty
+    | (encoder_)?no_repeat_ngram_size | bad_words_ids | num_return_sequences
+    | remove_invalid_values | exponential_decay_length_penalty | forced_[be]os_token_id
+    | (begin_)?suppress_tokens | max_position(_embeddings)?
+    """,
+    re.VERBOSE,
+)
+_OF_QUANTIZATION = ("quantization_config", "compression_config")
+_VERSION = re.compile(r"[0-9]+(\.[0-9a-z+]+)+")
+# Rotary embeddings of these types are made from the longest position, too.
+_SCALED_BY_LENGTH = ("dynamic", "longrope")
+Settings: TypeAlias = dict[str, Any]
 _SNAPSHOT = re.compile(rf"(?:.*/)?models--([^/]+)/snapshots/({_COMMIT})/?")
 
 
@@ -51,15 +81,20 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         group: which of an instance's models: the target, or a speculative draft.
         model: the name given as MODEL, by default the `--model` argument.
         revision: which revision it is; see `Revision.differs` for when it matters.
-        rank: global rank.
+        rank: which part of the weights: the global rank, or, where data-parallel replicas hold the
+            same weights, the rank inside of the replica.
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
-        dp: data-parallel size; 1 where experts are not spread over it.
-        ep: whether experts are spread over ranks.
+        pcp: prefill-context-parallel size.
+        dp: data-parallel size; 1 where replicas hold the same weights.
+        dp_rank: data-parallel rank; 0 where replicas hold the same weights.
+        ep: expert-parallel size; 1 where experts are not spread over ranks.
+        ep_rank: expert-parallel rank.
         dtype: dtype of the model, as in `torch.bfloat16`.
         quantization: quantization method, if any.
-        quantization_config: digest of the quantization's settings.
-        config: digest of the model's configuration.
+        config: dotted name -> value of the settings in the model's configuration.
+        defaults: of the settings that the configuration's class has filled in, or has under another
+            name, too. A setting that only one side knows makes no difference if it is one of these.
         layout: what the tensors are: `raw` or `processed`.
         vllm_version: in the processed layout the version whose post-processing made them; None in
             the raw layout, where the manifest decides.
@@ -71,12 +106,15 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank: int
     tp: int
     pp: int
+    pcp: int
     dp: int
-    ep: bool
+    dp_rank: int
+    ep: int
+    ep_rank: int
     dtype: str
     quantization: str | None
-    quantization_config: str
-    config: str
+    config: Settings
+    defaults: Settings
     layout: str
     vllm_version: str | None
 
@@ -87,7 +125,18 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             here["revision"], there["revision"] = self.revision.name, other.revision.name
         else:
             del here["revision"]
-        return [(field, here[field], there[field]) for field in here if here[field] != there[field]]
+        differ = [
+            (field, here[field], there[field])
+            for field in here
+            if field not in ("config", "defaults") and here[field] != there[field]
+        ]
+        ours, theirs = self.defaults | self.config, other.defaults | other.config
+        for name in sorted(ours.keys() | theirs.keys()):
+            one, another = ours.get(name), theirs.get(name)
+            known_to_both = name in ours and name in theirs
+            if one != another and (known_to_both or name in self.config or name in other.config):
+                differ.append((f"config.{name}", one, another))
+        return differ
 
 
 def plain_identity(**fields: Any) -> ModelIdentity:
@@ -97,11 +146,13 @@ def plain_identity(**fields: Any) -> ModelIdentity:
         ConfigError: a message cannot carry a field; names it.
     """
     revision: Revision = fields.pop("revision")
+    settings = {field: fields.pop(field) for field in ("config", "defaults")}
     try:
         made = {field: plain(field, value) for field, value in fields.items()}
         name = plain("revision", revision.name)
         return msgspec.convert(
-            made | {"revision": {"name": name, "pinned": revision.pinned}}, ModelIdentity
+            made | settings | {"revision": {"name": name, "pinned": revision.pinned}},
+            ModelIdentity,
         )
     except (ValueError, msgspec.ValidationError) as error:
         raise ConfigError(f"the model's identity: {error}") from None
@@ -133,29 +184,95 @@ def cached_snapshot(path: str) -> tuple[str, str] | None:
     return (match[1].replace("--", "/"), match[2]) if match else None
 
 
-def digest_of_settings(settings: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that depend on nested settings, but not on the order of their keys.
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of nested settings that decide weights or their use, by dotted names.
 
-    Keys that begin with an underscore are left out, and `transformers_version`: they say where
-    the settings come from, and who wrote them.
-
-    Args:
-        settings: JSON-like values; anything else counts by its `str`.
+    All settings do but those known not to. A value is what JSON has; one of more than
+    `MAX_SETTING_BYTES` is a digest of it, and so are the largest groups of settings that make the
+    whole larger than `MAX_CONFIG_BYTES`.
     """
-    canonical = msgspec.json.encode(_plain(settings), enc_hook=str, order="sorted")
-    return hashlib.sha256(canonical).hexdigest()[:16]
+    found = {name: _bounded(value) for name, value in _flat(_meaningful(_jsonable(settings)), "")}
+    by_group: dict[str, dict[str, Any]] = {}
+    for name, value in found.items():
+        by_group.setdefault(name.partition(".")[0], {})[name] = value
+    for group in sorted(by_group, key=lambda group: -len(_json(by_group[group]))):
+        if len(_json(found)) <= MAX_CONFIG_BYTES:
+            return found
+        found = {name: found[name] for name in found if name not in by_group[group]}
+        found[group] = _digest(_json(by_group[group]))
+    return found if len(_json(found)) <= MAX_CONFIG_BYTES else {"*": _digest(_json(found))}
 
 
-def _plain(value: Any) -> Any:
-    """Return settings with text for keys, and sets in an order that is always the same."""
+def _meaningful(value: Any) -> Any:
+    """Return settings without those that neither weights nor their use depend on."""
+    if isinstance(value, list):
+        return [_meaningful(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        key: _of_quantization(item) if key in _OF_QUANTIZATION else _meaningful(item)
+        for key, item in value.items()
+        if not _MEANINGLESS.fullmatch(key)
+    }
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, dict):
+        # Transformers 5 gathers here what used to stand beside it; vLLM reads it here only.
+        for former in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
+            kept.pop(former, None)
+        if "rope_type" in rope:
+            rope.pop("type", None)
+        if rope.get("rope_type") in _SCALED_BY_LENGTH:
+            kept["max_position_embeddings"] = value.get("max_position_embeddings")
+    return kept
+
+
+def _of_quantization(settings: Any) -> Any:
+    """Return a method's settings, of which all count but the version of what has written them."""
+    if isinstance(settings, dict) and _VERSION.fullmatch(str(settings.get("version"))):
+        return {key: value for key, value in settings.items() if key != "version"}
+    return settings
+
+
+def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {
-            str(key): _plain(item)
-            for key, item in value.items()
-            if not str(key).startswith("_") and key != "transformers_version"
-        }
+        return {_text(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_jsonable(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    return value
+        return sorted(map(_text, value))
+    if isinstance(value, Enum):
+        return _jsonable(value.value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) <= _LARGEST_INT:
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    """Return a value as text that JSON can carry, and that is the same in all processes."""
+    text = _ADDRESS.sub("", str(value))
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, None if value == {} else value
+
+
+def _bounded(value: Any) -> Any:
+    encoded = _json(value)
+    return value if len(encoded) <= MAX_SETTING_BYTES else _digest(encoded)
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="sorted")
+
+
+def _digest(encoded: bytes) -> str:
+    return f"sha256 {hashlib.sha256(encoded).hexdigest()[:16]} of {len(encoded)} bytes"

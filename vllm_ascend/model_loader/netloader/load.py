@@ -29,7 +29,7 @@ from .errors import (
 )
 from .executor.chunks.blocks import Blocks
 from .executor.chunks.digests import combine
-from .executor.chunks.manifest import Manifest
+from .executor.chunks.manifest import NO_MEANING, Manifest
 from .executor.devices import Accelerator, Device
 from .executor.elastic_load import P2PLoad, Receiver
 from .executor.model.match import match
@@ -73,6 +73,7 @@ def elastic_load(
     device: Device,
     *,
     wanted: str | None = None,
+    meaning: Mapping[str, str] = NO_MEANING,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -89,6 +90,7 @@ def elastic_load(
         config: chunk size, deadlines, verification.
         device: where the tensors are.
         wanted: the weights that go with those of the instance's other ranks; None: not known.
+        meaning: what decided what the tensors are; see `Manifest`.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -96,7 +98,7 @@ def elastic_load(
     """
     started = time.monotonic()
     queue = SourceQueue(sources, config.source_wait)
-    target = _Target(tensors, required, identity, config, device)
+    target = _Target(tensors, required, identity, config, device, meaning)
     sessions = _Sessions(queue, target, identity, config, device, wanted)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
@@ -177,9 +179,11 @@ class _Target:
         identity: ModelIdentity,
         config: NetLoaderConfig,
         device: Device,
+        meaning: Mapping[str, str],
     ) -> None:
         self._tensors = tensors
         self._required = required
+        self._meaning = meaning
         self._identity = identity
         self._config = config
         self._device = device
@@ -278,7 +282,7 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(manifest, self._tensors, self._required, self._formats)
+            tensors = match(manifest, self._tensors, self._required, self._formats, self._meaning)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)

@@ -30,11 +30,14 @@ from .compat import (
     groups_to_come,
     identity_of,
     instance_of,
+    meaning_of,
     name_of,
     ranks_of,
     remember_registrations,
     watch,
+    why_experts_move,
     why_no_reload,
+    worker_of,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
@@ -87,6 +90,7 @@ class _Load:
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
+        worker: number of this process among all workers of the instance.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -99,6 +103,7 @@ class _Load:
     hashing: bool = False
     from_disk: bool = False
     wanted: str | None = None
+    worker: int = 0
     store: BlockStore | None = None
     manifest: Manifest | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -188,7 +193,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 start_over()
             failure = "the ranks of this instance had different weights" if order.disk else ""
             if not failure:
-                load = self._load = self._new_load(identity, order)
+                load = self._load = self._new_load(identity, model_config, order)
                 try:
                     model = self._load_from_sources(load, vllm_config, model_config, prefix)
                 except NetLoaderError as error:
@@ -203,7 +208,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
                 start_over()
-                load = self._load = replace(self._new_load(identity), from_disk=True)
+                load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
                 model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
             self._finish(load, model)
             return Attempt((load, model), load.loaded_from, load.weights, load.lists)
@@ -247,7 +252,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 model.load_weights(weights)
                 finalize_layerwise_reload(model, model_config)
             return
-        load = self._load or self._new_load(self._identify(model_config))
+        load = self._load or self._new_load(self._identify(model_config), model_config)
         sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
         if load.identity.layout == PROCESSED:
             load.scalars, load.to_fill = scalars(model), bool(sources)
@@ -255,7 +260,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 self._read_disk(load, model, model_config)
         elif sources:
             tensors, required = raw_tensors(model)
-            store = self._pull(load, tensors, required, sources)
+            store = self._pull(load, tensors, required, sources, meaning_of(model, RAW))
             apply_attributes(model, store.manifest.attributes)
             load.manifest = store.manifest
             load.store = store if load.serving else None
@@ -264,7 +269,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._read_disk(load, model, model_config)
             if load.serving or load.hashing:
                 with load.preparing_to_serve():
-                    load.store = capture_loaded(model, before, load.device)
+                    load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
         if load.store is not None:
             with load.preparing_to_serve():
                 load.copies = copy_int8(
@@ -296,7 +301,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 raise LayoutUnsupported(reason)
             renewal = None
             if known.path == model_config.model and known.manifest is not None and not order.disk:
-                renewal = self._renewal(known, known.manifest, order)
+                renewal = self._renewal(model, model_config, known, known.manifest, order)
             if renewal is None:
                 return Attempt(None)
             load = renewal.load
@@ -310,14 +315,22 @@ class ModelNetLoaderElastic(BaseModelLoader):
         registry.loaded_from(model, "disk")
         return self._disk.get_all_weights(model_config, model)
 
-    def _renewal(self, known: InUse, manifest: Manifest, order: Order) -> "_Renewal | None":
+    def _renewal(
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        known: InUse,
+        manifest: Manifest,
+        order: Order,
+    ) -> "_Renewal | None":
         """Pull new weights into memory of their own; None: they are to be read from disk."""
         try:
             if sources := self._sources(known.identity.rank):
-                load = self._new_load(known.identity, order)
+                load = self._new_load(known.identity, model_config, order)
                 with self._device_name():
                     tensors = allocate(manifest)
-                store = self._pull(load, tensors, tensors.keys(), sources)
+                meaning = meaning_of(model, RAW)
+                store = self._pull(load, tensors, tensors.keys(), sources, meaning)
                 return _Renewal(load, tensors, store)
         except LoadFailed as error:
             if not self._config.fallback or order != AS_CONFIGURED:
@@ -370,7 +383,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 f"an empty model cannot be post-processed: {type(error).__name__}: {error}"
             ) from None
         tensors = processed_tensors(model)
-        store = self._pull(load, tensors, tensors.keys(), sources)
+        meaning = meaning_of(model, PROCESSED)
+        store = self._pull(load, tensors, tensors.keys(), sources, meaning)
         apply_attributes(model, store.manifest.attributes)
         load.store = store if load.serving else None
         return model
@@ -424,7 +438,10 @@ class ModelNetLoaderElastic(BaseModelLoader):
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
         sources: Sequence[Address],
+        meaning: Mapping[str, str],
     ) -> BlockStore:
+        if load.unserved:
+            raise LayoutUnsupported(load.unserved)
         rank, config = load.identity.rank, self._config
         if load.wanted is not None:
             # A source that another rank has loaded from is there, or gone for good.
@@ -438,6 +455,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 config,
                 load.device,
                 wanted=load.wanted,
+                meaning=meaning,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -457,7 +475,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if load.identity.layout == PROCESSED:
                 if load.store is None and (load.serving or (load.hashing and not load.weights)):
                     attributes = changed_scalars(load.scalars, scalars(model))
-                    load.store = capture_processed(model, attributes, load.device)
+                    load.store = capture_processed(
+                        model, attributes, load.device, meaning_of(model, PROCESSED)
+                    )
             elif load.store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}
@@ -503,6 +523,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 partial(ranks.present, agreed),
             ),
             groups_to_come(vllm_config, load.identity),
+            load.worker,
             instance_of(vllm_config),
             self._watched(model),
             ranks,
@@ -539,13 +560,24 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         return sources.addresses
 
-    def _new_load(self, identity: ModelIdentity, order: Order = AS_CONFIGURED) -> _Load:
-        serving = self._config.port_for(identity.rank) is not None
+    def _new_load(
+        self, identity: ModelIdentity, model_config: ModelConfig, order: Order = AS_CONFIGURED
+    ) -> _Load:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        worker = worker_of(vllm_config, _rank())
+        unserved = why_experts_move(vllm_config, model_config)
+        serving = not unserved and self._config.port_for(worker) is not None
         # A rank that reads the disk is compared with those that have other sources.
         compared = bool(self._config.source) and _world_size() > 1
-        hashing = self._config.weights_digest is not None or compared
-        wanted = order.weights[identity.rank] if order.weights is not None else None
-        return _Load(identity, self._device(), serving, hashing, wanted=wanted)
+        return _Load(
+            identity,
+            self._device(),
+            serving,
+            hashing=self._config.weights_digest is not None or compared,
+            wanted=order.weights[identity.rank] if order.weights is not None else None,
+            worker=worker,
+            unserved=unserved,
+        )
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()

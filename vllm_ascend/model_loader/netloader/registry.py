@@ -99,6 +99,7 @@ def put_in_use(
     host: str,
     offer: Offer,
     to_come: Iterable[str],
+    worker: int,
     instance: str | None = None,
     watched: Collection[nn.Module] = (),
     ranks: Ranks | None = None,
@@ -113,11 +114,12 @@ def put_in_use(
         host: the address of this machine that others reach.
         offer: what others get.
         to_come: groups of the models that this process loads next.
+        worker: number of this process among all workers of the instance, which decides its port.
         instance: see `InUse`.
         watched: the layers of which `processing` is told.
         ranks: see `InUse`.
     """
-    server = _serve(config, host, offer, to_come)
+    server = _serve(config, host, offer, to_come, worker)
     _in_use[model] = InUse(server, offer.identity, path, manifest, instance, ranks)
     if server is None:
         return
@@ -190,7 +192,7 @@ def _offer_pending(model: nn.Module, server: WeightServer) -> None:
     if offer.store is not None:
         _in_use[model].publish(offer.store.digests.weights)
     server.offer(offer)
-    _open(server, offer.identity.rank)
+    _open(server)
     _note(model, offer, watched)
 
 
@@ -273,7 +275,7 @@ def _changed_without_notice(server: WeightServer, group: str) -> None:
 
 
 def _serve(
-    config: NetLoaderConfig, host: str, offer: Offer, to_come: Iterable[str]
+    config: NetLoaderConfig, host: str, offer: Offer, to_come: Iterable[str], worker: int
 ) -> WeightServer | None:
     """Offer a model on a server of this process, which is started if need be.
 
@@ -281,39 +283,39 @@ def _serve(
     later, or a reload, may start the server.
     """
     identity = offer.identity
-    if config.port_for(identity.rank) is None:
+    if config.port_for(worker) is None:
         logger.info(
             "NetLoader rank %d: this instance is no source, as LISTEN_PORT is %s",
             identity.rank,
             config.listen_port,
         )
         return None
-    server = _server_for(config, host, identity)
+    server = _server_for(config, host, identity.group, worker)
     server.offer(offer)  # before anybody can ask for it
     for group in to_come:
         server.expect(group)
-    if offer.store is None or _open(server, identity.rank):
+    if offer.store is None or _open(server):
         return server
     _servers.remove(server)
     return None
 
 
-def _server_for(config: NetLoaderConfig, host: str, identity: ModelIdentity) -> WeightServer:
+def _server_for(config: NetLoaderConfig, host: str, group: str, worker: int) -> WeightServer:
     """Return the server of the same configuration that has no other model of this group in use."""
-    taken = [known.server for known in _in_use.values() if known.identity.group == identity.group]
+    taken = [known.server for known in _in_use.values() if known.identity.group == group]
     for server in _servers:
         same = all(getattr(server.config, name) == getattr(config, name) for name in _OF_SERVER)
-        if same and server.rank == identity.rank and server not in taken:
+        if same and server.rank == worker and server not in taken:
             return server
-    server = WeightServer(config, identity.rank, host)
+    server = WeightServer(config, worker, host)
     server.renew = lambda group: _changed_without_notice(server, group)
     _servers.append(server)
     return server
 
 
-def _open(server: WeightServer, rank: int) -> bool:
+def _open(server: WeightServer) -> bool:
     """Listen, if the server does not yet; return whether it does."""
-    port = server.config.port_for(rank)
+    port = server.config.port_for(server.rank)
     if server.listening or port is None:
         return server.listening
     try:
@@ -321,7 +323,7 @@ def _open(server: WeightServer, rank: int) -> bool:
     except OSError as error:
         logger.error(
             "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
-            rank,
+            server.rank,
             port,
             error,
         )

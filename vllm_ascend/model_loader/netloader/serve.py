@@ -73,7 +73,8 @@ class WeightServer:
 
     Args:
         config: port, bounds and deadlines.
-        rank: this worker's global rank.
+        rank: this worker's number among all workers of the instance: its global rank, counted
+            through all data-parallel replicas.
         host: the address of this machine that others reach.
 
     Attributes:

@@ -215,7 +215,7 @@ def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed
     loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1, SOURCE_WAIT=0)
     load = netloader._Load(identity(), DEVICE, serving=False)
     with pytest.raises(LoadFailed) as failed:
-        loader._pull(load, {}, (), [address])
+        loader._pull(load, {}, (), [address], {})
     assert str(failed.value).startswith("malformed source 'a': no port")
     assert f"; {address}: cannot connect: " in str(failed.value)
 
@@ -267,7 +267,12 @@ def test_a_device_that_is_not_known_is_refused_by_name():
 # From sources, from disk, and what is offered then
 
 
-ON_CPU = types.SimpleNamespace(device_config=types.SimpleNamespace(device="cpu"))
+ON_CPU = types.SimpleNamespace(
+    device_config=types.SimpleNamespace(device="cpu"),
+    parallel_config=types.SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_index=0
+    ),
+)
 
 
 class Steps:
@@ -417,6 +422,24 @@ def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monk
     assert line.endswith("this model cannot be a source: post-processing has changed x")
 
 
+def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):
+    monkeypatch.setattr(netloader, "why_experts_move", lambda *_: "--enable-eplb moves experts")
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
+    assert steps.load() == "model"
+    [offer] = steps.offered
+    assert (offer.store, offer.reason) == (None, "--enable-eplb moves experts")
+    assert log == [
+        "NetLoader rank 0: trying the disk, as no source gave the weights: "
+        "--enable-eplb moves experts",
+        "NetLoader rank 0: this model cannot be a source: --enable-eplb moves experts",
+    ]
+
+
+def pull_from(loader):
+    return lambda load, *_: loader._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
+
+
 def test_what_keeps_an_instance_from_being_a_source_does_not_end_its_start():
     load = in_progress()
     with load.preparing_to_serve():
@@ -439,7 +462,7 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
     loaded = Loaded(store, "192.0.2.7:1")
     monkeypatch.setattr(netloader, "elastic_load", lambda *_, **options: loaded)
     load = netloader._Load(identity(), DEVICE, serving=serving)
-    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)])
+    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
     assert load.loaded_from == "192.0.2.7:1"
     assert (got is store) == (verify or not serving)
     if got is not store:

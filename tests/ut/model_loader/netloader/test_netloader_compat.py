@@ -170,8 +170,8 @@ def test_an_identity_has_plain_types_and_the_commit(hub):
 def test_a_field_that_no_message_can_carry_is_an_error_at_start():
     model = model_config()
     config = instance(model)
-    config.parallel_config.tensor_parallel_size = object()
-    with pytest.raises(ConfigError, match="tp is <object"):
+    model.quantization = object()
+    with pytest.raises(ConfigError, match="quantization is <object"):
         who(config, model)
 
 
@@ -195,6 +195,7 @@ def instance(target, draft=None):
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
         data_parallel_size=1,
+        data_parallel_index=0,
         enable_expert_parallel=False,
     )
     speculative = draft and types.SimpleNamespace(

@@ -7,16 +7,16 @@ import torch
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.identity import (
+    MAX_CONFIG_BYTES,
     MAX_REVISION_BYTES,
+    MAX_SETTING_BYTES,
     ModelIdentity,
     Revision,
     cached_snapshot,
-    digest_of_settings,
+    flattened,
     plain_identity,
     revision_name,
 )
-
-from .support import python
 
 OTHER = {
     "group": "netloader_draft",
@@ -24,19 +24,21 @@ OTHER = {
     "rank": 1,
     "tp": 2,
     "pp": 2,
+    "pcp": 2,
     "dp": 2,
-    "ep": True,
+    "dp_rank": 1,
+    "ep": 8,
+    "ep_rank": 7,
     "dtype": "torch.float16",
     "quantization": "fp8",
-    "quantization_config": "0000000000000000",
-    "config": "0000000000000000",
     "layout": "processed",
     "vllm_version": "0.32.0",
 }
+SETTINGS = {"config", "defaults"}
 
 
 def test_every_field_has_another_value_in_these_tests():
-    assert OTHER.keys() | {"revision"} == set(ModelIdentity.__struct_fields__)
+    assert OTHER.keys() | SETTINGS | {"revision"} == set(ModelIdentity.__struct_fields__)
 
 
 def test_equal_identities_do_not_differ():
@@ -198,7 +200,8 @@ def test_an_identity_is_of_plain_types_whatever_vllm_gives():
         ("model", "half a pair \ud800"),
         ("rank", 1j),
         ("tp", "2"),
-        ("quantization_config", None),
+        ("config", None),
+        ("defaults", {1j: 1}),
         ("revision", Revision(object(), pinned=True)),  # type: ignore[arg-type]
     ],
 )
@@ -210,74 +213,163 @@ def test_what_no_message_can_carry_is_an_error_that_names_the_field(field, value
 # Settings
 
 
+def differ(here, there):
+    """The differences of two models whose settings are pairs of those set and of defaults."""
+    one, other = (identity(config=config, defaults=defaults) for config, defaults in (here, there))
+    found = one.differences(other)
+    assert other.differences(one) == [(field, theirs, ours) for field, ours, theirs in found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (({"a": 1}, {}), ({"a": 1}, {})),
+        (({"a": 1}, {}), ({}, {"a": 1})),  # the classes have other defaults
+        (({}, {"a": 1}), ({}, {})),  # only one of the versions knows it, and it is as if it did not
+        (({"a": None}, {}), ({}, {})),
+        (({"a": 10000}, {}), ({"a": 10000.0}, {})),
+    ],
+)
+def test_settings_that_mean_the_same_are_no_difference(here, there):
+    assert differ(here, there) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "values"),
+    [
+        (({"a": 1}, {}), ({"a": 2}, {}), (1, 2)),
+        (({"a": 1}, {}), ({}, {"a": 2}), (1, 2)),
+        (({}, {"a": 1}), ({}, {"a": 2}), (1, 2)),  # the classes have other defaults
+        (({"a": 1}, {}), ({}, {}), (1, None)),
+        (({"a": None}, {}), ({}, {"a": 4096}), (None, 4096)),
+    ],
+)
+def test_settings_that_do_not_mean_the_same_are_named_with_both_values(here, there, values):
+    assert differ(here, there) == [("config.a", *values)]
+
+
 class Colour(enum.Enum):
     RED = 1
 
 
-NESTED = {"a": 1, "b": {"c": [1, 2.5, None, True, "x"], "d": {"e": "f"}}}
-
-
-def test_the_digest_of_settings_does_not_depend_on_the_order_of_keys():
-    other_order = {"b": {"d": {"e": "f"}, "c": [1, 2.5, None, True, "x"]}, "a": 1}
-    assert digest_of_settings(NESTED) == digest_of_settings(other_order)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {**NESTED, "a": 2},
-        {**NESTED, "z": None},
-        {"a": 1},
-        {"a": 1, "b": {"c": [1, 2.5, None, True, "x"], "d": {"e": "g"}}},
-        {"a": 1, "b": {"c": [2.5, 1, None, True, "x"], "d": {"e": "f"}}},
-        {"a": 1, "b": {"c": [1, 2.5, None, True], "d": {"e": "f"}}},
-        {"a": "1", "b": NESTED["b"]},
-        {},
-    ],
-)
-def test_the_digest_of_settings_depends_on_every_nested_value(changed):
-    assert digest_of_settings(changed) != digest_of_settings(NESTED)
-
-
-def test_integer_keys_count_like_the_strings_that_json_makes_of_them():
-    assert digest_of_settings({"id2label": {0: "a", 1: "b"}}) == digest_of_settings(
-        {"id2label": {"1": "b", "0": "a"}}
-    )
+def test_settings_go_by_dotted_names_and_lists_are_values():
+    nested = {"a": 1, "b": {"c": [1, 2.5, None, True, "x"], "d": {"e": "f"}, "g": {}}}
+    found = flattened(nested)
+    assert found == {"a": 1, "b.c": [1, 2.5, None, True, "x"], "b.d.e": "f", "b.g": None}
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("value", "found"),
     [
-        (torch.bfloat16, torch.float16),
-        (Colour, int),
-        (Colour.RED, None),
-        ((1, 2), (2, 1)),
-        (b"a", b"b"),
-        (2**70, 2**71),
-        (torch.device("cpu"), torch.device("meta")),
+        (torch.bfloat16, "torch.bfloat16"),
+        (Colour.RED, 1),
+        ((1, (2,)), [1, [2]]),
+        ({"b", "a"}, ["a", "b"]),
+        (2**70, str(2**70)),
+        (float("inf"), "inf"),
+        (Whole(3), 3),
+        ("half \ud800", "half \\ud800"),
     ],
 )
-def test_odd_values_count_by_what_they_are(one, other):
-    assert digest_of_settings({"x": one}) == digest_of_settings({"x": one})
-    assert digest_of_settings({"x": one}) != digest_of_settings({"x": other})
+def test_what_json_does_not_have_counts_by_what_it_is(value, found):
+    settings = flattened({"x": value})
+    assert settings == {"x": found}
+    assert msgspec.json.decode(msgspec.json.encode(settings)) == settings
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j, {1.5: "x"}])
-def test_values_that_json_does_not_have_are_no_error(value):
-    assert digest_of_settings({"x": value})
+def test_an_object_without_a_text_of_its_own_counts_by_its_class():
+    one, other = flattened({"x": object()}), flattened({"x": object()})
+    assert one == other == {"x": "<object object>"}
 
 
-_DIGEST_A_SET = """
-from vllm_ascend.model_loader.netloader.identity import digest_of_settings
-print(digest_of_settings({"names": {"a", "b", "c", "d", "e", "f", "g"}}))
-"""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "id2label",
+        "max_position_embeddings",
+        "attention_dropout",
+        "use_cache",
+        "repetition_penalty",
+    ],
+)
+def test_what_neither_weights_nor_their_use_need_is_left_out_wherever_it_stands(name):
+    assert flattened({name: 1, "a": {name: 2, "b": 3}, "c": [{name: 4}]}) == {"a.b": 3, "c": [{}]}
 
 
-def test_a_set_counts_the_same_in_every_process():
-    # The order of a set of strings differs from one process to the next.
-    processes = [
-        python("-c", _DIGEST_A_SET, env={"PYTHONHASHSEED": str(seed)}) for seed in range(1, 4)
-    ]
-    digests = {process.communicate(timeout=60)[0] for process in processes}
-    assert all(process.returncode == 0 for process in processes)
-    assert len(digests) == 1
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unheard_of",
+        "rms_norm_eps",
+        "hidden_act",
+        "sliding_window",
+        "problem_type",
+        "mamba_ssm_dtype",
+    ],
+)
+def test_every_other_setting_counts(name):
+    assert flattened({name: 1, "a": {name: 2}}) == {name: 1, f"a.{name}": 2}
+
+
+def test_rotary_embeddings_count_as_transformers_5_writes_them():
+    rope = {"rope_theta": 5.0, "rope_type": "default"}
+    written = {
+        "rope_theta": 5.0,
+        "rope_scaling": None,
+        "rope_parameters": {"type": "default"} | rope,
+    }
+    assert flattened(written) == flattened({"rope_parameters": rope})
+    assert flattened({"rope_theta": 5.0}) == {"rope_theta": 5.0}  # the model reads it there
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts"), [("dynamic", True), ("longrope", True), ("yarn", False)]
+)
+def test_the_longest_position_counts_where_rotary_embeddings_are_scaled_by_it(kind, counts):
+    found = flattened({"max_position_embeddings": 9, "rope_parameters": {"rope_type": kind}})
+    assert found.get("max_position_embeddings") == (9 if counts else None)
+
+
+def test_all_settings_of_a_quantization_count_but_the_version_that_wrote_them():
+    awq = {"quantization_config": {"version": "gemm", "_type": "x", "dtype": "int4"}}
+    assert flattened(awq) == {
+        f"quantization_config.{k}": v for k, v in awq["quantization_config"].items()
+    }
+    assert flattened({"quantization_config": {"version": "0.10.2", "bits": 4}}) == {
+        "quantization_config.bits": 4
+    }
+
+
+def test_a_large_value_counts_by_a_digest_under_its_name():
+    def found(last):
+        return flattened({"layers": ["full_attention"] * 100 + [last], "small": 1})
+
+    assert found("a") == found("a") != found("b")
+    assert len(found("a")["layers"]) < MAX_SETTING_BYTES
+    assert found("a")["layers"].startswith("sha256 ")
+    assert found("a")["small"] == 1
+
+
+@pytest.mark.parametrize("groups", [{}, {f"g{i}": {"x": "y" * 400} for i in range(100)}])
+def test_settings_as_a_whole_are_bounded_and_the_largest_group_counts_by_a_digest(groups):
+    def found(last):
+        large = {f"layer{i}": "int8" for i in range(5000)} | {"last": last}
+        return flattened({"hidden_size": 4, "large": large} | groups)
+
+    assert len(msgspec.json.encode(found("a"))) <= MAX_CONFIG_BYTES
+    assert found("a")["large"].startswith("sha256 ")
+    assert found("a")["hidden_size"] == 4
+    assert found("a") == found("a")
+    assert [name for name in found("a") if found("a")[name] != found("b")[name]] == ["large"]
+
+
+def test_settings_that_are_too_many_to_name_count_by_one_digest():
+    def found(last):
+        return flattened({f"x{i}": i for i in range(5000)} | {"last": last})
+
+    assert len(msgspec.json.encode(found("a"))) <= MAX_CONFIG_BYTES
+    assert found("a") == found("a") != found("b")

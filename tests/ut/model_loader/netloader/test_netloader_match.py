@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
-from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW, Manifest
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW, Manifest
 from vllm_ascend.model_loader.netloader.executor.model.match import (
     MAX_NAMED,
     allocate,
     describe,
     match,
 )
+from vllm_ascend.model_loader.netloader.executor.store import make_store
 
 from .support import DEVICE, any_model, assorted, blank_like
 
@@ -189,3 +190,38 @@ def test_memory_is_made_for_every_name_of_a_manifest():
     assert made.keys() == model.keys()
     assert made["embed.weight"] is made["lm_head.weight"]
     match(manifest, made, made.keys(), {})
+
+
+# What decides the meaning of tensors
+
+
+def test_what_tensors_were_made_for_travels_with_them_and_is_part_of_their_name():
+    tensors, meaning = {"a": torch.zeros(1)}, {"layers.*.quant_method": "One", "b": "2"}
+    manifest, _ = describe(tensors, PROCESSED, {}, DEVICE.format_of, meaning)
+    assert _travelled(manifest).meaning == meaning
+    assert len(match(manifest, tensors, {"a"}, {}, meaning)) == 1
+    digests = {
+        make_store(tensors, PROCESSED, {}, DEVICE, said).digests.weights for said in (meaning, {})
+    }
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "lines"),
+    [
+        ({"a.*.m": "One"}, {"a.*.m": "Other"}, ["a.*.m is One here and Other there"]),
+        ({"a.*.m": "One"}, {}, ["a.*.m is One here and nothing there"]),
+        ({}, {"a.*.m": "One"}, ["a.*.m is nothing here and One there"]),
+        (
+            {"x": "1", "y": "1", "z": "1"},
+            {"x": "2", "y": "1", "z": "\x1b" * 999},
+            ["x is 1 here and 2 there", f"z is 1 here and {' ' * 120}... there"],
+        ),
+    ],
+)
+def test_tensors_that_were_made_for_something_else_are_refused_with_both_values(here, there, lines):
+    tensors = {"a": torch.zeros(1)}
+    manifest, _ = describe(tensors, RAW, {}, DEVICE.format_of, there)
+    with pytest.raises(LayoutUnsupported) as refused:
+        match(manifest, tensors, {"a"}, {}, here)
+    assert str(refused.value) == f"tensors are not made in the same way: {'; '.join(lines)}"

@@ -50,10 +50,12 @@ def offer(rank=0, group=TARGET, tensors=WEIGHTS, declined=""):
     return Offer(identity(rank=rank, group=group), store, declined)
 
 
-def put_in_use(config, offered=None, host=HOST, to_come=()):
+def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None):
     """Load a model; it is in use for as long as what is returned is there."""
     model = nn.Linear(1, 1)
-    registry.put_in_use(model, "path", None, config, host, offered or offer(), to_come)
+    offered = offered or offer()
+    worker = offered.identity.rank if worker is None else worker
+    registry.put_in_use(model, "path", None, config, host, offered, to_come, worker)
     return model
 
 
@@ -86,7 +88,7 @@ def is_refused(address, group, reason):
 
 def test_a_model_in_use_is_known_with_all_that_a_reload_needs(config):
     model, manifest = nn.Linear(1, 1), store_of(WEIGHTS).manifest
-    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), ())
+    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), (), 0)
     known = registry.in_use(model)
     assert known.identity == identity()
     assert (known.path, known.manifest) == ("path", manifest)
@@ -155,6 +157,19 @@ def test_a_model_that_is_gone_leaves_its_place_to_the_next(config, servers, tmp_
     second = put_in_use(config())
     assert [server_of(second)] == servers
     assert is_served(address_of(tmp_path))
+
+
+def test_workers_of_the_same_rank_in_two_replicas_have_ports_and_files_of_their_own(
+    config, tmp_path, log
+):
+    first, second = put_in_use(config()), put_in_use(config(), worker=2)
+    assert [server_of(model).rank for model in (first, second)] == [0, 2]
+    assert address_of(tmp_path, 0) != address_of(tmp_path, 2)
+    log.clear()
+    taken = address_of(tmp_path, 0).port
+    put_in_use(config(LISTEN_PORT=taken - 2), worker=2)
+    [line] = log
+    assert line.startswith(f"NetLoader rank 2: cannot listen on port {taken}, ")
 
 
 def test_ranks_have_servers_of_their_own(config, tmp_path):

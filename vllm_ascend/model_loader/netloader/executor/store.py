@@ -12,7 +12,7 @@ import torch
 from ..errors import NotHere, Withdrawn
 from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
-from .chunks.manifest import Manifest, Scalar
+from .chunks.manifest import NO_MEANING, Manifest, Scalar
 from .devices import Device
 from .memory import read
 from .model.match import describe
@@ -186,6 +186,7 @@ def make_store(
     layout: str,
     attributes: Mapping[str, Scalar],
     device: Device,
+    meaning: Mapping[str, str] = NO_MEANING,
 ) -> BlockStore:
     """Describe and hash named tensors as they are to be served.
 
@@ -194,11 +195,12 @@ def make_store(
         layout: the manifest's layout.
         attributes: the manifest's attributes.
         device: where the tensors are.
+        meaning: the manifest's meaning.
 
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
-    manifest, distinct = describe(tensors, layout, attributes, device.format_of)
+    manifest, distinct = describe(tensors, layout, attributes, device.format_of, meaning)
     return _hashed(manifest, Blocks([tensor.nbytes for tensor in distinct]), distinct, device)
 
 

@@ -52,6 +52,7 @@ MAX_HEAD = 32 << 10  # of a request or an answer: its first line and its headers
 MAX_BODY = 64 << 10  # of a request or an answer, except
 MAX_JOINED = 64 << 20  # the answer to a join
 MAX_GROUPS = 4  # of one connection
+MAX_DIFFERENCES = 20  # between two identities that an answer names
 MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
 
 COMPLETE = "complete"  # how a session ends of which its client says so
@@ -292,7 +293,7 @@ class Status(msgspec.Struct, frozen=True):
     Attributes:
         version: NetLoader's.
         instance: names the process.
-        rank: global rank of the process.
+        rank: global rank of the process, counted through all data-parallel replicas.
         models: each model that it serves or loads.
         sessions: those that get blocks.
         places: sessions that can be open at once.
@@ -377,10 +378,10 @@ class Bytes:
 
 
 def differences(client: ModelIdentity, source: ModelIdentity) -> list[Difference]:
-    """Return the fields in which a client's and a source's identity differ."""
+    """Return the first fields in which a client's and a source's identity differ."""
     return [
-        Difference(field, shortened(repr(ours), 200), shortened(repr(theirs), 200))
-        for field, ours, theirs in client.differences(source)
+        Difference(shortened(field, 200), shortened(repr(ours), 200), shortened(repr(theirs), 200))
+        for field, ours, theirs in client.differences(source)[:MAX_DIFFERENCES]
     ]
 
 

@@ -1,5 +1,7 @@
 """The manifest: which tensors there are, in which layout and order."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
@@ -7,6 +9,7 @@ import msgspec
 from ...utils import Plain
 
 RAW, PROCESSED = "raw", "processed"
+NO_MEANING: Mapping[str, str] = MappingProxyType({})
 
 Scalar: TypeAlias = Plain
 
@@ -44,11 +47,14 @@ class Manifest(msgspec.Struct, frozen=True):
             whatever its strides in memory.
         attributes: dotted name -> value of the plain attributes that loading has set on modules, in
             the order of their names.
+        meaning: what decided what the tensors are and how they lie, such as which expert each slot
+            has, and which kernel they were made for: it has to be the same on both sides.
     """
 
     layout: str
     tensors: list[TensorEntry]
     attributes: dict[str, Scalar]
+    meaning: dict[str, str] = {}
 
     @property
     def names(self) -> list[str]:

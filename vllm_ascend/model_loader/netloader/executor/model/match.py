@@ -8,10 +8,11 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ...errors import LayoutUnsupported
 from ...utils import plain, shortened
-from ..chunks.manifest import PROCESSED, Manifest, Scalar, TensorEntry
+from ..chunks.manifest import NO_MEANING, PROCESSED, Manifest, Scalar, TensorEntry
 
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
+_MAX_VALUE = 120  # characters of one side's value
 
 
 def describe(
@@ -19,6 +20,7 @@ def describe(
     layout: str,
     attributes: Mapping[str, Scalar],
     format_of: Callable[[torch.Tensor], str | None],
+    meaning: Mapping[str, str] = NO_MEANING,
 ) -> tuple[Manifest, list[torch.Tensor]]:
     """Make the manifest of named tensors.
 
@@ -27,6 +29,7 @@ def describe(
         layout: the manifest's layout.
         attributes: the manifest's attributes.
         format_of: the device's.
+        meaning: the manifest's meaning.
 
     Returns:
         The manifest, and the tensors of its entries that are no aliases, in order, as they are
@@ -51,7 +54,7 @@ def describe(
         }
     except ValueError as error:
         raise LayoutUnsupported(str(error)) from None
-    return Manifest(layout, entries, carried), distinct
+    return Manifest(layout, entries, carried, dict(sorted(meaning.items()))), distinct
 
 
 def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -71,6 +74,7 @@ def match(
     tensors: Mapping[str, torch.Tensor],
     required: Collection[str],
     formats: Mapping[str, str],
+    meaning: Mapping[str, str] = NO_MEANING,
 ) -> list[torch.Tensor]:
     """Find a manifest's tensors among a model's own.
 
@@ -79,6 +83,7 @@ def match(
         tensors: name -> tensor of this side.
         required: names among them that the manifest must have.
         formats: name -> format of those of them that have one when they are in use.
+        meaning: this side's; see `Manifest`.
 
     Returns:
         This side's tensors of the entries that are no aliases, in order, as they are received.
@@ -86,6 +91,8 @@ def match(
     Raises:
         LayoutUnsupported: the two differ; names the first differing tensors.
     """
+    if meant := _different_meaning(manifest.meaning, meaning):
+        raise LayoutUnsupported(f"tensors are not made in the same way: {_first(meant)}")
     differences: list[str] = []
     matched: list[torch.Tensor] = []
     seen: dict[object, str] = {}
@@ -124,6 +131,18 @@ def match(
     if differences:
         raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
     return matched
+
+
+def _different_meaning(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
+    return [
+        f"{field} is {_value(here.get(field))} here and {_value(there.get(field))} there"
+        for field in sorted(here.keys() | there.keys())
+        if here.get(field) != there.get(field)
+    ]
+
+
+def _value(text: str | None) -> str:
+    return "nothing" if text is None else shortened(text, _MAX_VALUE)
 
 
 def _alias_of(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..chunks.manifest import PROCESSED, Scalar
+from ..chunks.manifest import NO_MEANING, PROCESSED, Scalar
 from ..devices import Device
 from ..store import BlockStore, make_store
 
@@ -150,7 +150,10 @@ def changed_scalars(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -
 
 
 def capture_processed(
-    model: nn.Module, attributes: Mapping[str, Scalar], device: Device
+    model: nn.Module,
+    attributes: Mapping[str, Scalar],
+    device: Device,
+    meaning: Mapping[str, str] = NO_MEANING,
 ) -> BlockStore:
     """Describe and hash a post-processed model, as it is to be served.
 
@@ -158,8 +161,9 @@ def capture_processed(
         model: the model, ready for inference.
         attributes: the plain attributes that loading has set.
         device: where the tensors are.
+        meaning: see `Manifest`.
 
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
-    return make_store(processed_tensors(model), PROCESSED, attributes, device)
+    return make_store(processed_tensors(model), PROCESSED, attributes, device, meaning)

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ...config import Int8Cache
 from ...errors import LayoutUnsupported
 from ..chunks.blocks import Run, Span
-from ..chunks.manifest import RAW, Scalar
+from ..chunks.manifest import NO_MEANING, RAW, Scalar
 from ..devices import Device
 from ..memory import read
 from ..store import BlockStore, make_store
@@ -72,13 +72,16 @@ def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
     return tensors, tensors.keys() - derived.keys()
 
 
-def capture_loaded(model: nn.Module, before: BeforeLoading, device: Device) -> BlockStore:
+def capture_loaded(
+    model: nn.Module, before: BeforeLoading, device: Device, meaning: Mapping[str, str] = NO_MEANING
+) -> BlockStore:
     """Keep references to what a checkpoint has just filled.
 
     Args:
         model: the model, not post-processed yet.
         before: what it was like before loading.
         device: where the tensors are.
+        meaning: see `Manifest`.
 
     Raises:
         LayoutUnsupported: loading left something that the raw layout cannot carry; names it.
@@ -107,7 +110,7 @@ def capture_loaded(model: nn.Module, before: BeforeLoading, device: Device) -> B
     derived = _hashes(_derived_buffers(model), device)
     filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
     tensors = {name: tensor for name, tensor in everything.items() if name in filled}
-    return make_store(tensors, RAW, attributes, device)
+    return make_store(tensors, RAW, attributes, device, meaning)
 
 
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
