@@ -17,8 +17,8 @@ import pytest
 from vllm_ascend.model_loader.netloader import load as load_module
 
 from .models import rows
-from .sides import HOST, PATIENCE, load_here, serve
-from .test_npu import QUICK, check_next, loads
+from .sides import HOST, PATIENCE, load_here, serve, wait_for_no_sessions
+from .test_npu import QUICK, rest
 from .ways import Way
 
 WAY = Way.HCCL
@@ -157,5 +157,9 @@ def test_strangers_at_hccls_ports_end_no_process_and_spoil_no_byte(way, started)
         health = urllib.request.urlopen(f"http://{address}/healthz", timeout=PATIENCE)
         assert health.read() == b"ok\n"
     assert at_source
-    check_next(source, client, address)
-    assert not loads(client, address).check().said("over HTTP")
+    patient = {"handshake_timeout": 12.0, "progress_timeout": 12.0}
+    outcome = client.call(load_here, WAY, [address], rows, **patient).check()
+    assert not outcome.said("over HTTP"), outcome.log
+    source.call(wait_for_no_sessions)
+    for process in (source, client):
+        process.call(rest)
