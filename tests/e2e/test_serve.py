@@ -139,6 +139,7 @@ def test_no_mixture_when_the_source_of_one_rank_dies_and_the_next_has_another_ch
     ranks = Pair(tmp_path / "other")
     try:
         other = ranks.load(model("llama", seed=1).full, MODEL="llama", tp=2)
+        first, second = (other.address(rank) for rank in (0, 1))
 
         def kill():
             # Rank 0 has all of its weights by then.
@@ -148,15 +149,15 @@ def test_no_mixture_when_the_source_of_one_rank_dies_and_the_next_has_another_ch
                 time.sleep(0.1)
             ranks.kill()
 
-        with killing_proxy(other.address(1), kill, after=1 << 20) as dies:
-            sources = {0: [other.address(0), pair.address(0)], 1: [dies, pair.address(1)]}
+        with killing_proxy(second, kill, after=1 << 20) as dies:
+            sources = {0: [first, pair.address(0)], 1: [dies, pair.address(1)]}
             config = {"MODEL": "llama", "SOURCE": source_list(sources)}
             config |= {"MAX_SOURCES": 1, "CHUNK_MIB": 1, "PROGRESS_TIMEOUT": 60}
             with running(tmp_path / "client", llama.bare, config, arguments=TP2) as client:
                 assert client.say() == pair_said
                 # Rank 1 gives up what it has while it looks for the weights that rank 0 has.
                 assert [load.source for load in client.loads()] == [
-                    other.address(0),
+                    first,
                     *(pair.address(rank) for rank in (0, 1, 1)),
                 ]
                 assert client.server.search_log("rank 0: the ranks of this instance have different")
