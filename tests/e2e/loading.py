@@ -34,11 +34,12 @@ def make_config(
     *,
     revision: str | None = None,
     download_dir: str | None = None,
+    engine: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> VllmConfig:
     """Return the configuration of an instance with this `model_loader_extra_config`.
 
-    It waits for no source that is not there.
+    It waits for no source that is not there. `engine` has further arguments of the engine.
     """
     if load_format == "netloader":
         extra = {"SOURCE_WAIT": 0} | extra
@@ -53,6 +54,7 @@ def make_config(
         enforce_eager=True,
         max_model_len=256,
         use_tqdm_on_load=False,
+        **(engine or {}),
     ).create_engine_config()
 
 

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .executor.chunks.blocks import Blocks
 from .executor.chunks.digests import combine
-from .executor.chunks.manifest import Manifest
+from .executor.chunks.manifest import Manifest, Sample
 from .executor.devices import Accelerator, Device
 from .executor.elastic_load import P2PLoad, Receiver
 from .executor.model.match import match
@@ -68,6 +68,7 @@ def elastic_load(
     config: NetLoaderConfig,
     device: Device,
     *,
+    made: Mapping[str, Sample] | None = None,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -83,6 +84,7 @@ def elastic_load(
         identity: what the sources must be.
         config: chunk size, deadlines, verification.
         device: where the tensors are.
+        made: samples of what the model has made itself; None: they are not compared.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -90,7 +92,7 @@ def elastic_load(
     """
     started = time.monotonic()
     queue = SourceQueue(sources, config.source_wait)
-    target = _Target(tensors, required, identity, config, device)
+    target = _Target(tensors, required, made, identity, config, device)
     sessions = _Sessions(queue, target, identity, config, device)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
@@ -168,12 +170,14 @@ class _Target:
         self,
         tensors: Mapping[str, torch.Tensor],
         required: Collection[str],
+        made: Mapping[str, Sample] | None,
         identity: ModelIdentity,
         config: NetLoaderConfig,
         device: Device,
     ) -> None:
         self._tensors = tensors
         self._required = required
+        self._made = made
         self._identity = identity
         self._config = config
         self._device = device
@@ -269,7 +273,7 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(manifest, self._tensors, self._required, self._formats)
+            tensors = match(manifest, self._tensors, self._required, self._formats, self._made)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)

@@ -25,15 +25,17 @@ from .compat import (
     feed_reload,
     groups_to_come,
     identity_of,
+    modules_without_files,
     name_of,
+    places_of,
     remember_registrations,
+    take_over_load,
     why_no_reload,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
-from .executor.chunks.manifest import PROCESSED, RAW, Manifest, Scalar
+from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, device_of
-from .executor.model.match import allocate
 from .executor.model.processed import (
     capture_processed,
     changed_scalars,
@@ -47,13 +49,15 @@ from .executor.model.raw import (
     capture_loaded,
     copy_int8,
     raw_tensors,
+    samples_of,
     scalars,
+    weights_outside,
+    without_doubles,
 )
 from .executor.store import BlockStore
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP
 from .load import elastic_load
-from .registry import InUse
 from .serve import Offer
 from .utils import Address, logger, one_line, rate, size
 
@@ -68,7 +72,6 @@ class _Load:
         serving: whether others may pull it, if it turns out to be possible.
         from_disk: whether the sources are out of the question.
         store: its weights, as far as others can pull them.
-        manifest: of its raw tensors, if that is known.
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
@@ -81,7 +84,6 @@ class _Load:
     serving: bool
     from_disk: bool = False
     store: BlockStore | None = None
-    manifest: Manifest | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     to_fill: bool = False
@@ -182,14 +184,16 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 self._read_disk(load, model, model_config)
         elif sources:
             tensors, required = raw_tensors(model)
-            store = self._pull(load, tensors, required, sources)
+            store = self._pull(load, tensors, required, sources, samples_of(model))
             apply_attributes(model, store.manifest.attributes)
-            load.manifest = store.manifest
             load.store = store if load.serving else None
         else:
-            before = before_loading(model, load.device)
-            self._read_disk(load, model, model_config)
+            before = None
             if load.serving or self._config.weights_digest is not None:
+                with load.preparing_to_serve():
+                    before = before_loading(model, load.device)
+            self._read_disk(load, model, model_config)
+            if before is not None:
                 with load.preparing_to_serve():
                     load.store = capture_loaded(model, before, load.device)
         if load.store is not None:
@@ -214,20 +218,30 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if reason := why_no_reload(model, self._device_name()):
             raise LayoutUnsupported(reason)
         known = registry.in_use(model)
-        if known is not None and known.path == model_config.model and known.manifest is not None:
+        failure = ""
+        if (known is None or known.path == model_config.model) and can_reload_from_sources(
+            self._device_name()
+        ):
+            identity = known.identity if known else self._identify(model_config)
             try:
-                if sources := self._sources(known.identity.rank):
-                    return self._renewed(model, known, known.manifest, sources)
-            except LoadFailed as error:
+                if sources := self._sources(identity.rank):
+                    return self._renewed(model, model_config, identity, sources)
+            except (LoadFailed, LayoutUnsupported) as error:
                 if not self._config.fallback:
                     raise
+                failure = str(error)
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                    known.identity.rank,
-                    error,
+                    identity.rank,
+                    failure,
                 )
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
-        self._disk.download_model(model_config)
+        try:
+            self._disk.download_model(model_config)
+        except Exception as error:
+            if not failure:
+                raise
+            raise _neither(failure, error) from error
         if known is not None and known.server is not None and known.server.listening:
             logger.info(
                 "NetLoader rank %d: reloading from disk; this instance is no source from now on",
@@ -238,23 +252,44 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return self._disk.get_all_weights(model_config, model)
 
     def _renewed(
-        self, model: nn.Module, known: InUse, manifest: Manifest, sources: Sequence[Address]
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        identity: ModelIdentity,
+        sources: Sequence[Address],
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pull now, into memory of its own, and fill the model when the iterator is consumed."""
-        load = self._new_load(known.identity)
+        """Pull now, into memory of its own, and fill the model when it is to load the iterator.
+
+        A source whose tensors have not exactly the places that this model has is refused before
+        anything of the model is taken away.
+        """
+        known = registry.in_use(model)
+        load = self._new_load(identity)
         with self._device_name():
-            tensors = allocate(manifest)
-        store = self._pull(load, tensors, tensors.keys(), sources)
-        if known.server is not None:
-            known.server.withdraw(known.identity.group)
+            tensors, required = places_of(model)
+        outside = weights_outside(model)
+        new = {name: torch.empty_like(tensor) for name, tensor in outside.items()}
+        store = self._pull(load, tensors | new, required | new.keys(), sources)
+        came = {entry.name for entry in store.manifest.tensors}
+        if known is not None and known.server is not None:
+            known.server.withdraw(identity.group)
 
-        def fill() -> Iterator[tuple[str, torch.Tensor]]:
-            feed_reload(model, tensors)
+        def fill() -> set[str]:
+            feed_reload(model, {name: tensors[name] for name in tensors if name in came})
+            for name, tensor in outside.items():
+                tensor.copy_(new[name])
             apply_attributes(model, store.manifest.attributes)
-            registry.offer_again(known, Offer(known.identity, store, "", load.loaded_from))
-            yield from ()
+            offer = Offer(identity, without_doubles(store, model), "", load.loaded_from)
+            if known is not None:
+                registry.offer_again(known, offer)
+            else:
+                host = self._config.announced_host or get_ip()
+                registry.put_in_use(model, model_config.model, self._config, host, offer, ())
+            return came
 
-        return fill()
+        weights: Iterator[tuple[str, torch.Tensor]] = iter(())
+        take_over_load(model, weights, fill)
+        return weights
 
     def _load_from_sources(
         self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
@@ -265,10 +300,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
         since, so that its tensors are those that inference uses, and they are filled now.
         """
         sources = self._sources(load.identity.rank)
-        if load.identity.layout == RAW or not sources:
+        if not sources:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
+        if load.identity.layout == RAW:
+            with modules_without_files():
+                return self._follow_vllm(load, vllm_config, model_config, prefix)
         try:
-            with defined_memory():
+            with defined_memory(), modules_without_files():
                 model = super().load_model(vllm_config, model_config, prefix)
         except Exception as error:
             if not load.to_fill:
@@ -294,10 +332,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         try:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
         except Exception as error:
-            raise LoadFailed(
-                f"no source gave the weights ({failure}), and they cannot be loaded from disk "
-                f"either ({type(error).__name__}: {error})"
-            ) from error
+            raise _neither(failure, error) from error
 
     def _follow_vllm(
         self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
@@ -312,7 +347,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
         """Let vLLM's default loader fill a model, and say so in one line."""
         started = time.monotonic()
-        named, required = raw_tensors(model)
+        try:
+            named, required = raw_tensors(model)
+        except LayoutUnsupported:  # said where the model is made ready for others
+            named = dict(model.named_parameters())
+            required = {*named}
         tensors = {named[name].data_ptr(): named[name] for name in required}
         self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
@@ -332,6 +371,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
         sources: Sequence[Address],
+        made: Mapping[str, Sample] | None = None,
     ) -> BlockStore:
         rank = load.identity.rank
         try:
@@ -342,6 +382,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.identity,
                 self._config,
                 load.device,
+                made=made,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -378,11 +419,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
             )
-        manifest = load.manifest if store is None else store.manifest
         registry.put_in_use(
             model,
             model_config.model,
-            manifest if can_reload_from_sources(self._device_name()) else None,
             self._config,
             self._config.announced_host or get_ip(),
             Offer(load.identity, store, load.unserved, load.loaded_from),
@@ -461,6 +500,13 @@ def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultMod
 
 def _malformed(sources: Sources) -> list[str]:
     return [f"malformed source {reason}" for reason in sources.malformed]
+
+
+def _neither(failure: str, error: Exception) -> LoadFailed:
+    return LoadFailed(
+        f"no source gave the weights ({failure}), and they cannot be loaded from disk "
+        f"either ({type(error).__name__}: {error})"
+    )
 
 
 def _rank() -> int:

@@ -13,7 +13,6 @@ from multiprocessing.util import Finalize
 from torch import nn
 
 from .config import NetLoaderConfig
-from .executor.chunks.manifest import Manifest
 from .identity import ModelIdentity
 from .serve import Offer, WeightServer
 from .utils import logger
@@ -27,13 +26,11 @@ class InUse:
         server: where others pull it from; None: nowhere.
         identity: who it is.
         path: the `model_config.model` it was loaded for.
-        manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
     """
 
     server: WeightServer | None
     identity: ModelIdentity
     path: str
-    manifest: Manifest | None
 
 
 _in_use: "weakref.WeakKeyDictionary[nn.Module, InUse]" = weakref.WeakKeyDictionary()
@@ -59,7 +56,6 @@ def in_use(model: nn.Module) -> InUse | None:
 def put_in_use(
     model: nn.Module,
     path: str,
-    manifest: Manifest | None,
     config: NetLoaderConfig,
     host: str,
     offer: Offer,
@@ -70,14 +66,13 @@ def put_in_use(
     Args:
         model: ready for inference.
         path: see `InUse`.
-        manifest: see `InUse`.
         config: of its loader.
         host: the address of this machine that others reach.
         offer: what others get.
         to_come: groups of the models that this process loads next.
     """
     server = _serve(config, host, offer, to_come)
-    _in_use[model] = InUse(server, offer.identity, path, manifest)
+    _in_use[model] = InUse(server, offer.identity, path)
     if server is not None:
         # At exit the server stops by itself, and in a forked child it is not to be stopped.
         weakref.finalize(model, _retire, server, offer.identity.group).atexit = False

@@ -46,7 +46,7 @@ def offer(rank=0, group=TARGET, tensors=WEIGHTS, declined=""):
 def put_in_use(config, offered=None, host=HOST, to_come=()):
     """Load a model; it is in use for as long as what is returned is there."""
     model = nn.Linear(1, 1)
-    registry.put_in_use(model, "path", None, config, host, offered or offer(), to_come)
+    registry.put_in_use(model, "path", config, host, offered or offer(), to_come)
     return model
 
 
@@ -78,11 +78,11 @@ def is_refused(address, group, reason):
 
 
 def test_a_model_in_use_is_known_with_all_that_a_reload_needs(config):
-    model, manifest = nn.Linear(1, 1), store_of(WEIGHTS).manifest
-    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), ())
+    model = nn.Linear(1, 1)
+    registry.put_in_use(model, "path", config(), HOST, offer(), ())
     known = registry.in_use(model)
     assert known.identity == identity()
-    assert (known.path, known.manifest) == ("path", manifest)
+    assert known.path == "path"
     assert known.server.listening
 
 

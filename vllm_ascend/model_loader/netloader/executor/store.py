@@ -10,7 +10,7 @@ import torch
 from ..errors import NotHere, Withdrawn
 from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
-from .chunks.manifest import Manifest, Scalar
+from .chunks.manifest import Manifest, Sample, Scalar
 from .devices import Device
 from .memory import read
 from .model.match import describe
@@ -139,6 +139,7 @@ def make_store(
     layout: str,
     attributes: Mapping[str, Scalar],
     device: Device,
+    made: Mapping[str, Sample] | None = None,
 ) -> BlockStore:
     """Describe and hash named tensors as they are to be served.
 
@@ -147,11 +148,13 @@ def make_store(
         layout: the manifest's layout.
         attributes: the manifest's attributes.
         device: where the tensors are.
+        made: the manifest's samples of what does not travel.
 
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
     manifest, distinct = describe(tensors, layout, attributes, device.format_of)
+    manifest = msgspec.structs.replace(manifest, made=made or {})
     return _hashed(manifest, Blocks([tensor.nbytes for tensor in distinct]), distinct, device)
 
 

@@ -9,6 +9,8 @@ from ...utils import Plain
 RAW, PROCESSED = "raw", "processed"
 
 Scalar: TypeAlias = Plain
+# Of a tensor that both sides make themselves: some of its values, or all of them as hexadecimal.
+Sample: TypeAlias = list[float | str] | str
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -33,7 +35,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     format: str | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What some weights consist of.
 
     Attributes:
@@ -44,11 +46,15 @@ class Manifest(msgspec.Struct, frozen=True):
             whatever its strides in memory.
         attributes: dotted name -> value of the plain attributes that loading has set on modules, in
             the order of their names.
+        made: name -> sample of the tensors that both sides make themselves and that do not travel,
+            such as tables of a rotary embedding; they are compared, and are no part of the weights
+            digest, as processors round differently.
     """
 
     layout: str
     tensors: list[TensorEntry]
     attributes: dict[str, Scalar]
+    made: dict[str, Sample] = {}
 
     @property
     def names(self) -> list[str]:
