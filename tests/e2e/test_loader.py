@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import vllm
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.v1.attention import selector
 
 from tests.e2e.loading import assert_same, load, make_config, worker
-from tests.proof.models import add_dense
+from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
@@ -36,68 +35,6 @@ from vllm_ascend.model_loader.netloader.executor.model.processed import processe
 pytestmark = pytest.mark.core
 
 NO_SERVER = {"LISTEN_PORT": 1}
-OTHERS: dict[str, transformers.PretrainedConfig] = {
-    "qwen3-tied": transformers.Qwen3Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "mixtral": transformers.MixtralConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    ),
-    "gemma2": transformers.Gemma2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-    ),
-    "opt": transformers.OPTConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        ffn_dim=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        word_embed_proj_dim=256,
-    ),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=512
-    ),
-    "deepseek-v2": transformers.DeepseekV2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        moe_intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=None,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
-        topk_group=1,
-        n_group=1,
-    ),
-}
 
 
 MLA = pytest.param(
@@ -123,9 +60,7 @@ def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
         if arch in CONFIGS:
             make_model(path, arch, "tiny", seed)
         else:
-            torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(OTHERS[arch])
-            model.to(torch.bfloat16).save_pretrained(path)
+            make_other(path, OTHERS[arch], seed)
         copy_without_weights(path, models / f"{arch}-bare")
     return path
 
