@@ -61,7 +61,7 @@ class Engine:
             max_num_seqs=4,
             kv_cache_memory_bytes=16 << 20,
             enable_prefix_caching=False,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=row.ask == "generate",
             use_tqdm_on_load=False,
             **row.engine,
         )
@@ -196,9 +196,8 @@ def main(names: list[str]) -> int:
     """Run the rows of these names, or all, and print a table."""
     failed = 0
     print(f"vLLM {vllm.__version__}", flush=True)
-    print(
-        f"| {'model':18} | {'s':>5} | load  | reload in place\n| --- | --- | --- | ---", flush=True
-    )
+    print(f"| {'model':16} | {'s':>5} | {'answers':8} | load   | reload in place |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
     for row in ROWS:
         if names and row.name not in names:
             continue
@@ -214,7 +213,11 @@ def main(names: list[str]) -> int:
                     loaded, reloaded = "FAILED", f"{type(error).__name__}: {error}"
             gc.collect()
         seconds = time.monotonic() - started
-        print(f"| {row.name:18} | {seconds:5.1f} | {loaded} | {reloaded}", flush=True)
+        reloaded = " ".join(reloaded.split())
+        print(
+            f"| {row.name:16} | {seconds:5.1f} | {row.ask or 'none':8} | {loaded:6} | {reloaded} |",
+            flush=True,
+        )
     return 1 if failed else 0
 
 

@@ -79,10 +79,8 @@ def make_other(
 ) -> None:
     """Writes a random model that transformers knows, in bfloat16, with a tokenizer."""
     torch.manual_seed(seed)
-    if kind is None:
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    else:
-        model = kind(config)
+    make = kind or transformers.AutoModelForCausalLM.from_config
+    model = make(config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Unlike those that transformers begins with, these give answers that differ.

@@ -138,5 +138,5 @@ ROWS = [
     Row("reranker, tied", partial(_reranker, True), "classify", POOLING),
     Row("BERT", _bert, "embed", POOLING),
     Row("Whisper", _whisper, ""),
-    Row("Mamba-2", _mamba2, ""),
+    Row("Mamba-2", _mamba2, "", reload=IN_PLACE),
 ]

@@ -201,7 +201,9 @@ def why_no_reload(model: nn.Module, device: torch.device) -> str:
 
     On CPUs, kernels of quantized layers and of experts hold packed copies of, or pointers to, their
     tensors. vLLM's layerwise reload leaves them as they are: the layer then computes with old
-    weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader).
+    weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader). The same
+    happens to a buffer that was made as a view of a parameter which has other memory by now, as
+    those of Mamba's convolutions.
     """
     if device.type != "cpu":
         return ""
@@ -210,7 +212,23 @@ def why_no_reload(model: nn.Module, device: torch.device) -> str:
         method = getattr(layer, "quant_method", None)
         if isinstance(method, QuantizeMethodBase) and not isinstance(method, safe):
             return f"vLLM cannot reload {path} ({type(method).__name__}) in place on a CPU"
+        for name in _views(layer):
+            memory = layer.get_buffer(name).untyped_storage().data_ptr()
+            if memory not in {one.untyped_storage().data_ptr() for one in layer.parameters()}:
+                return f"vLLM cannot reload {path}.{name} (a view of a weight) in place on a CPU"
     return ""
+
+
+def _views(layer: nn.Module) -> list[str]:
+    """Return the buffers that were views of parameters when a layer was made.
+
+    vLLM's reload takes no note of them.
+    """
+    info = layerwise.LAYERWISE_INFO.get(layer)
+    if info is None:
+        return []
+    noted = info.restore_metadata[1].keys() | layerwise_meta.SKIP_TENSORS
+    return sorted(layer._non_persistent_buffers_set & layer._buffers.keys() - noted)
 
 
 @contextlib.contextmanager
