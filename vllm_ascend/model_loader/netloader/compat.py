@@ -228,7 +228,8 @@ def _views(layer: nn.Module) -> list[str]:
     if info is None:
         return []
     noted = info.restore_metadata[1].keys() | layerwise_meta.SKIP_TENSORS
-    return sorted(layer._non_persistent_buffers_set & layer._buffers.keys() - noted)
+    live = {name for name, buffer in layer._buffers.items() if buffer is not None}
+    return sorted((layer._non_persistent_buffers_set & live) - noted)
 
 
 @contextlib.contextmanager

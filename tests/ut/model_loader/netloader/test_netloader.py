@@ -315,7 +315,7 @@ class Steps:
 
     model = "model"
 
-    def _put_in_use(self, model, path, manifest, config, host, offer, to_come):
+    def _put_in_use(self, model, path, config, host, offer, to_come):
         self.offered.append(offer)
 
 
