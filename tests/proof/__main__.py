@@ -29,6 +29,7 @@ import vllm
 from packaging.version import Version
 from torch import nn
 from vllm import LLM, SamplingParams
+from vllm.distributed import destroy_model_parallel
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -212,6 +213,7 @@ def main(names: list[str]) -> int:
                     failed += 1
                     loaded, reloaded = "FAILED", f"{type(error).__name__}: {error}"
             gc.collect()
+            destroy_model_parallel()  # which groups there are depends on the model
         seconds = time.monotonic() - started
         reloaded = " ".join(reloaded.split())
         print(
