@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
-.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e \
+.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e proof \
 	test-npu lint docs bench bench-serving clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-ut   unit tests"
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
+	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit"
 	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      both languages of the documentation, warnings as errors"
@@ -56,6 +57,10 @@ test-conformance: venv
 
 test-e2e: venv
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+# Part of the end-to-end tests, too.
+proof: venv
+	$(BIN)/python -m tests.proof
 
 demo-npu: overlay-npu
 	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) \

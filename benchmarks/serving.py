@@ -32,7 +32,6 @@ from tools.vllm_server import HOST, VllmServer, clean_up_when_interrupted
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import Manifest
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.model.match import allocate
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.interaction.api import Done, Join
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
@@ -176,6 +175,18 @@ def decode_while_pulled(port: int, seconds: float, address: str) -> tuple[Decode
         process.join()
     gigabytes = sum(each.nbytes for each in pulls) / 1e9
     return decoded, gigabytes / (pulls[-1].ended - pulls[0].started)
+
+
+def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Make uninitialized tensors for all of a manifest's names."""
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in manifest.tensors:
+        if entry.alias_of is not None:
+            tensors[entry.name] = tensors[entry.alias_of]
+        else:
+            dtype = getattr(torch, entry.dtype.removeprefix("torch."))
+            tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
+    return tensors
 
 
 def pull(pipe: Connection, address: str) -> None:

@@ -3,18 +3,19 @@
 import gc
 import logging
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 import vllm
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -23,77 +24,17 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.v1.attention import selector
 
 from tests.e2e.loading import assert_same, load, make_config, worker
+from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
+from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
 
 pytestmark = pytest.mark.core
 
 NO_SERVER = {"LISTEN_PORT": 1}
-OTHERS: dict[str, transformers.PretrainedConfig] = {
-    "qwen3-tied": transformers.Qwen3Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "mixtral": transformers.MixtralConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    ),
-    "gemma2": transformers.Gemma2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-    ),
-    "opt": transformers.OPTConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        ffn_dim=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        word_embed_proj_dim=256,
-    ),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=512
-    ),
-    "deepseek-v2": transformers.DeepseekV2Config(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=512,
-        moe_intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=None,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
-        topk_group=1,
-        n_group=1,
-    ),
-}
 
 
 MLA = pytest.param(
@@ -119,9 +60,7 @@ def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
         if arch in CONFIGS:
             make_model(path, arch, "tiny", seed)
         else:
-            torch.manual_seed(seed)
-            model = transformers.AutoModelForCausalLM.from_config(OTHERS[arch])
-            model.to(torch.bfloat16).save_pretrained(path)
+            make_other(path, OTHERS[arch], seed)
         copy_without_weights(path, models / f"{arch}-bare")
     return path
 
@@ -129,12 +68,12 @@ def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
 class Seed:
     """An instance that has loaded from disk and is a source."""
 
-    def __init__(self, path: Path, prefix: Path, **extra: object) -> None:
+    def __init__(self, path: Path, prefix: Path, **extra: Any) -> None:
         self.config = make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), **extra)
         self.model = load(self.config)
         self.address = Path(f"{prefix}0.txt").read_text()
 
-    def client(self, path: Path, *others: str, **extra: object) -> VllmConfig:
+    def client(self, path: Path, *others: str, **extra: Any) -> VllmConfig:
         source = [{"device_id": 0, "sources": [*others, self.address]}]
         return make_config(path, MODEL="m", SOURCE=source, **NO_SERVER, **extra)
 
@@ -402,6 +341,157 @@ def test_reload_in_place_without_sources_reads_the_disk(models: Path, tmp_path: 
     assert_same(plain, seed.model)
     registry.wait_for_renewal()
     assert_same(plain, load(seed.client(models / "llama-bare")))
+
+
+# What a constructor reads from the folder
+
+
+POOLING = {"runner": "pooling"}
+
+
+def with_dense(models: Path, folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A model folder with a Sentence-Transformers Dense module, and its copy without weights."""
+    path, bare = folder / f"dense-{seed}", folder / f"dense-{seed}-bare"
+    shutil.copytree(on_disk(models, "llama"), path)
+    add_dense(path, seed)
+    copy_without_weights(path, bare)
+    return path, bare
+
+
+def projector(model: nn.Module) -> nn.Module:
+    return model.pooler.poolers_by_task["embed"].head.projector
+
+
+@pytest.mark.parametrize("files", ["none", "others"])
+def test_a_client_projects_with_its_sources_dense_module(
+    files: str, models: Path, tmp_path: Path
+) -> None:
+    path, bare = with_dense(models, tmp_path)
+    others, _ = with_dense(models, tmp_path, seed=1)
+    seed = Seed(path, tmp_path / "rank_", engine=POOLING)
+    client = load(seed.client(bare if files == "none" else others, engine=POOLING, FALLBACK=False))
+    assert_same(seed.model, client)
+    given = torch.randn(3, 256)
+    there = projector(seed.model)(given)
+    assert there.shape == (3, 64)
+    assert torch.equal(projector(client)(given), there)
+    assert not torch.equal(
+        projector(load(make_config(others, "auto", engine=POOLING)))(given), there
+    )
+
+
+def test_a_module_that_a_client_cannot_make_is_refused_by_name(
+    models: Path, tmp_path: Path
+) -> None:
+    path, _ = with_dense(models, tmp_path)
+    seed = Seed(path, tmp_path / "rank_", engine=POOLING)
+    config = seed.client(models / "llama-bare", engine=POOLING, FALLBACK=False)
+    name = r"pooler\.poolers_by_task\['embed'\]\.head\.projector\.0\.weight is only there"
+    with pytest.raises(LoadFailed, match=name):
+        load(config)
+
+
+# Reloads that are refused before anything has changed, and those of models of others
+
+
+def test_a_reload_takes_the_new_dense_module_of_the_source(models: Path, tmp_path: Path) -> None:
+    (one, bare), (two, _) = with_dense(models, tmp_path), with_dense(models, tmp_path, seed=1)
+    old = Seed(one, tmp_path / "old_", engine=POOLING)
+    renewed = Seed(two, tmp_path / "new_", engine=POOLING)
+    config = old.client(bare, engine=POOLING)
+    model = load(config)
+    assert_same(old.model, model)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+    assert_same(renewed.model, model)
+
+
+def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_nothing(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare", FALLBACK=False)
+    model = load(config)
+    # Where LoRA is enabled vLLM puts such layers in the place of a model's own.
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
+    with worker(config) as loader, pytest.raises(LoadFailed) as failed:
+        loader.load_weights(model, config.model_config)
+    assert "model.layers.1.self_attn.o_proj.weight is only there" in str(failed.value)
+    assert "model.layers.1.self_attn.o_proj.base_layer.weight is only here" in str(failed.value)
+    attention.o_proj = attention.o_proj.base_layer
+    assert_same(seed.model, model)
+
+
+def test_a_reload_without_weights_anywhere_changes_nothing_and_says_both_reasons(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    config = seed.client(models / "llama-bare")
+    model = load(config)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = ["127.0.0.1:1"]
+    with worker(config) as loader, pytest.raises(LoadFailed) as failed:
+        loader.load_weights(model, config.model_config)
+    assert "no source gave the weights (127.0.0.1:1: cannot connect" in str(failed.value)
+    assert "Cannot find any model weights" in str(failed.value)
+    assert_same(seed.model, model)
+
+
+def test_a_model_of_another_loader_is_loaded_from_its_sources_and_is_a_source(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama-tied"), tmp_path / "old_")
+    bare = models / "llama-tied-bare"
+    model = load(make_config(bare, "dummy"))
+    # What vLLM's `update_config` makes of the instance's configuration.
+    prefix = tmp_path / "rank_"
+    source = [{"device_id": 0, "sources": [seed.address]}]
+    config = make_config(bare, MODEL="m", SOURCE=source, OUTPUT_PREFIX=str(prefix), FALLBACK=False)
+    with worker(config) as loader:
+        weights = loader.get_all_weights(config.model_config, model)
+        initialize_layerwise_reload(model)
+        model.load_weights(weights)
+        finalize_layerwise_reload(model, config.model_config)
+    assert_same(seed.model, model)
+    source = [{"device_id": 0, "sources": [Path(f"{prefix}0.txt").read_text()]}]
+    third = make_config(bare, MODEL="m", SOURCE=source, FALLBACK=False, **NO_SERVER)
+    assert_same(seed.model, load(third))
+
+
+def test_a_reload_from_a_source_takes_no_more_memory_than_the_load(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare")
+    config.load_config.model_loader_extra_config |= {"OUTPUT_PREFIX": str(tmp_path / "rank_")}
+    del config.load_config.model_loader_extra_config["LISTEN_PORT"]
+    model = load(config)
+    before = served_beside(model)
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+    assert_same(renewed.model, model)
+    assert served_beside(model) == before
+
+
+def served_beside(model: nn.Module) -> set[str]:
+    """The names of what an instance keeps for others in memory beside its model's.
+
+    Those of single numbers are left out: attention's scales are set last, after all else.
+    """
+    known = registry.in_use(model)
+    assert known is not None
+    assert known.server is not None
+    store = known.server._offers["netloader"].store
+    assert store is not None
+    own = {tensor.data_ptr() for tensor in processed_tensors(model).values()}
+    names = store.manifest.names
+    kept = zip(names, store.tensors, strict=True)
+    return {name for name, one in kept if one.numel() > 1 and one.data_ptr() not in own}
 
 
 def test_download_model_without_sources_looks_for_the_checkpoint(models: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models import adapters
 from vllm.platforms import current_platform
 
 from . import LOAD_FORMAT
@@ -402,7 +403,9 @@ def why_no_reload(model: nn.Module, device: torch.device) -> str:
 
     On CPUs, kernels of quantized layers and of experts hold packed copies of, or pointers to, their
     tensors. vLLM's layerwise reload leaves them as they are: the layer then computes with old
-    weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader).
+    weights or with freed memory (seen with vLLM 0.27.1 and 0.32.0, with its own loader). The same
+    happens to a buffer that was made as a view of a parameter which has other memory by now, as
+    those of Mamba's convolutions.
     """
     if device.type != "cpu":
         return ""
@@ -411,7 +414,96 @@ def why_no_reload(model: nn.Module, device: torch.device) -> str:
         method = getattr(layer, "quant_method", None)
         if isinstance(method, QuantizeMethodBase) and not isinstance(method, safe):
             return f"vLLM cannot reload {path} ({type(method).__name__}) in place on a CPU"
+        for name in _views(layer):
+            memory = layer.get_buffer(name).untyped_storage().data_ptr()
+            if memory not in {one.untyped_storage().data_ptr() for one in layer.parameters()}:
+                return f"vLLM cannot reload {path}.{name} (a view of a weight) in place on a CPU"
     return ""
+
+
+def _views(layer: nn.Module) -> list[str]:
+    """Return the buffers that were views of parameters when a layer was made.
+
+    vLLM's reload takes no note of them.
+    """
+    info = layerwise.LAYERWISE_INFO.get(layer)
+    if info is None:
+        return []
+    noted = info.restore_metadata[1].keys() | layerwise_meta.SKIP_TENSORS
+    live = {name for name, buffer in layer._buffers.items() if buffer is not None}
+    return sorted((layer._non_persistent_buffers_set & live) - noted)
+
+
+@contextlib.contextmanager
+def modules_without_files() -> Iterator[None]:
+    """Have models made with the modules whose weights vLLM reads while it makes them.
+
+    Those are the Dense modules of Sentence Transformers. vLLM leaves one out where its folder has
+    no weights; here it is made, so that it can be filled from a source.
+    """
+    read = getattr(adapters, "_load_dense_weights", None)
+    if read is None:
+        yield
+        return
+
+    def read_or_leave(*arguments: Any, **named: Any) -> bool:
+        read(*arguments, **named)
+        return True
+
+    adapters._load_dense_weights = read_or_leave
+    try:
+        yield
+    finally:
+        adapters._load_dense_weights = read
+
+
+def places_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Return where a reload puts the raw tensors of a model in use, which is left as it is.
+
+    Returns:
+        Name -> uninitialized memory of its own for each raw tensor of the module tree, shared where
+        the model shares it; and the names of the parameters and persistent buffers among them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    required: set[str] = set()
+    memory: dict[int, torch.Tensor] = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        info = layerwise.LAYERWISE_INFO.get(layer)
+        live = layerwise.get_layer_tensors(layer)
+        recorded = info.restore_metadata[0] | info.restore_metadata[1] if info else {}
+        kept = {name: live[name] for name in live.keys() & layerwise_meta.SKIP_TENSORS}
+        for name, tensor in ((recorded | kept) if info else live).items():
+            full = f"{path}.{name}" if path else name
+            same = id(live.get(name, tensor))
+            # A tied tensor that has not been processed is one object in several layers.
+            if same not in memory:
+                memory[same] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensors[full] = memory[same]
+            if name not in layer._non_persistent_buffers_set:
+                required.add(full)
+    return tensors, required
+
+
+def take_over_load(model: nn.Module, weights: object, fill: Callable[[], set[str]]) -> None:
+    """Have a function called in the place of a model's `load_weights` when that gets an iterator.
+
+    A model may go on computing when its iterator is at its end, as rerankers do. What is filled
+    in from a source is what came of it there.
+
+    Args:
+        model: the model.
+        weights: the iterator that the call is known by.
+        fill: fills the model and returns the names that it has filled.
+    """
+    load = model.load_weights
+    assert callable(load)
+
+    def load_weights(given: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        with contextlib.suppress(AttributeError):
+            del model.load_weights
+        return fill() if given is weights else load(given)
+
+    model.load_weights = load_weights
 
 
 def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -423,7 +515,8 @@ def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         model: the model, in use until now.
-        tensors: name -> raw tensor of every parameter and persistent buffer.
+        tensors: name -> raw tensor of every parameter and persistent buffer, and of the other
+            buffers that loading changes.
     """
     for path, layer in model.named_modules():
         info = layerwise.get_layerwise_info(layer)
@@ -450,6 +543,9 @@ def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             tensor.data.copy_(raw)
         if info.can_load():
             layerwise._layerwise_process(layer, info)
+            # vLLM takes those for what only post-processing makes.
+            for name in layer._non_persistent_buffers_set & present.keys():
+                getattr(layer, name).copy_(present[name][1])
 
 
 def _is_attention(layer: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from .errors import (
 )
 from .executor.chunks.blocks import Blocks
 from .executor.chunks.digests import combine
-from .executor.chunks.manifest import NO_MEANING, Manifest
+from .executor.chunks.manifest import NO_MEANING, Manifest, Sample
 from .executor.devices import Accelerator, Device
 from .executor.elastic_load import P2PLoad, Receiver
 from .executor.model.match import match
@@ -74,6 +74,7 @@ def elastic_load(
     *,
     wanted: str | None = None,
     meaning: Mapping[str, str] = NO_MEANING,
+    made: Mapping[str, Sample] | None = None,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -91,6 +92,7 @@ def elastic_load(
         device: where the tensors are.
         wanted: the weights that go with those of the instance's other ranks; None: not known.
         meaning: what decided what the tensors are; see `Manifest`.
+        made: samples of what the model has made itself; None: they are not compared.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -98,7 +100,7 @@ def elastic_load(
     """
     started = time.monotonic()
     queue = SourceQueue(sources, config.source_wait)
-    target = _Target(tensors, required, identity, config, device, meaning)
+    target = _Target(tensors, required, identity, config, device, meaning, made)
     sessions = _Sessions(queue, target, identity, config, device, wanted)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
@@ -180,10 +182,12 @@ class _Target:
         config: NetLoaderConfig,
         device: Device,
         meaning: Mapping[str, str],
+        made: Mapping[str, Sample] | None,
     ) -> None:
         self._tensors = tensors
         self._required = required
         self._meaning = meaning
+        self._made = made
         self._identity = identity
         self._config = config
         self._device = device
@@ -282,7 +286,9 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(manifest, self._tensors, self._required, self._formats, self._meaning)
+            tensors = match(
+                manifest, self._tensors, self._required, self._formats, self._meaning, self._made
+            )
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)

@@ -31,9 +31,12 @@ from .compat import (
     identity_of,
     instance_of,
     meaning_of,
+    modules_without_files,
     name_of,
+    places_of,
     ranks_of,
     remember_registrations,
+    take_over_load,
     watch,
     why_experts_move,
     why_no_reload,
@@ -42,9 +45,8 @@ from .compat import (
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.chunks.digests import of_instance
-from .executor.chunks.manifest import PROCESSED, RAW, Manifest, Scalar
+from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, device_of
-from .executor.model.match import allocate
 from .executor.model.processed import (
     capture_processed,
     changed_scalars,
@@ -58,13 +60,15 @@ from .executor.model.raw import (
     capture_loaded,
     copy_int8,
     raw_tensors,
+    samples_of,
     scalars,
+    weights_outside,
+    without_doubles,
 )
 from .executor.store import BlockStore
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP
 from .load import elastic_load
-from .registry import InUse
 from .serve import Offer
 from .utils import Address, logger, one_line, rate, size
 
@@ -86,7 +90,6 @@ class _Load:
         from_disk: whether the sources are out of the question.
         wanted: the weights that go with those of the instance's other ranks, if that is known.
         store: its weights, as far as others can pull them.
-        manifest: of its raw tensors, if that is known.
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
@@ -105,7 +108,6 @@ class _Load:
     wanted: str | None = None
     worker: int = 0
     store: BlockStore | None = None
-    manifest: Manifest | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
     to_fill: bool = False
@@ -132,12 +134,14 @@ class _Renewal:
 
     Attributes:
         load: how they came.
-        tensors: name -> raw tensor.
+        tensors: name -> raw tensor, for all places of the model.
+        outside: name -> tensor, for those of modules outside the module tree.
         store: the weights.
     """
 
     load: _Load
     tensors: Mapping[str, torch.Tensor]
+    outside: Mapping[str, torch.Tensor]
     store: BlockStore
 
 
@@ -215,7 +219,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
         (load, model), agreed = self._together(identity, attempt)
         self._load = None
-        self._offer(load, model, vllm_config, model_config, agreed)
+        self._offer(load, model, model_config, agreed)
         return model
 
     def _together(
@@ -260,14 +264,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 self._read_disk(load, model, model_config)
         elif sources:
             tensors, required = raw_tensors(model)
-            store = self._pull(load, tensors, required, sources, meaning_of(model, RAW))
+            meaning, made = meaning_of(model, RAW), samples_of(model)
+            store = self._pull(load, tensors, required, sources, meaning, made)
             apply_attributes(model, store.manifest.attributes)
-            load.manifest = store.manifest
             load.store = store if load.serving else None
         else:
-            before = before_loading(model, load.device)
-            self._read_disk(load, model, model_config)
+            before = None
             if load.serving or load.hashing:
+                with load.preparing_to_serve():
+                    before = before_loading(model, load.device)
+            self._read_disk(load, model, model_config)
+            if before is not None:
                 with load.preparing_to_serve():
                     load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
         if load.store is not None:
@@ -291,75 +298,86 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return self._disk.get_all_weights(model_config, model)
         known = registry.in_use(model)
         reason = why_no_reload(model, self._device_name())
-        if known is None:
-            if reason:
-                raise LayoutUnsupported(reason)
-            return self._disk.get_all_weights(model_config, model)
+        identity = known.identity if known else self._identify(model_config)
+        from_sources = (known is None or known.path == model_config.model) and (
+            can_reload_from_sources(self._device_name())
+        )
+        failure = ""
 
         def attempt(order: Order) -> Attempt[_Renewal | None]:
+            nonlocal failure
             if reason:
                 raise LayoutUnsupported(reason)
-            renewal = None
-            if known.path == model_config.model and known.manifest is not None and not order.disk:
-                renewal = self._renewal(model, model_config, known, known.manifest, order)
-            if renewal is None:
-                return Attempt(None)
-            load = renewal.load
-            return Attempt(renewal, load.loaded_from, load.weights, load.lists)
+            try:
+                if from_sources and not order.disk and (sources := self._sources(identity.rank)):
+                    load = self._new_load(identity, model_config, order)
+                    renewal = self._renewal(load, model, sources)
+                    return Attempt(renewal, load.loaded_from, load.weights, load.lists)
+            except (LoadFailed, LayoutUnsupported) as error:
+                if not self._config.fallback or order != AS_CONFIGURED:
+                    raise
+                failure = str(error)
+                logger.warning(
+                    "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
+                    identity.rank,
+                    failure,
+                )
+            return Attempt(None)
 
-        renewal, agreed = self._together(known.identity, attempt)
+        renewal, agreed = self._together(identity, attempt)
         if renewal is not None:
-            return self._renewed(model, known, renewal, agreed)
+            return self._renewed(model, model_config, renewal, agreed)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
-        self._disk.download_model(model_config)
-        registry.loaded_from(model, "disk")
+        try:
+            self._disk.download_model(model_config)
+        except Exception as error:
+            if not failure:
+                raise
+            raise _neither(failure, error) from error
+        registry.loaded_from(model, DISK)
         return self._disk.get_all_weights(model_config, model)
 
-    def _renewal(
-        self,
-        model: nn.Module,
-        model_config: ModelConfig,
-        known: InUse,
-        manifest: Manifest,
-        order: Order,
-    ) -> "_Renewal | None":
-        """Pull new weights into memory of their own; None: they are to be read from disk."""
-        try:
-            if sources := self._sources(known.identity.rank):
-                load = self._new_load(known.identity, model_config, order)
-                with self._device_name():
-                    tensors = allocate(manifest)
-                meaning = meaning_of(model, RAW)
-                store = self._pull(load, tensors, tensors.keys(), sources, meaning)
-                return _Renewal(load, tensors, store)
-        except LoadFailed as error:
-            if not self._config.fallback or order != AS_CONFIGURED:
-                raise
-            logger.warning(
-                "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                known.identity.rank,
-                error,
-            )
-        return None
+    def _renewal(self, load: _Load, model: nn.Module, sources: Sequence[Address]) -> "_Renewal":
+        """Pull new weights into memory of their own.
+
+        A source whose tensors have not exactly the places that this model has is refused before
+        anything of the model is taken away.
+        """
+        with self._device_name():
+            tensors, required = places_of(model)
+        outside = {name: torch.empty_like(one) for name, one in weights_outside(model).items()}
+        store = self._pull(
+            load,
+            tensors | outside,
+            required | outside.keys(),
+            sources,
+            meaning_of(model, RAW),
+        )
+        return _Renewal(load, tensors, outside, store)
 
     def _renewed(
-        self, model: nn.Module, known: InUse, renewal: "_Renewal", agreed: RankWeights
+        self, model: nn.Module, model_config: ModelConfig, renewal: "_Renewal", agreed: RankWeights
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Fill the model when the iterator is consumed."""
-        registry.loaded_from(model, renewal.load.loaded_from)
+        """Fill the model when it is to load the iterator."""
+        load = renewal.load
+        registry.loaded_from(model, load.loaded_from)
 
-        def fill() -> Iterator[tuple[str, torch.Tensor]]:
-            store = renewal.store
-            feed_reload(model, renewal.tensors)
-            apply_attributes(model, store.manifest.attributes)
+        def fill() -> set[str]:
+            came = {entry.name for entry in renewal.store.manifest.tensors}
+            with registry.changing(model, Change("reload", After.UNKNOWN)):
+                tensors = renewal.tensors
+                feed_reload(model, {name: tensors[name] for name in tensors if name in came})
+                for name, tensor in weights_outside(model).items():
+                    tensor.copy_(renewal.outside[name])
+                apply_attributes(model, renewal.store.manifest.attributes)
             if not registry.is_renewable(model):
-                assert known.ranks is not None
-                ranks = partial(known.ranks.present, agreed)
-                offer = Offer(known.identity, store, "", renewal.load.loaded_from, ranks)
-                registry.offer_again(model, offer, self._watched(model))
-            yield from ()
+                load.store = without_doubles(renewal.store, model)
+                self._offer(load, model, model_config, agreed)
+            return came
 
-        return fill()
+        weights: Iterator[tuple[str, torch.Tensor]] = iter(())
+        take_over_load(model, weights, fill)
+        return weights
 
     def _load_from_sources(
         self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
@@ -370,10 +388,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
         since, so that its tensors are those that inference uses, and they are filled now.
         """
         sources = self._sources(load.identity.rank)
-        if load.identity.layout == RAW or not sources:
+        if not sources:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
+        if load.identity.layout == RAW:
+            with modules_without_files():
+                return self._follow_vllm(load, vllm_config, model_config, prefix)
         try:
-            with defined_memory():
+            with defined_memory(), modules_without_files():
                 model = super().load_model(vllm_config, model_config, prefix)
         except Exception as error:
             if not load.to_fill:
@@ -400,10 +421,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         try:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
         except Exception as error:
-            raise LoadFailed(
-                f"no source gave the weights ({failure}), and they cannot be loaded from disk "
-                f"either ({type(error).__name__}: {error})"
-            ) from error
+            raise _neither(failure, error) from error
 
     def _follow_vllm(
         self, load: _Load, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str
@@ -418,7 +436,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
         """Let vLLM's default loader fill a model, and say so in one line."""
         started = time.monotonic()
-        named, required = raw_tensors(model)
+        try:
+            named, required = raw_tensors(model)
+        except LayoutUnsupported:  # said where the model is made ready for others
+            named = dict(model.named_parameters())
+            required = {*named}
         tensors = {named[name].data_ptr(): named[name] for name in required}
         self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
@@ -439,6 +461,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         required: Iterable[str],
         sources: Sequence[Address],
         meaning: Mapping[str, str],
+        made: Mapping[str, Sample] | None = None,
     ) -> BlockStore:
         if load.unserved:
             raise LayoutUnsupported(load.unserved)
@@ -456,6 +479,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.device,
                 wanted=load.wanted,
                 meaning=meaning,
+                made=made,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -493,45 +517,36 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
 
     def _offer(
-        self,
-        load: _Load,
-        model: nn.Module,
-        vllm_config: VllmConfig,
-        model_config: ModelConfig,
-        agreed: RankWeights,
+        self, load: _Load, model: nn.Module, model_config: ModelConfig, agreed: RankWeights
     ) -> None:
+        """Let others pull the model if they can, and know it as one in use from now on."""
+        vllm_config = self._vllm_config or get_current_vllm_config()
         store, rank = load.store, load.identity.rank
-        ranks = ranks_of(vllm_config, load.identity)
-        ranks.publish(agreed.get(rank))
         if load.unserved:
             store = None
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
             )
-        manifest = load.manifest if store is None else store.manifest
+        ranks = ranks_of(vllm_config, load.identity)
+        present = partial(ranks.present, agreed)
+        offer = Offer(load.identity, store, load.unserved, load.loaded_from, present)
+        watched = watch(vllm_config, model, registry.changing, registry.processing)
+        if registry.in_use(model) is not None:
+            registry.offer_again(model, offer, watched)
+            return
+        ranks.publish(agreed.get(rank))
         registry.put_in_use(
             model,
             model_config.model,
-            manifest if can_reload_from_sources(self._device_name()) else None,
             self._config,
             self._config.announced_host or get_ip(),
-            Offer(
-                load.identity,
-                store,
-                load.unserved,
-                load.loaded_from,
-                partial(ranks.present, agreed),
-            ),
+            offer,
             groups_to_come(vllm_config, load.identity),
-            load.worker,
-            instance_of(vllm_config),
-            self._watched(model),
-            ranks,
+            worker=load.worker,
+            instance=instance_of(vllm_config),
+            watched=watched,
+            ranks=ranks,
         )
-
-    def _watched(self, model: nn.Module) -> list[nn.Module]:
-        vllm_config = self._vllm_config or get_current_vllm_config()
-        return watch(vllm_config, model, registry.changing, registry.processing)
 
     def _of_rank(self, rank: int) -> Sources:
         return self._config.source.get(rank, Sources())
@@ -624,6 +639,13 @@ def _malformed(sources: Sources) -> list[str]:
 
 def _world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _neither(failure: str, error: Exception) -> LoadFailed:
+    return LoadFailed(
+        f"no source gave the weights ({failure}), and they cannot be loaded from disk "
+        f"either ({type(error).__name__}: {error})"
+    )
 
 
 def _rank() -> int:

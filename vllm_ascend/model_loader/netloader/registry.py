@@ -18,7 +18,6 @@ from .agreement import Ranks
 from .changes import After, Change, Instance
 from .config import NetLoaderConfig
 from .errors import LayoutUnsupported, Withdrawn
-from .executor.chunks.manifest import Manifest
 from .executor.model.renewal import Renewal
 from .identity import ModelIdentity, Revision
 from .interaction.api import Code
@@ -34,7 +33,6 @@ class InUse:
         server: where others pull it from; None: nowhere.
         identity: who it is.
         path: the `model_config.model` it was loaded for.
-        manifest: its raw tensors, with which a reload has to fill it; None if that is not known.
         instance: names the instance that it belongs to; None: its weights do not change.
         ranks: those that have the parts of this model.
     """
@@ -42,7 +40,6 @@ class InUse:
     server: WeightServer | None
     identity: ModelIdentity
     path: str
-    manifest: Manifest | None
     instance: str | None = None
     ranks: Ranks | None = None
 
@@ -94,12 +91,12 @@ def in_use(model: nn.Module) -> InUse | None:
 def put_in_use(
     model: nn.Module,
     path: str,
-    manifest: Manifest | None,
     config: NetLoaderConfig,
     host: str,
     offer: Offer,
     to_come: Iterable[str],
-    worker: int,
+    *,
+    worker: int = 0,
     instance: str | None = None,
     watched: Collection[nn.Module] = (),
     ranks: Ranks | None = None,
@@ -109,7 +106,6 @@ def put_in_use(
     Args:
         model: ready for inference.
         path: see `InUse`.
-        manifest: see `InUse`.
         config: of its loader.
         host: the address of this machine that others reach.
         offer: what others get.
@@ -120,7 +116,7 @@ def put_in_use(
         ranks: see `InUse`.
     """
     server = _serve(config, host, offer, to_come, worker)
-    _in_use[model] = InUse(server, offer.identity, path, manifest, instance, ranks)
+    _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
     if server is None:
         return
     _note(model, offer, watched)

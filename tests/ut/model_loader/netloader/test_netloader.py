@@ -308,7 +308,7 @@ class Steps:
 
     model = "model"
 
-    def _put_in_use(self, model, path, manifest, config, host, offer, *_):
+    def _put_in_use(self, model, path, config, host, offer, *_, **__):
         self.offered.append(offer)
 
 

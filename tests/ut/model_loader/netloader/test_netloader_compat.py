@@ -9,8 +9,11 @@ import msgspec
 import pytest
 import torch
 import vllm
+from torch import nn
 from vllm.config import CompilationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.models import adapters
 
 from vllm_ascend.model_loader.netloader import compat
 from vllm_ascend.model_loader.netloader.changes import After, Change
@@ -18,10 +21,14 @@ from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
     identity_of,
     instance_of,
+    modules_without_files,
     name_of,
+    places_of,
     ranks_of,
     remember_registrations,
     revision_of,
+    take_over_load,
+    why_no_reload,
 )
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
@@ -489,3 +496,85 @@ def test_vllms_own_worker_has_what_is_watched():
 
     newer = {"discard", "reset_weights"}
     assert {name for name in compat._CHANGES if not hasattr(Worker, name)} <= newer
+
+
+# Reloads
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=True)
+        self.head.weight = self.embed.weight
+        self.head.register_buffer("table", torch.ones(2), persistent=False)
+        self.loaded = []
+
+    def load_weights(self, weights):
+        self.loaded.append([*weights])
+        return {"own"}
+
+
+def recorded(model):
+    record_metadata_for_reloading(model)
+    return model
+
+
+def test_the_places_of_a_reload_are_those_that_the_model_was_made_with():
+    model = recorded(Tied())
+    model.embed.weight = model.head.weight = nn.Parameter(torch.zeros(7))  # packed, so to speak
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    tensors, required = places_of(model)
+    assert required == {"embed.weight", "head.weight", "head.bias"}
+    assert tensors.keys() - required == {"head.table"}
+    assert {name: tensor.shape for name, tensor in tensors.items() if name in required} == {
+        "embed.weight": (5, 3),
+        "head.weight": (5, 3),
+        "head.bias": (5,),
+    }
+    assert tensors["head.weight"] is tensors["embed.weight"]
+    assert not {tensor.data_ptr() for tensor in tensors.values()} & {*before.values()}
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+def test_a_layer_that_wraps_another_gives_its_places_other_names():
+    model = recorded(Tied())
+    model.head = nn.ModuleDict({"base_layer": model.head})
+    assert {"head.base_layer.weight", "head.base_layer.bias"} <= places_of(model)[1]
+    assert "head.weight" not in places_of(model)[0]
+
+
+def test_one_load_of_a_model_is_taken_over_and_known_by_its_iterator():
+    model = Tied()
+    ours = iter(())
+    take_over_load(model, ours, lambda: {"filled"})
+    assert model.load_weights(ours) == {"filled"}
+    assert model.loaded == []
+    assert model.load_weights(ours) == {"own"}
+
+
+def test_a_load_from_elsewhere_is_not_taken_over():
+    model = Tied()
+    take_over_load(model, iter(()), lambda: {"filled"})
+    assert model.load_weights(iter([1])) == {"own"}
+    assert model.loaded == [[1]]
+
+
+def test_a_view_of_a_weight_whose_memory_was_replaced_is_not_reloaded():
+    model = Tied()
+    model.head.register_buffer("view", model.head.weight.data.view(-1), persistent=False)
+    recorded(model)
+    assert why_no_reload(model, torch.device("cpu")) == ""
+    model.head.weight.data = model.head.weight.data.clone()
+    assert "cannot reload head.view (a view of a weight)" in why_no_reload(
+        model, torch.device("cpu")
+    )
+
+
+def test_modules_whose_files_are_missing_are_made_while_sources_are_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(adapters, "_load_dense_weights", lambda *given: bool(asked.append(given)))
+    with pytest.raises(ZeroDivisionError), modules_without_files():
+        assert adapters._load_dense_weights("linear", "2_Dense") is True
+        raise ZeroDivisionError
+    assert adapters._load_dense_weights("linear", "2_Dense") is False
+    assert asked == [("linear", "2_Dense")] * 2

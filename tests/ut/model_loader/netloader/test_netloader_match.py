@@ -1,6 +1,7 @@
 """Whether two sides mean the same tensors."""
 
 import enum
+import math
 
 import msgspec
 import pytest
@@ -11,9 +12,9 @@ from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW, Manifest
 from vllm_ascend.model_loader.netloader.executor.model.match import (
     MAX_NAMED,
-    allocate,
     describe,
     match,
+    sample_of,
 )
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 
@@ -183,15 +184,6 @@ def test_a_client_has_no_tensors_without_memory():
         match(manifest, {"b": torch.empty(3, device="meta")}, {"b"}, {})
 
 
-def test_memory_is_made_for_every_name_of_a_manifest():
-    model = assorted()
-    manifest, _ = describe(model, RAW, {}, DEVICE.format_of)
-    made = allocate(_travelled(manifest))
-    assert made.keys() == model.keys()
-    assert made["embed.weight"] is made["lm_head.weight"]
-    match(manifest, made, made.keys(), {})
-
-
 # What decides the meaning of tensors
 
 
@@ -225,3 +217,58 @@ def test_tensors_that_were_made_for_something_else_are_refused_with_both_values(
     with pytest.raises(LayoutUnsupported) as refused:
         match(manifest, tensors, {"a"}, {}, here)
     assert str(refused.value) == f"tensors are not made in the same way: {'; '.join(lines)}"
+
+
+# What both sides make themselves
+
+
+def compared(there, here):
+    """What differs between samples of these tensors."""
+    manifest = Manifest(RAW, [], {}, {name: sample_of(tensor) for name, tensor in there.items()})
+    try:
+        match(
+            _travelled(manifest), {}, (), {}, {n: sample_of(tensor) for n, tensor in here.items()}
+        )
+    except LayoutUnsupported as error:
+        return str(error).removeprefix("tensors differ: ")
+    return ""
+
+
+TABLE = torch.arange(60.0).reshape(6, 10)
+
+
+def test_equal_tables_and_those_with_more_rows_are_the_same():
+    assert compared({"t": TABLE}, {"t": TABLE.clone()}) == ""
+    assert compared({"t": TABLE}, {"t": TABLE[:3]}) == ""
+    assert compared({"t": TABLE[:3]}, {"t": TABLE, "only here": TABLE}) == ""
+
+
+def test_rounding_and_numbers_that_are_none_make_no_difference():
+    infinite = torch.tensor([math.inf, -math.inf, 1.0, math.nan])
+    assert compared({"t": TABLE}, {"t": TABLE * 1.001}) == ""
+    assert compared({"t": infinite}, {"t": infinite.clone()}) == ""
+    assert "is inf here and 0.0 there" in compared({"t": TABLE}, {"t": TABLE + math.inf})
+
+
+def test_another_table_is_refused_with_both_values_and_where():
+    other = TABLE.clone()
+    other[2, 7] = 5
+    assert compared({"t": TABLE}, {"t": other}) == (
+        "t, which both make themselves, is 5.0 here and 27.0 there at element 27"
+    )
+
+
+def test_integers_have_to_be_the_same_to_the_last():
+    there = torch.arange(50)
+    other = there.clone()
+    other[-1] = 0
+    assert compared({"t": there}, {"t": there.clone()}) == ""
+    assert compared({"t": there}, {"t": other}) == (
+        "t, which both make themselves, has other values here than there"
+    )
+
+
+def test_a_table_that_a_client_lacks_is_refused_and_a_single_number_is_not():
+    assert compared({"t": TABLE}, {}) == "t is only there, and does not travel"
+    assert compared({"t": torch.arange(3)}, {}) == "t is only there, and does not travel"
+    assert compared({"t": torch.tensor(1.0)}, {}) == ""

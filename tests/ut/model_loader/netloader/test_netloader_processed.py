@@ -228,6 +228,26 @@ def test_containers_of_every_kind_are_looked_into():
     }
 
 
+def test_modules_outside_of_the_tree_are_looked_into_and_those_inside_are_not():
+    layer = nn.Linear(2, 2)
+    layer.table = [T]
+    layer.register_buffer("cache", T, persistent=False)
+    outer = nn.Sequential(layer)
+    outer.itself = [outer]
+    assert found(poolers={"embed": outer}) == {
+        f"poolers['embed'].{name}" for name in ("0.weight", "0.bias", "0.cache", "0.table[0]")
+    }
+    inside = nn.Linear(2, 2)
+    assert found(child=inside, others=[inside]) == {"child.weight", "child.bias"}
+
+
+@pytest.mark.parametrize("value", [{T}, frozenset({nn.Linear(1, 1)})])
+def test_a_set_with_tensors_has_no_order_and_is_refused(value):
+    with pytest.raises(LayoutUnsupported, match="a is a set with tensors"):
+        found(a=value)
+    assert found(a={1, "text"}) == set()
+
+
 def test_a_tensor_that_has_several_names_is_found_under_all():
     model = Model()
     shared = model.layers[0].attn.impl.W_UV

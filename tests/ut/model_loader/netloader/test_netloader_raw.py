@@ -1,3 +1,5 @@
+import re
+import types
 import weakref
 
 import pytest
@@ -6,6 +8,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.config import Int8Cache
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
+from vllm_ascend.model_loader.netloader.executor.model.match import match
 from vllm_ascend.model_loader.netloader.executor.model.raw import (
     after_processing,
     apply_attributes,
@@ -13,6 +16,9 @@ from vllm_ascend.model_loader.netloader.executor.model.raw import (
     capture_loaded,
     copy_int8,
     raw_tensors,
+    samples_of,
+    weights_outside,
+    without_doubles,
 )
 
 from .support import DEVICE, bytes_of
@@ -497,6 +503,115 @@ def test_a_plain_tensor_replaced_by_loading_is_refused_even_at_the_same_address(
 
     with pytest.raises(LayoutUnsupported, match=r"first\.table"):
         captured(model, load)
+
+
+def test_a_view_of_a_weight_made_by_loading_is_refused_by_name():
+    def load(model):
+        fill(model)
+        model.first.view = model.first.weight.data
+
+    with pytest.raises(LayoutUnsupported, match=r"first\.view was created while loading"):
+        captured(Model(), load)
+
+
+def test_a_tensor_of_an_object_changed_by_loading_is_refused_by_name():
+    model = Model()
+    model.first.impl = types.SimpleNamespace(tables=[torch.ones(3)])
+
+    def load(model):
+        fill(model)
+        model.first.impl.tables[0].zero_()
+
+    with pytest.raises(LayoutUnsupported, match=r"first\.impl\.tables\[0\] was created"):
+        captured(model, load)
+
+
+def test_an_object_may_hold_what_loading_fills():
+    model = Model()
+    model.first.impl = types.SimpleNamespace(sinks=model.first.weight, part=model.first.weight[3:])
+    assert set(captured(model).manifest.names) == set(Model().state_dict())
+
+
+# Modules that torch passes over, and what a model makes itself
+
+
+def with_projector(seed=0):
+    """A model as vLLM makes that of a Sentence-Transformers folder."""
+    model = Model()
+    model.head.poolers = {"embed": types.SimpleNamespace(projector=nn.Sequential(Layer()))}
+    fill(model.head.poolers["embed"].projector, seed)
+    return model
+
+
+PROJECTOR = "head.poolers['embed'].projector.0"
+
+
+def test_weights_of_a_module_outside_of_the_tree_travel():
+    there, here = with_projector(0), with_projector(1)
+    names = set(captured(there).manifest.names)
+    assert {f"{PROJECTOR}.{name}" for name in ("weight", "scale", "qweight", "kept")} <= names
+    assert f"{PROJECTOR}.derived" not in names
+    tensors, required = raw_tensors(here)
+    assert f"{PROJECTOR}.weight" in required
+    match(captured(there).manifest, tensors, required, {}, samples_of(here))
+    weight = here.head.poolers["embed"].projector[0].weight
+    assert weights_outside(here)[f"{PROJECTOR}.weight"].data_ptr() == weight.data_ptr()
+    assert not weights_outside(Model())
+
+
+@pytest.mark.parametrize("at_source", [True, False])
+def test_a_module_that_one_side_lacks_is_refused_by_name(at_source):
+    there, here = with_projector(), Model()
+    if not at_source:
+        there, here = here, there
+    where = "there" if at_source else "here"
+    with pytest.raises(LayoutUnsupported, match=rf"{re.escape(PROJECTOR)}\.\w+ is only {where}"):
+        match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+
+
+def test_what_both_sides_make_themselves_is_compared_and_does_not_travel():
+    there, here = Model(), Model()
+    made = captured(there).manifest.made
+    assert made == {"first.derived": [1.0] * 4, "second.derived": [1.0] * 4}
+    match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+    here.second.derived[3] = 7
+    with pytest.raises(LayoutUnsupported, match=r"second\.derived.* is 7\.0 here and 1\.0 there"):
+        match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+
+
+def test_what_loading_changes_travels_and_is_not_compared():
+    def load(model):
+        fill(model)
+        model.first.derived.zero_()
+
+    manifest = captured(Model(), load).manifest
+    assert "first.derived" in manifest.names
+    assert set(manifest.made) == {"second.derived"}
+
+
+def test_the_weights_digest_is_not_that_of_what_both_sides_make():
+    other = Model()
+    other.first.derived.add_(1)
+    one, two = captured(Model()), captured(other)
+    assert one.manifest.made != two.manifest.made
+    assert one.digests == two.digests
+
+
+def test_raw_tensors_that_a_model_has_itself_are_not_kept_twice():
+    model = with_projector()
+    raw = captured(model)
+    raw = raw.with_tensors([tensor.clone() for tensor in raw.tensors])
+    model.first.weight.data = model.first.weight.data.t().contiguous().t()  # packed, so to speak
+    model.first.scale.data.add_(1)
+    kept = without_doubles(raw, model)
+    assert same(kept, raw.tensors)
+    own = {tensor.data_ptr() for tensor in raw_tensors(model)[0].values()}
+    doubles = [
+        name
+        for name, tensor in zip(kept.manifest.names, kept.tensors, strict=True)
+        if tensor.data_ptr() not in own
+    ]
+    assert doubles == ["first.weight", "first.scale"]
 
 
 def test_a_model_on_the_meta_device_is_refused():

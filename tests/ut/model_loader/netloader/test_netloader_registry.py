@@ -55,7 +55,7 @@ def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None):
     model = nn.Linear(1, 1)
     offered = offered or offer()
     worker = offered.identity.rank if worker is None else worker
-    registry.put_in_use(model, "path", None, config, host, offered, to_come, worker)
+    registry.put_in_use(model, "path", config, host, offered, to_come, worker=worker)
     return model
 
 
@@ -87,11 +87,11 @@ def is_refused(address, group, reason):
 
 
 def test_a_model_in_use_is_known_with_all_that_a_reload_needs(config):
-    model, manifest = nn.Linear(1, 1), store_of(WEIGHTS).manifest
-    registry.put_in_use(model, "path", manifest, config(), HOST, offer(), (), 0)
+    model = nn.Linear(1, 1)
+    registry.put_in_use(model, "path", config(), HOST, offer(), ())
     known = registry.in_use(model)
     assert known.identity == identity()
-    assert (known.path, known.manifest) == ("path", manifest)
+    assert known.path == "path"
     assert known.server.listening
 
 
@@ -311,7 +311,7 @@ def living(config, instance, group=TARGET):
     """A model in use of an instance of its own, and its status."""
     model = Living()
     made = offer(group=group, tensors={"layer.weight": model.layer.weight.detach()})
-    registry.put_in_use(model, "path", None, config, HOST, made, (), instance)
+    registry.put_in_use(model, "path", config, HOST, made, (), instance=instance)
 
     def status():
         models = server_of(model).status(0).models
@@ -366,7 +366,7 @@ def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
     model, revision = Living(), Revision("0" * 40, True)
     made = offer(tensors={"layer.weight": model.layer.weight.detach()})
     made = dataclasses.replace(made, identity=identity(revision=revision))
-    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one")
+    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
     for change, expected in ((0, revision), (1, Revision())):
         with registry.changing("one", RELOAD):
             model.layer.weight.data.add_(change)
@@ -424,7 +424,7 @@ def test_weights_found_changed_are_offered_anew(config):
 def test_a_model_that_is_no_source_is_not_one_after_its_weights_have_changed(config):
     model = Living()
     made = offer(declined="no copy")
-    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one")
+    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
     assert not registry.is_renewable(model)
     with registry.changing("one", RELOAD):
         pass
@@ -443,7 +443,9 @@ def test_raw_tensors_are_copied_only_when_nobody_can_have_them(config):
     raw = model.layer.weight.detach()
     made = offer(tensors={"layer.weight": raw})
     model.layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    registry.put_in_use(model, "path", None, config(), HOST, made, (), "one", [model.layer])
+    registry.put_in_use(
+        model, "path", config(), HOST, made, (), instance="one", watched=[model.layer]
+    )
     new = torch.rand(3, 3)
     with registry.changing("one", Change("reload_weights", After.WHOLE, at_once=False)):
         model.layer.weight = nn.Parameter(new, requires_grad=False)

@@ -12,7 +12,7 @@ import torch
 from ..errors import NotHere, Withdrawn
 from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
-from .chunks.manifest import NO_MEANING, Manifest, Scalar
+from .chunks.manifest import NO_MEANING, Manifest, Sample, Scalar
 from .devices import Device
 from .memory import read
 from .model.match import describe
@@ -187,6 +187,7 @@ def make_store(
     attributes: Mapping[str, Scalar],
     device: Device,
     meaning: Mapping[str, str] = NO_MEANING,
+    made: Mapping[str, Sample] | None = None,
 ) -> BlockStore:
     """Describe and hash named tensors as they are to be served.
 
@@ -196,11 +197,13 @@ def make_store(
         attributes: the manifest's attributes.
         device: where the tensors are.
         meaning: the manifest's meaning.
+        made: the manifest's samples of what does not travel.
 
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
     manifest, distinct = describe(tensors, layout, attributes, device.format_of, meaning)
+    manifest = msgspec.structs.replace(manifest, made=made or {})
     return _hashed(manifest, Blocks([tensor.nbytes for tensor in distinct]), distinct, device)
 
 

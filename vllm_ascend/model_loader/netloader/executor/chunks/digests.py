@@ -1,9 +1,9 @@
 """Digests: of blocks, of tensors, and of weights, whose name the last one is.
 
-A tensor's digest is that of its blocks' digests, and the weights digest is that of the manifest and
-of all tensors' digests. So equal weights have equal names on every instance, nobody can take a
-tensor for another one of its shape, and no setting of the transfer is in any of it. Devices compute
-the digests of blocks; all that is made of these is XXH3 with 128 bits.
+A tensor's digest is that of its blocks' digests, and the weights digest is that of the manifest,
+without `made`, and of all tensors' digests. So equal weights have equal names on every instance,
+nobody can take a tensor for another one of its shape, and no setting of the transfer is in any of
+it. Devices compute the digests of blocks; all that is made of these is XXH3 with 128 bits.
 """
 
 import itertools
@@ -59,7 +59,7 @@ def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes
             f"{len(of_blocks)} bytes of digests came for {blocks.count} blocks; "
             f"expected: {blocks.count * DIGEST_BYTES}"
         )
-    whole = xxhash.xxh3_128(msgspec.json.encode(manifest))
+    whole = xxhash.xxh3_128(msgspec.json.encode(msgspec.structs.replace(manifest, made={})))
     ends = [block * DIGEST_BYTES for block in blocks.firsts]
     of_tensors = [xxhash.xxh3_128_digest(of_blocks[at:end]) for at, end in itertools.pairwise(ends)]
     whole.update(b"".join(of_tensors))

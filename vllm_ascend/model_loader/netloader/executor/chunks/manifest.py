@@ -12,6 +12,8 @@ RAW, PROCESSED = "raw", "processed"
 NO_MEANING: Mapping[str, str] = MappingProxyType({})
 
 Scalar: TypeAlias = Plain
+# Of a tensor that both sides make themselves: some of its values, or all of them as hexadecimal.
+Sample: TypeAlias = list[float | str] | str
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -36,7 +38,7 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     format: str | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What some weights consist of.
 
     Attributes:
@@ -49,12 +51,16 @@ class Manifest(msgspec.Struct, frozen=True):
             the order of their names.
         meaning: what decided what the tensors are and how they lie, such as which expert each slot
             has, and which kernel they were made for: it has to be the same on both sides.
+        made: name -> sample of the tensors that both sides make themselves and that do not travel,
+            such as tables of a rotary embedding; they are compared, and are no part of the weights
+            digest, as processors round differently.
     """
 
     layout: str
     tensors: list[TensorEntry]
     attributes: dict[str, Scalar]
     meaning: dict[str, str] = {}
+    made: dict[str, Sample] = {}
 
     @property
     def names(self) -> list[str]:

@@ -1,18 +1,22 @@
 """Whether two sides mean the same tensors: named tensors described, and matched with a manifest."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
+import xxhash
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ...errors import LayoutUnsupported
 from ...utils import plain, shortened
-from ..chunks.manifest import NO_MEANING, PROCESSED, Manifest, Scalar, TensorEntry
+from ..chunks.manifest import NO_MEANING, PROCESSED, Manifest, Sample, Scalar, TensorEntry
 
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
+# How far apart two processors, or two versions of torch, may come out with the same number.
+_ROUNDING = 0.02
 
 
 def describe(
@@ -57,24 +61,13 @@ def describe(
     return Manifest(layout, entries, carried, dict(sorted(meaning.items()))), distinct
 
 
-def allocate(manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Make uninitialized tensors, on the default device, for all of a manifest's names."""
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in manifest.tensors:
-        if entry.alias_of is not None:
-            tensors[entry.name] = tensors[entry.alias_of]
-        else:
-            dtype = getattr(torch, entry.dtype.removeprefix("torch."))
-            tensors[entry.name] = torch.empty(entry.shape, dtype=dtype)
-    return tensors
-
-
 def match(
     manifest: Manifest,
     tensors: Mapping[str, torch.Tensor],
     required: Collection[str],
     formats: Mapping[str, str],
     meaning: Mapping[str, str] = NO_MEANING,
+    made: Mapping[str, Sample] | None = None,
 ) -> list[torch.Tensor]:
     """Find a manifest's tensors among a model's own.
 
@@ -84,6 +77,7 @@ def match(
         required: names among them that the manifest must have.
         formats: name -> format of those of them that have one when they are in use.
         meaning: this side's; see `Manifest`.
+        made: samples of the tensors that this side has made itself; None: they are not compared.
 
     Returns:
         This side's tensors of the entries that are no aliases, in order, as they are received.
@@ -128,6 +122,8 @@ def match(
     if len(known) < len(manifest.tensors):
         differences.append("a name is there twice")
     differences += [f"{name} is only here" for name in sorted(set(required) - known)]
+    if made is not None:
+        differences += _made_differently(manifest.made, made)
     if differences:
         raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
     return matched
@@ -143,6 +139,56 @@ def _different_meaning(there: Mapping[str, str], here: Mapping[str, str]) -> lis
 
 def _value(text: str | None) -> str:
     return "nothing" if text is None else shortened(text, _MAX_VALUE)
+
+
+def sample_of(tensor: torch.Tensor) -> Sample:
+    """Describe a tensor that both sides make themselves, so that they can compare it.
+
+    Returns:
+        Of floating-point numbers the first one and those at all powers of three: they are in any
+        column of a table, and stay where they are when it gets more rows. Of others a digest.
+    """
+    flat = tensor.detach().reshape(-1)
+    if not tensor.is_floating_point():
+        return xxhash.xxh3_64_hexdigest(flat.cpu().contiguous().view(torch.uint8).numpy())
+    at = torch.tensor([*_positions(flat.numel())], device=flat.device)
+    values = flat[at].double().tolist()
+    return [value if math.isfinite(value) else str(value) for value in values]
+
+
+def _positions(count: int) -> Iterator[int]:
+    at = 1
+    yield 0
+    while at < count:
+        yield at
+        at *= 3
+
+
+def _made_differently(there: Mapping[str, Sample], here: Mapping[str, Sample]) -> Iterator[str]:
+    for name, values in there.items():
+        own = here.get(name)
+        if own is None:
+            # Another version of vLLM may have one number more for each layer.
+            if isinstance(values, str) or len(values) > 1:
+                yield f"{name} is only there, and does not travel"
+        elif isinstance(own, str) or isinstance(values, str):
+            if own != values:
+                yield f"{name}, which both make themselves, has other values here than there"
+        else:
+            for index, (one, other) in enumerate(zip(own, values, strict=False)):
+                if not _close(one, other):
+                    at = 3 ** (index - 1) if index else 0
+                    yield (
+                        f"{name}, which both make themselves, is {one} here and {other} there at "
+                        f"element {at}"
+                    )
+                    break
+
+
+def _close(one: float | str, other: float | str) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
 
 
 def _alias_of(

@@ -1,9 +1,7 @@
 """The processed layout: all tensors that inference uses, wherever post-processing has left them."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -13,15 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..chunks.manifest import NO_MEANING, PROCESSED, Scalar
 from ..devices import Device
 from ..store import BlockStore, make_store
+from .walk import walk
 
-# Where torch keeps what `named_parameters` and the like return, and what has no tensors.
-_OF_TORCH = vars(nn.Module()).keys()
-# State of inference that happens to be on modules: empty when a model has been loaded, or counted
-# up while it runs.
-_OF_INFERENCE = frozenset({"kv_cache", "expert_load_view", "moe_load"})
-# Objects of these belong to the instance and not to the model; so do all those named ...Config.
-_OF_INSTANCE = ("vllm.config", "vllm.distributed", "vllm_ascend.distributed", "logging")
-_DEEPEST = 4
 # An integer beyond that is an address in this process.
 _LARGEST_INT = 1 << 31
 
@@ -50,59 +41,12 @@ _FILLABLE = {
 
 
 def processed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Find every tensor of a model that has been post-processed.
+    """Find every tensor of a model that has been post-processed, by its name in the walk.
 
     Post-processing leaves some as plain attributes of modules, or in lists, dicts and objects that
     hang there, such as an attention's `impl` (`impl.W_UV`) or a linear layer's `quant_method`.
-
-    Returns:
-        Name -> the tensor itself: parameters and buffers under all their names, then the others as
-        in `layers.0.attn.impl.W_UV` or `layers.0.scales[1]`.
     """
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found |= model.named_buffers(remove_duplicate=False)
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in _OF_TORCH:
-                name = f"{path}.{attribute}" if path else attribute
-                found |= _tensors(name, value, seen, 0)
-    return {
-        name: tensor
-        for name, tensor in found.items()
-        if not tensor.is_meta and not _OF_INFERENCE.intersection(re.split(r"[.\[]", name))
-    }
-
-
-def _tensors(
-    name: str, value: object, seen: set[int], depth: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-        return
-    if id(value) in seen or depth > _DEEPEST or _is_none_of_ours(value):
-        return
-    inside: Iterator[tuple[str, object]] | list[tuple[str, object]]
-    if isinstance(value, Mapping):
-        inside = [(f"{name}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, list | tuple | set | frozenset):
-        inside = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
-    elif hasattr(value, "__dict__"):
-        inside = [(f"{name}.{key}", item) for key, item in vars(value).items()]
-    else:
-        return
-    seen.add(id(value))
-    for inner, item in inside:
-        yield from _tensors(inner, item, seen, depth + 1)
-
-
-def _is_none_of_ours(value: object) -> bool:
-    if isinstance(
-        value, type | nn.Module | ModuleType | FunctionType | MethodType | BuiltinFunctionType
-    ):
-        return True  # submodules are visited by themselves
-    kind = type(value)
-    return kind.__name__.endswith("Config") or kind.__module__.startswith(_OF_INSTANCE)
+    return {one.name: one.tensor for one in walk(model) if not one.tensor.is_meta}
 
 
 class _Defined(TorchDispatchMode):

@@ -6,7 +6,7 @@ then nothing else may be sent in its place. What has changed is told by hashing 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,12 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ...config import Int8Cache
 from ...errors import LayoutUnsupported
 from ..chunks.blocks import Run, Span
-from ..chunks.manifest import NO_MEANING, RAW, Scalar
+from ..chunks.manifest import NO_MEANING, RAW, Sample, Scalar
 from ..devices import Device
-from ..memory import read
+from ..memory import bytes_of, read
 from ..store import BlockStore, make_store
+from .match import sample_of
+from .walk import Found, Kind, walk
 
 # Scales and the like: copying all of them costs little, and quantization rewrites them in place.
 _SMALL = 64 << 10
@@ -33,23 +35,24 @@ class BeforeLoading:
 
     Attributes:
         scalars: dotted name -> value of the plain attributes of all modules.
-        tensors: dotted name -> (tensor, version) of the tensors among the plain attributes.
-        buffers: name -> hash of the buffers that no checkpoint has.
+        derived: name -> digest of the tensors that no checkpoint has.
+        plain: names of the tensors that are neither parameters nor buffers.
         parameters: name -> (dtype, shape) of the parameters that have memory.
     """
 
     scalars: Mapping[str, Scalar]
-    tensors: Mapping[str, tuple[torch.Tensor, int]]
-    buffers: Mapping[str, bytes]
+    derived: Mapping[str, bytes]
+    plain: Set[str]
     parameters: Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
 def before_loading(model: nn.Module, device: Device) -> BeforeLoading:
     """Take note of what loading may change besides parameters and persistent buffers."""
+    found = walk(model)
     return BeforeLoading(
         scalars=scalars(model),
-        tensors=_plain_tensors(model),
-        buffers=_hashes(_derived_buffers(model), device),
+        derived=_digests(_derived(found), device),
+        plain=_plain(found),
         parameters=_kinds(model),
     )
 
@@ -60,16 +63,57 @@ def raw_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
     Returns:
         Name -> tensor of all parameters and buffers under all their names, detached, so that a
         later change of a parameter's shape or memory leaves them alone; and the names of the
-        parameters and persistent buffers among them.
+        parameters and persistent buffers among them. Those of modules outside of the module tree,
+        which a constructor may have read from a folder, are among both.
     """
-    derived = _derived_buffers(model)
-    tensors = {
-        name: tensor.detach()
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-        if not isinstance(tensor, UninitializedTensorMixin)
+    return _raw(walk(model))
+
+
+def _raw(found: Sequence[Found]) -> tuple[dict[str, torch.Tensor], set[str]]:
+    fillable = [
+        one
+        for one in found
+        if one.kind is not Kind.PLAIN
+        and not isinstance(one.tensor, UninitializedTensorMixin)
+        # vLLM keeps layers that a model goes without, outside of the tree and without memory.
+        and (one.in_tree or not one.tensor.is_meta)
+    ]
+    required = {one.name for one in fillable if one.kind is Kind.WEIGHT}
+    return {one.name: one.tensor.detach() for one in fillable}, required
+
+
+def weights_outside(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of modules that stand outside of the module tree."""
+    return {
+        one.name: one.tensor.detach()
+        for one in walk(model)
+        if not one.in_tree and one.kind is not Kind.PLAIN and not one.tensor.is_meta
     }
-    return tensors, tensors.keys() - derived.keys()
+
+
+def without_doubles(raw: BlockStore, model: nn.Module) -> BlockStore:
+    """Put a model's own tensors in the place of raw ones that are equal, so that these can go."""
+    own = {one.name: one.tensor.detach() for one in walk(model) if one.kind is not Kind.PLAIN}
+    tensors = [
+        mine if (mine := own.get(name)) is not None and _same(mine, tensor) else tensor
+        for name, tensor in zip(raw.manifest.names, raw.tensors, strict=True)
+    ]
+    return raw.with_tensors(tensors)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+        return False
+    return one.is_contiguous() and torch.equal(bytes_of(one), bytes_of(other))
+
+
+def samples_of(model: nn.Module) -> dict[str, Sample]:
+    """Describe the tensors that a model has made itself, so that both sides can compare theirs.
+
+    Args:
+        model: the model, not post-processed yet.
+    """
+    return {one.name: sample_of(one.tensor) for one in _derived(walk(model))}
 
 
 def capture_loaded(
@@ -86,31 +130,29 @@ def capture_loaded(
     Raises:
         LayoutUnsupported: loading left something that the raw layout cannot carry; names it.
     """
-    plain = _plain_tensors(model)
-    if changed := sorted(
-        name
-        for name, (tensor, version) in plain.items()
-        if name not in before.tensors
-        or before.tensors[name][0] is not tensor
-        or before.tensors[name][1] != version
-    ):
+    found = walk(model)
+    derived = _derived(found)
+    digests = _digests(derived, device)
+    changed = {name for name in digests if digests[name] != before.derived.get(name)}
+    plain = _plain(found)
+    if lost := sorted((plain - before.plain) | (plain & changed)):
         raise LayoutUnsupported(
-            f"{changed[0]} was created while loading and is neither a parameter nor a buffer"
+            f"{lost[0]} was created while loading and is neither a parameter nor a buffer"
         )
     kinds = _kinds(model)
-    if made := sorted(name for name in kinds if kinds[name] != before.parameters.get(name)):
+    if new := sorted(name for name in kinds if kinds[name] != before.parameters.get(name)):
         # Online quantization: a client's model has not been through it when it receives.
-        raise LayoutUnsupported(f"{made[0]} was created while loading, as online quantization does")
+        raise LayoutUnsupported(f"{new[0]} was created while loading, as online quantization does")
     attributes = {
         name: value
         for name, value in scalars(model).items()
         if name not in before.scalars or before.scalars[name] != value
     }
-    everything, required = raw_tensors(model)
-    derived = _hashes(_derived_buffers(model), device)
-    filled = required | {name for name in derived if derived[name] != before.buffers.get(name)}
+    everything, required = _raw(found)
+    filled = required | changed
     tensors = {name: tensor for name, tensor in everything.items() if name in filled}
-    return make_store(tensors, RAW, attributes, device, meaning)
+    made = {one.name: sample_of(one.tensor) for one in derived if one.name not in changed}
+    return make_store(tensors, RAW, attributes, device, meaning, made)
 
 
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
@@ -230,21 +272,38 @@ def _end(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
-def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that are not persistent: a model makes them itself, in most cases."""
-    persistent = model.state_dict(keep_vars=True).keys()
-    return {
-        name: buffer
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name not in persistent
-    }
+def _derived(found: Sequence[Found]) -> list[Found]:
+    """Return what no checkpoint has and a model makes itself, in most cases, each thing once.
+
+    What lies in the memory of a parameter, such as a view of it, comes with that.
+    """
+    derived: dict[object, Found] = {}
+    of_weights = {_storage(one.tensor) for one in found if one.kind is Kind.WEIGHT}
+    for one in found:
+        if one.kind is Kind.WEIGHT or isinstance(one.tensor, UninitializedTensorMixin):
+            continue
+        if one.tensor.is_meta or not one.tensor.numel():
+            continue
+        if _storage(one.tensor) not in of_weights:
+            region = _storage(one.tensor), one.tensor.data_ptr(), one.tensor.shape
+            derived.setdefault(region, one)
+    return [*derived.values()]
 
 
-def _hashes(tensors: Mapping[str, torch.Tensor], device: Device) -> dict[str, bytes]:
+def _plain(found: Sequence[Found]) -> set[str]:
+    return {one.name for one in found if one.kind is Kind.PLAIN}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    if isinstance(tensor, UninitializedTensorMixin):
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
+def _digests(derived: Sequence[Found], device: Device) -> dict[str, bytes]:
     return {
-        name: device.digests([read(Span(0, 0, tensor.nbytes), [tensor])])
-        for name, tensor in tensors.items()
-        if not tensor.is_meta and tensor.numel()
+        one.name: device.digests([read(Span(0, 0, one.tensor.nbytes), [one.tensor])])
+        for one in derived
     }
 
 
@@ -270,16 +329,4 @@ def scalars(model: nn.Module) -> dict[str, Scalar]:
         for path, module in model.named_modules(remove_duplicate=False)
         for name, value in vars(module).items()
         if is_scalar(value)
-    }
-
-
-def _plain_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
-    return {
-        f"{path}.{name}" if path else name: (
-            value,
-            0 if value.is_inference() else value._version,
-        )
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
     }

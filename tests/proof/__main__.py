@@ -1,0 +1,234 @@
+"""Proves, model by model, that weights from a peer are those of the peer; prints a table.
+
+``python -m tests.proof [NAME ...]``: for each row three instances run in this process. Two have
+loaded models with other weights from disk. The third has no weight files: its weights are filled
+with random bytes, it loads from the first, and is compared with it: every parameter, buffer and
+derived tensor, the raw tensors that both offer, the outputs of linear layers, and answers. Then it
+reloads from the second and is compared with that, or the reload is refused and nothing has changed.
+"""
+
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+
+import torch
+import vllm
+from packaging.version import Version
+from torch import nn
+from vllm import LLM, SamplingParams
+from vllm.distributed import destroy_model_parallel
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from tests.e2e.loading import assert_same, load, make_config, worker
+from tools.make_model import copy_without_weights
+from vllm_ascend.model_loader.netloader import netloader, registry
+from vllm_ascend.model_loader.netloader.errors import NetLoaderError
+
+from .rows import ROWS, Row
+
+PROMPTS = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [11, 200, 31, 42, 900]}]
+GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
+
+
+class Engine:
+    """An instance with an engine, which answers."""
+
+    def __init__(self, row: Row, path: Path, **config: Any) -> None:
+        self._ask = row.ask
+        self._llm = LLM(
+            str(path),
+            load_format="netloader",
+            model_loader_extra_config=config,
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_batched_tokens=128,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=16 << 20,
+            num_gpu_blocks_override=8,  # vLLM 0.27 takes whole GiB otherwise
+            enable_prefix_caching=False,
+            skip_tokenizer_init=row.ask == "generate",
+            use_tqdm_on_load=False,
+            **row.engine,
+        )
+        [self.model] = self._llm.apply_model(_itself)
+
+    def answer(self) -> list[Any]:
+        """Return tokens with their log probabilities, or vectors, or scores."""
+        if self._ask == "generate":
+            found = [one.outputs[0] for one in self._llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+            return [(list(one.token_ids), one.cumulative_logprob) for one in found]
+        found = self._llm.encode(PROMPTS, pooling_task=self._ask, use_tqdm=False)
+        return [one.outputs.data.tolist() for one in found]
+
+    def reload(self, address: str) -> None:
+        """Reload from another source by vLLM's own `reload_weights`."""
+        config = self._llm.llm_engine.vllm_config.load_config.model_loader_extra_config
+        config["SOURCE"] = sources(address)
+        self._llm.collective_rpc("reload_weights")
+
+
+class Loaded:
+    """A model without an engine, where the CPU cannot run it."""
+
+    def __init__(self, row: Row, path: Path, **config: Any) -> None:
+        self._config = make_config(path, engine=row.engine, **config)
+        self.model = load(self._config)
+
+    def answer(self) -> list[Any]:
+        """Return nothing."""
+        return []
+
+    def reload(self, address: str) -> None:
+        """Do what vLLM's `reload_weights` does."""
+        self._config.load_config.model_loader_extra_config["SOURCE"] = sources(address)
+        model_config = self._config.model_config
+        with worker(self._config) as loader:
+            weights = loader.get_all_weights(model_config, self.model)
+            initialize_layerwise_reload(self.model)
+            self.model.load_weights(weights)
+            finalize_layerwise_reload(self.model, model_config)
+
+
+def _itself(model: nn.Module) -> nn.Module:
+    return model
+
+
+def sources(address: str) -> list[dict[str, Any]]:
+    """Return SOURCE for one source."""
+    return [{"device_id": 0, "sources": [address]}]
+
+
+@contextmanager
+def randomized() -> Iterator[None]:
+    """Fill all weights with random bytes before they come from a peer."""
+    pull = netloader.elastic_load
+
+    def randomize(tensors: Any, required: Any, *arguments: Any, **options: Any) -> Any:
+        for name in required:
+            tensor = tensors[name]
+            noise = torch.randint(0, 256, (tensor.nbytes,), dtype=torch.uint8)
+            if tensor.numel():
+                tensor.copy_(noise.view(tensor.dtype).view(tensor.shape))
+        return pull(tensors, required, *arguments, **options)
+
+    netloader.elastic_load = randomize
+    try:
+        yield
+    finally:
+        netloader.elastic_load = pull
+
+
+def store_of(model: nn.Module) -> Any:
+    """Return what an instance offers of its model."""
+    known = registry.in_use(model)
+    assert known is not None
+    assert known.server is not None
+    offer = known.server._offers[known.identity.group]
+    assert offer.store is not None, offer.reason
+    return offer.store
+
+
+def compare(one: Any, other: Any, answers: list[Any]) -> None:
+    """Assert that two instances have the same tensors, offer the same and answer the same."""
+    assert_same(one.model, other.model)
+    ours, theirs = store_of(one.model), store_of(other.model)
+    assert ours.manifest.tensors == theirs.manifest.tensors
+    assert ours.digests == theirs.digests == theirs.hashed_anew().digests
+    assert other.answer() == answers, "the answers differ"
+
+
+def prove(row: Row, folder: Path) -> tuple[str, str]:
+    """Return what a row's load and its reload have come to.
+
+    Raises:
+        AssertionError: something differs that must not.
+    """
+    instance = Engine if row.ask else Loaded
+    paths = [folder / "a", folder / "b"]
+    for seed, path in enumerate(paths):
+        row.make(path, seed)
+    copy_without_weights(paths[0], folder / "bare")
+    config: dict[str, Any] = {"MODEL": "m", "LISTEN_HOST": "127.0.0.1", "FALLBACK": False}
+    served, addresses = [], []
+    for path in paths:
+        served.append(instance(row, path, **config, OUTPUT_PREFIX=f"{path}-"))
+        addresses.append(Path(f"{path}-0.txt").read_text())
+    said = [one.answer() for one in served]
+    assert not said[0] or said[0] != said[1], "the answers do not tell the weights apart"
+    try:
+        with randomized():
+            client = instance(
+                row,
+                folder / "bare",
+                **config,
+                OUTPUT_PREFIX=f"{folder}/client-",
+                SOURCE=sources(addresses[0]),
+            )
+    except NetLoaderError as error:
+        assert row.load, f"the load was refused: {error}"
+        assert row.load in str(error), f"the load was refused for another reason: {error}"
+        return "refused", f"{error}"
+    compare(served[0], client, said[0])
+    try:
+        with randomized():
+            client.reload(addresses[1])
+    except NetLoaderError as error:
+        compare(served[0], client, said[0])
+        assert row.reload, f"the reload was refused: {error}"
+        assert row.reload in str(error), f"the reload was refused for another reason: {error}"
+        return "equal", f"refused: {error}"
+    compare(served[1], client, said[1])
+    return "equal", "equal"
+
+
+def main(names: list[str]) -> int:
+    """Run the rows of these names, or all, and print a table."""
+    failed = 0
+    print(f"vLLM {vllm.__version__}", flush=True)
+    print(f"| {'model':16} | {'s':>5} | {'answers':8} | load   | reload in place |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    for row in ROWS:
+        if names and row.name not in names:
+            continue
+        started = time.monotonic()
+        if row.oldest and Version(vllm.__version__) < Version(row.oldest):
+            loaded, reloaded = "-", f"this vLLM cannot run it on a CPU (from {row.oldest} on)"
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    loaded, reloaded = prove(row, Path(folder))
+                except Exception as error:
+                    failed += 1
+                    loaded, reloaded = "FAILED", f"{type(error).__name__}: {error}"
+            gc.collect()
+            destroy_model_parallel()  # which groups there are depends on the model
+        seconds = time.monotonic() - started
+        reloaded = " ".join(reloaded.split())
+        print(
+            f"| {row.name:16} | {seconds:5.1f} | {row.ask or 'none':8} | {loaded:6} | {reloaded} |",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # engines that are taken down while Python ends raise all kinds of errors
