@@ -288,6 +288,7 @@ class Steps:
         monkeypatch.setattr(netloader, "groups_to_come", lambda config, identity: [])
         monkeypatch.setattr(netloader, "instance_of", lambda config: "instance")
         monkeypatch.setattr(netloader, "watch", lambda *_: [])
+        monkeypatch.setattr(netloader.registry, "in_use", lambda _: None)
         monkeypatch.setattr(netloader.registry, "put_in_use", self._put_in_use)
         monkeypatch.setattr(self.loader, "_identify", lambda config: identity())
         monkeypatch.setattr(self.loader, "_load_from_sources", self._fail)
@@ -394,7 +395,7 @@ def offered(monkeypatch, load, **extra_config):
     steps = Steps(monkeypatch, **extra_config)
     steps.loader._vllm_config = ON_CPU
     steps.loader._finish(load, "model")
-    steps.loader._offer(load, "model", ON_CPU, types.SimpleNamespace(model="m"), {})
+    steps.loader._offer(load, "model", types.SimpleNamespace(model="m"), {})
     [offer] = steps.offered
     return offer
 

@@ -224,10 +224,16 @@ def test_tensors_that_were_made_for_something_else_are_refused_with_both_values(
 
 def compared(there, here):
     """What differs between samples of these tensors."""
-    manifest = Manifest(RAW, [], {}, {name: sample_of(tensor) for name, tensor in there.items()})
+    manifest = Manifest(
+        RAW, [], {}, made={name: sample_of(tensor) for name, tensor in there.items()}
+    )
     try:
         match(
-            _travelled(manifest), {}, (), {}, {n: sample_of(tensor) for n, tensor in here.items()}
+            _travelled(manifest),
+            {},
+            (),
+            {},
+            made={n: sample_of(tensor) for n, tensor in here.items()},
         )
     except LayoutUnsupported as error:
         return str(error).removeprefix("tensors differ: ")

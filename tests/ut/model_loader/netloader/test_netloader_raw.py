@@ -553,7 +553,7 @@ def test_weights_of_a_module_outside_of_the_tree_travel():
     assert f"{PROJECTOR}.derived" not in names
     tensors, required = raw_tensors(here)
     assert f"{PROJECTOR}.weight" in required
-    match(captured(there).manifest, tensors, required, {}, samples_of(here))
+    match(captured(there).manifest, tensors, required, {}, made=samples_of(here))
     weight = here.head.poolers["embed"].projector[0].weight
     assert weights_outside(here)[f"{PROJECTOR}.weight"].data_ptr() == weight.data_ptr()
     assert not weights_outside(Model())
@@ -566,17 +566,17 @@ def test_a_module_that_one_side_lacks_is_refused_by_name(at_source):
         there, here = here, there
     where = "there" if at_source else "here"
     with pytest.raises(LayoutUnsupported, match=rf"{re.escape(PROJECTOR)}\.\w+ is only {where}"):
-        match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+        match(captured(there).manifest, *raw_tensors(here), {}, made=samples_of(here))
 
 
 def test_what_both_sides_make_themselves_is_compared_and_does_not_travel():
     there, here = Model(), Model()
     made = captured(there).manifest.made
     assert made == {"first.derived": [1.0] * 4, "second.derived": [1.0] * 4}
-    match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+    match(captured(there).manifest, *raw_tensors(here), {}, made=samples_of(here))
     here.second.derived[3] = 7
     with pytest.raises(LayoutUnsupported, match=r"second\.derived.* is 7\.0 here and 1\.0 there"):
-        match(captured(there).manifest, *raw_tensors(here), {}, samples_of(here))
+        match(captured(there).manifest, *raw_tensors(here), {}, made=samples_of(here))
 
 
 def test_what_loading_changes_travels_and_is_not_compared():
