@@ -170,3 +170,12 @@ def test_a_thousand_tiny_tensors_are_asked_for_together():
 
 def test_a_chunk_of_less_than_a_block_has_one():
     assert _check([3 * B], 1) == [Run(0, 0), Run(1, 1), Run(2, 2)]
+
+
+@given(_runs())
+def test_a_run_of_whole_tensors_is_told_from_one_with_parts(drawn):
+    blocks, run = drawn
+    spans = blocks.spans(run)
+    parts = [span for span in spans if span.nbytes < blocks.sizes[span.tensor]]
+    expected = None if parts else range(spans[0].tensor, spans[-1].tensor + 1)
+    assert blocks.whole(run) == expected

@@ -125,7 +125,23 @@ class BlockStore:
 
     def parts(self, run: Run) -> list[torch.Tensor]:
         """Return a run's bytes as contiguous tensors, one after the other, copies where need be."""
-        return [read(span, self.readable) for span in self.blocks.spans(run)]
+        whole = self.whole(run, self.readable)
+        return whole or [read(span, self.readable) for span in self.blocks.spans(run)]
+
+    def whole(self, run: Run, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Return the tensors that a run has, as they are, if it has all of each and none has gaps.
+
+        A model can have a hundred thousand small ones, and spans of them cost microseconds each.
+
+        Args:
+            run: the blocks.
+            tensors: `tensors`, or `readable`.
+        """
+        which = self.blocks.whole(run)
+        if which is None:
+            return None
+        found = [tensors[index] for index in which]
+        return found if all(tensor.is_contiguous() for tensor in found) else None
 
     def wrong(self, run: Run) -> list[int]:
         """Return the blocks of a run that are not what their digests say.

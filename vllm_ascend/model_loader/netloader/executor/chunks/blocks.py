@@ -99,6 +99,13 @@ class Blocks:
         whole[0] = Span(tensor, offset, self.sizes[tensor] - offset)
         return [*whole, Span(last, 0, self._end(last, run.last))]
 
+    def whole(self, run: Run) -> range | None:
+        """Return the tensors that a run has, if it has all of each; None: it has parts."""
+        first, last = self.tensor_of(run.first), self.tensor_of(run.last)
+        if run.first == self.firsts[first] and run.last + 1 == self.firsts[last + 1]:
+            return range(first, last + 1)
+        return None
+
     def split(self, run: Run, max_bytes: int) -> list[Run]:
         """Split a run into such as are no larger than `max_bytes`, or else one block."""
         if self.size_of(run) <= max_bytes:

@@ -106,6 +106,9 @@ class HttpReceiver:
 
     def _receive_in_place(self, run: Run) -> None:
         store = self._store
+        if (whole := store.whole(run, store.tensors)) is not None:
+            self._source.receive_blocks([host_view(tensor) for tensor in whole])
+            return
         spans = store.blocks.spans(run)
         places = [in_place(span, store.tensors) for span in spans]
         buffers = [
