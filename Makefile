@@ -28,7 +28,7 @@ help:
 	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      both languages of the documentation, warnings as errors"
-	@echo "make bench     the data plane beside what it is measured against (BENCH_JSON=FILE)"
+	@echo "make bench     the data plane, shared storage and vLLM's loaders beside NetLoader (BENCH_JSON=FILE)"
 	@echo "make bench-serving  tokens of an instance while others pull from it (BENCH_JSON=FILE)"
 	@echo "make venv      only install (make venv-npu: vLLM Ascend)"
 	@echo "make clean     remove everything that make made"
