@@ -138,12 +138,14 @@ class Ranks:
         all: all of them, this one included.
         group: names the model.
         store: where they tell each other; not used by one rank alone.
+        instance: tells instances of the same processes apart, once they have loaded.
     """
 
     rank: int
     all: Sequence[int]
     group: str
     store: Store | None = None
+    instance: int = 0
 
     @property
     def several(self) -> bool:
@@ -198,7 +200,7 @@ class Ranks:
         return {rank: weights for rank, weights in now.items() if weights != _NOTHING}
 
     def _present(self, rank: int) -> str:
-        return f"netloader/{self.group}/present/{rank}"
+        return f"netloader/{self.group}/instance {self.instance}/{rank}"
 
     def _wait(self, number: int) -> None:
         assert self.store is not None

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,8 @@ from .utils import Address, logger, one_line, rate, size
 _WAIT_AGAIN = 30.0
 
 T = TypeVar("T")
+
+_instances = itertools.count(1)
 
 
 @dataclass
@@ -527,11 +530,15 @@ class ModelNetLoaderElastic(BaseModelLoader):
             logger.warning(
                 "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
             )
-        ranks = ranks_of(vllm_config, load.identity)
+        known = registry.in_use(model)
+        # The processes of all ranks make their instances in the same order.
+        ranks = (known and known.ranks) or replace(
+            ranks_of(vllm_config, load.identity), instance=next(_instances)
+        )
         present = partial(ranks.present, agreed)
         offer = Offer(load.identity, store, load.unserved, load.loaded_from, present)
         watched = watch(vllm_config, model, registry.changing, registry.processing)
-        if registry.in_use(model) is not None:
+        if known is not None:
             registry.offer_again(model, offer, watched)
             return
         ranks.publish(agreed.get(rank))
