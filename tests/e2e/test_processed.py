@@ -134,7 +134,7 @@ def poisons(index, count, tensors):
 
 @pytest.mark.parametrize(
     ("fault", "why"),
-    [(dies, "the source dies here"), (poisons, "wrong bytes twice in blocks")],
+    [(dies, "the source dies here"), (poisons, "the source's weights have changed since")],
     ids=["lost", "wrong"],
 )
 def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(

@@ -18,4 +18,6 @@ def test_every_row_of_the_proof_is_equal_or_refused_by_name():
     rows = re.findall(r"^\| (.+?) +\| +[\d.]+ \| (.+?) +\| (.+?) +\| (.+) \|$", done.stdout, re.M)
     assert done.returncode == 0
     assert [name for name, *_ in rows] == [row.name for row in ROWS]
-    assert {load for _, _, load, _ in rows} <= {"equal", "refused", "-"}
+    for row, (_, _, load, reload) in zip(ROWS, rows, strict=True):
+        assert load == ("refused" if row.load else "equal"), row.name
+        assert reload.startswith("refused: " if row.reload else "equal"), row.name

@@ -38,6 +38,7 @@ from vllm.model_executor.model_loader.reload import (
 from tests.e2e.loading import assert_same, load, make_config, worker
 from tools.make_model import copy_without_weights
 from vllm_ascend.model_loader.netloader import netloader, registry
+from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.errors import NetLoaderError
 
 from .rows import ROWS, Row
@@ -61,7 +62,7 @@ class Engine:
             max_num_batched_tokens=128,
             max_num_seqs=4,
             kv_cache_memory_bytes=16 << 20,
-            num_gpu_blocks_override=8,  # vLLM 0.27 takes whole GiB otherwise
+            num_gpu_blocks_override=16,  # vLLM 0.27 takes whole GiB otherwise
             enable_prefix_caching=False,
             skip_tokenizer_init=row.ask == "generate",
             use_tqdm_on_load=False,
@@ -99,7 +100,8 @@ class Loaded:
         """Do what vLLM's `reload_weights` does."""
         self._config.load_config.model_loader_extra_config["SOURCE"] = sources(address)
         model_config = self._config.model_config
-        with worker(self._config) as loader:
+        change = Change("reload_weights", After.WHOLE, at_once=False)
+        with worker(self._config) as loader, registry.changing(self.model, change):
             weights = loader.get_all_weights(model_config, self.model)
             initialize_layerwise_reload(self.model)
             self.model.load_weights(weights)
@@ -136,7 +138,8 @@ def randomized() -> Iterator[None]:
 
 
 def store_of(model: nn.Module) -> Any:
-    """Return what an instance offers of its model."""
+    """Return what an instance offers of its model, once it knows."""
+    registry.wait_for_renewal()
     known = registry.in_use(model)
     assert known is not None
     assert known.server is not None

@@ -33,6 +33,7 @@ class Change:
         after: what the weights are when it has returned.
         at_once: whether they change from its beginning; else another change within it says when.
         directly: whether it may write to tensors without post-processing them.
+        perhaps: whether it may as well change nothing.
         sleep: the level at which the instance sleeps from now on.
     """
 
@@ -40,6 +41,7 @@ class Change:
     after: After
     at_once: bool = True
     directly: bool = False
+    perhaps: bool = False
     sleep: int = 0
 
 
@@ -52,15 +54,18 @@ class Instance:
         renew: called in a thread of its own once the weights are whole again, with what changed
             them, whether tensors may have been written to directly, whether they must be what they
             were, and an event that ends it early.
+        remember: called before a change that may change nothing, so that `renew` can tell.
     """
 
     def __init__(
         self,
         withdraw: Callable[[Code, str], object],
         renew: Callable[[str, bool, bool, threading.Event], object],
+        remember: Callable[[], object] = lambda: None,
     ) -> None:
         self._withdraw = withdraw
         self._renew = renew
+        self._remember = remember
         self._lock = threading.RLock()
         self._depth = 0
         self._changed = False
@@ -109,13 +114,15 @@ class Instance:
 
     def _begin(self, change: Change) -> None:
         self._cancel()
-        self._changed = True
+        first, self._changed = not self._changed, True
         self._directly |= change.directly
         if change.sleep:
             self._asleep = max(self._asleep, change.sleep)
             self._withdraw(Code.ASLEEP, f"the source sleeps ({change.name})")
         elif not self._asleep:
             self._withdraw(Code.CHANGING, f"the weights are being changed ({change.name})")
+        if first and change.perhaps:
+            self._remember()
 
     def _end(self, change: Change, failed: bool) -> None:
         slept = self._asleep

@@ -694,7 +694,7 @@ _CHANGES: dict[str, Callable[..., Change | None]] = {
     "update_weights": _always(Change("update_weights", After.MORE, directly=True)),
     "finish_weight_update": _always(Change("finish_weight_update", After.WHOLE, directly=True)),
     "reset_weights": _always(Change("reset_weights", After.MORE, directly=True)),
-    "apply_model": _always(Change("apply_model", After.WHOLE, directly=True)),
+    "apply_model": _always(Change("apply_model", After.WHOLE, directly=True, perhaps=True)),
     "sleep": _sleep,
     "wake_up": _wake_up,
     "discard": _discard,

@@ -367,7 +367,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
         def fill() -> set[str]:
             came = {entry.name for entry in renewal.store.manifest.tensors}
-            with registry.changing(model, Change("reload", After.UNKNOWN)):
+            with registry.changing(model, Change("reload", After.WHOLE)):
                 tensors = renewal.tensors
                 feed_reload(model, {name: tensors[name] for name in tensors if name in came})
                 for name, tensor in weights_outside(model).items():

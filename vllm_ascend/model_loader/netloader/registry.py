@@ -205,7 +205,12 @@ def _new_instance(name: str) -> Instance:
             elif model in _offered:
                 _renew(model, known, server, change, directly, unchanged, stop)
 
-    return Instance(withdraw, renew)
+    def remember() -> None:
+        for model, *_ in _served(name):
+            if model in _offered:
+                _offered[model].renewal.remember()
+
+    return Instance(withdraw, renew, remember)
 
 
 def _served(instance: str) -> list[tuple[nn.Module, InUse, WeightServer]]:

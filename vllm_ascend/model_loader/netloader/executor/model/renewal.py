@@ -37,6 +37,7 @@ class Renewal:
         self._beside: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, torch.Tensor]]]
         self._beside = weakref.WeakKeyDictionary()
         self._stale: set[str] = set()
+        self._made_before: Mapping[str, bytes] | None = None
         if store.manifest.layout == RAW:  # in the other layout all are the model's own
             in_use = _memory(processed_tensors(model))
             for name, tensor in zip(store.manifest.names, store.tensors, strict=True):
@@ -66,6 +67,11 @@ class Renewal:
             else:
                 self._stale.add(name)
 
+    def remember(self) -> None:
+        """Take note of what post-processing has made, so that `hashed` sees what is written to."""
+        if self._beside:
+            self._made_before = self._made()
+
     def hashed(self, *, directly: bool, stop: threading.Event) -> BlockStore:
         """Return a store of the weights as they are now.
 
@@ -80,12 +86,14 @@ class Renewal:
         model = self._model()
         if model is None:
             raise LayoutUnsupported("the model is gone")
+        written = directly and (self._made_before is None or self._made() != self._made_before)
+        self._made_before = None
         self._stale |= {
             name
             for layer, tensors in self._beside.items()
             for attribute, (name, _) in tensors.items()
             if layer not in self._watched
-            or (directly and _has_memory(getattr(layer, attribute, None)))
+            or (written and _has_memory(getattr(layer, attribute, None)))
         }
         if self._stale:
             raise LayoutUnsupported(
@@ -98,6 +106,20 @@ class Renewal:
             if tensor.nbytes and id(tensor) not in beside and _where(tensor) not in in_use:
                 raise LayoutUnsupported(f"{name} is no longer where it was")
         return self.store.hashed_anew(self._renewed_attributes(), stop)
+
+    def _made(self) -> dict[str, bytes]:
+        """Return the digests of what inference uses and clients do not get."""
+        model, device = self._model(), self.store.device
+        if model is None:
+            return {}
+        sent = {_where(tensor) for tensor in self.store.tensors}
+        with device.attached():
+            device.synchronize()
+            return {
+                name: device.digests(device.readable([tensor.contiguous()]))
+                for name, tensor in processed_tensors(model).items()
+                if _has_memory(tensor) and _where(tensor) not in sent
+            }
 
     def _renewed_attributes(self) -> Mapping[str, Scalar]:
         now, known = self._attributes(), self.store.manifest.attributes
