@@ -65,6 +65,11 @@ def read(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensor[_elements(span, tensor)].view(torch.uint8)
 
 
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is if it has no gaps, else its bytes in row-major order."""
+    return tensor if tensor.is_contiguous() else read(Span(0, 0, tensor.nbytes), [tensor])
+
+
 def write(span: Span, tensors: Sequence[torch.Tensor], data: torch.Tensor) -> None:
     """Set a span's bytes from `data`, uint8 of shape [span.nbytes]."""
     view = in_place(span, tensors)

@@ -14,7 +14,7 @@ from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
 from .chunks.manifest import NO_MEANING, Manifest, Sample, Scalar
 from .devices import Device
-from .memory import read
+from .memory import contiguous, read
 from .model.match import describe
 
 # Bytes that are hashed at once when all of a model is: on accelerators that costs some launches.
@@ -125,23 +125,11 @@ class BlockStore:
 
     def parts(self, run: Run) -> list[torch.Tensor]:
         """Return a run's bytes as contiguous tensors, one after the other, copies where need be."""
-        whole = self.whole(run, self.readable)
-        return whole or [read(span, self.readable) for span in self.blocks.spans(run)]
-
-    def whole(self, run: Run, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Return the tensors that a run has, as they are, if it has all of each and none has gaps.
-
-        A model can have a hundred thousand small ones, and spans of them cost microseconds each.
-
-        Args:
-            run: the blocks.
-            tensors: `tensors`, or `readable`.
-        """
-        which = self.blocks.whole(run)
-        if which is None:
-            return None
-        found = [tensors[index] for index in which]
-        return found if all(tensor.is_contiguous() for tensor in found) else None
+        whole = self.blocks.whole(run)
+        if whole is None:
+            return [read(span, self.readable) for span in self.blocks.spans(run)]
+        # Of a hundred thousand small tensors each span would cost microseconds.
+        return [contiguous(self.readable[index]) for index in whole]
 
     def wrong(self, run: Run) -> list[int]:
         """Return the blocks of a run that are not what their digests say.

@@ -106,8 +106,9 @@ class HttpReceiver:
 
     def _receive_in_place(self, run: Run) -> None:
         store = self._store
-        if (whole := store.whole(run, store.tensors)) is not None:
-            self._source.receive_blocks([host_view(tensor) for tensor in whole])
+        tensors = [store.tensors[index] for index in store.blocks.whole(run) or ()]
+        if tensors and all(tensor.is_contiguous() for tensor in tensors):
+            self._source.receive_blocks([host_view(tensor) for tensor in tensors])
             return
         spans = store.blocks.spans(run)
         places = [in_place(span, store.tensors) for span in spans]
