@@ -52,6 +52,19 @@ def is_cpu_platform() -> bool:
     return bool(current_platform.is_cpu())
 
 
+@contextlib.contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """Leave torch's default dtype as it was, also when making or loading a model fails.
+
+    vLLM sets the model's, and up to 0.27 leaves it behind after an error.
+    """
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
     """Remember what making a model adds to process-wide state.
 

@@ -27,6 +27,7 @@ from .agreement import AS_CONFIGURED, DISK, Attempt, Order, RankWeights, load_to
 from .changes import After, Change
 from .compat import (
     can_reload_from_sources,
+    default_dtype_kept,
     feed_reload,
     groups_to_come,
     identity_of,
@@ -202,7 +203,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if not failure:
                 load = self._load = self._new_load(identity, model_config, order)
                 try:
-                    model = self._load_from_sources(load, vllm_config, model_config, prefix)
+                    with default_dtype_kept():
+                        model = self._load_from_sources(load, vllm_config, model_config, prefix)
                 except NetLoaderError as error:
                     if not self._config.fallback or order != AS_CONFIGURED:
                         raise
@@ -216,7 +218,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if failure:
                 start_over()
                 load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
-                model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
+                with default_dtype_kept():
+                    model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
             self._finish(load, model)
             return Attempt((load, model), load.loaded_from, load.weights, load.lists)
 

@@ -324,6 +324,30 @@ def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
     assert (offer.loaded_from, offer.ranks()) == ("disk", {})
 
 
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_load_that_fails_leaves_the_default_dtype_as_it_was(monkeypatch, fallback):
+    steps, seen = Steps(monkeypatch, FALLBACK=fallback), []
+
+    def fail(*_):
+        torch.set_default_dtype(torch.float16)  # as vLLM up to 0.27 leaves it behind
+        raise steps.failure
+
+    def follow(load, *_):
+        seen.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float16)
+        raise OSError("no weights on disk")
+
+    monkeypatch.setattr(steps.loader, "_load_from_sources", fail)
+    monkeypatch.setattr(steps.loader, "_follow_vllm", follow)
+    try:
+        with pytest.raises(LoadFailed):
+            steps.load()
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == ([torch.float32] if fallback else [])
+
+
 def test_without_fallback_the_start_ends_with_all_reasons_and_the_disk_is_not_tried(monkeypatch):
     steps = Steps(monkeypatch, FALLBACK=False)
     with pytest.raises(LoadFailed, match=r"192\.0\.2\.7:1: gone"):
