@@ -258,14 +258,15 @@ def test_a_source_whose_own_bytes_are_wrong_withdraws_them_and_the_client_goes_o
 
 def test_weights_pushed_into_a_source_behind_its_back_are_loaded_when_it_has_noticed(way):
     def renew(running, store):
-        with store.device.attached():  # in the thread of a session
+        with store.device.attached():
             running.offer(way, store.hashed_anew())
 
     for changed in (range(COUNT), [COUNT - 1]):
         device, tensors = way.device(), make(way, rows, 0)
         store = make_store(tensors, device.layout, {}, device)
         with source(way, store) as running:
-            running.server.renew = lambda _, store=store: renew(running, store)
+            renewing = threading.Thread(target=renew, args=(running, store))
+            running.server.renew = lambda _, thread=renewing: thread.start()
             for index in changed:
                 store.tensors[index].copy_(store_of(way, rows, 1).tensors[index])
             outcome = load(way, [running], rows, 1, source_wait=PATIENCE)
