@@ -210,13 +210,13 @@ def test_a_session_with_nothing_to_fetch_stays_until_it_is_needed(way):
     def fail_at_last(index, count):
         if count == 1:
             begun.set()
-            time.sleep(1.6)
+            time.sleep(3.0)
             raise RuntimeError("injected failure")
 
     first = tapped(way, rows, fail_at_last)
     second = tapped(way, rows, lambda *_: begun.wait(20) and None)
-    with source(way, first) as one, source(way, second, progress_timeout=1.0) as another:
-        outcome = load(way, [one, another], progress_timeout=2.4).check()
+    with source(way, first) as one, source(way, second, progress_timeout=2.0) as another:
+        outcome = load(way, [one, another], progress_timeout=3.6).check()
     assert 2 <= len(first.readable.read) <= 3
     assert not outcome.said(f"source {another.address}")
 
@@ -256,6 +256,8 @@ def test_a_source_whose_own_bytes_are_wrong_withdraws_them_and_the_client_goes_o
     assert len(second.readable.read) < COUNT
 
 
+# On simulated HCCL the source cannot hash its memory while a group of the session is still open.
+@pytest.mark.ways(Way.HTTP, Way.STREAM, Way.NPU_HTTP)
 def test_weights_pushed_into_a_source_behind_its_back_are_loaded_when_it_has_noticed(way):
     def renew(running, store):
         with store.device.attached():
