@@ -87,14 +87,22 @@ def test_weights_withdrawn_in_mid_transfer_end_the_session_with_the_reason(way, 
     assert len(store.readable.read) <= last + 1 + AHEAD * way.in_groups
 
 
-def test_weights_replaced_in_mid_transfer_are_loaded_from_the_start(way):
+@contextlib.contextmanager
+def replaced_in_mid_transfer(way):
+    """A source whose weights are replaced, once, while it sends them."""
+
     def replace(index, count):
         if count == 8:
             threading.Thread(target=running.offer, args=(way, later)).start()
             assert first.withdrawn.wait(PATIENCE)
 
     first, later = tapped(way, rows, replace), fresh(store_of(way, rows, 1))
-    with source(way, first) as running, Proxy(running.address) as again:
+    with source(way, first) as running:
+        yield running
+
+
+def test_weights_replaced_in_mid_transfer_are_loaded_from_the_start(way):
+    with replaced_in_mid_transfer(way) as running, Proxy(running.address) as again:
         load(way, [running, again], rows, 1, **ONE).check()
 
 
@@ -280,13 +288,7 @@ def test_weights_pushed_into_a_source_behind_its_back_are_loaded_when_it_has_not
 
 
 def test_a_client_that_does_not_look_gets_no_mixture_of_two_epochs(way):
-    def replace(index, count):
-        if count == 8:
-            threading.Thread(target=running.offer, args=(way, later)).start()
-            assert first.withdrawn.wait(PATIENCE)
-
-    first, later = tapped(way, rows, replace), fresh(store_of(way, rows, 1))
-    with source(way, first) as running:
+    with replaced_in_mid_transfer(way) as running:
         load(way, [running], rows, 1, verify=False, source_wait=PATIENCE).check()
 
 

@@ -93,6 +93,13 @@ def load(config: VllmConfig) -> nn.Module:
         return loader.load_model(vllm_config=config, model_config=config.model_config)
 
 
+def reload_from(config: VllmConfig, model: nn.Module, address: str) -> None:
+    """Reload a model in use from another source."""
+    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [address]
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
+
+
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     """Assert that two models hold the same tensors, and that their linear layers do the same.
 

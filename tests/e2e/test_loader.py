@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.v1.attention import selector
 
-from tests.e2e.loading import assert_same, load, make_config, worker
+from tests.e2e.loading import assert_same, load, make_config, reload_from, worker
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
@@ -272,9 +272,7 @@ def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_p
     config = old.client(models / "llama-bare")
     model = load(config)
     assert_same(old.model, model)
-    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
-    with worker(config) as loader:
-        loader.load_weights(model, config.model_config)
+    reload_from(config, model, renewed.address)
     assert_same(renewed.model, model)
 
 
@@ -401,9 +399,7 @@ def test_a_reload_takes_the_new_dense_module_of_the_source(models: Path, tmp_pat
     config = old.client(bare, engine=POOLING)
     model = load(config)
     assert_same(old.model, model)
-    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
-    with worker(config) as loader:
-        loader.load_weights(model, config.model_config)
+    reload_from(config, model, renewed.address)
     assert_same(renewed.model, model)
 
 
@@ -417,9 +413,8 @@ def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_not
     # Where LoRA is enabled vLLM puts such layers in the place of a model's own.
     attention = model.model.layers[1].self_attn
     attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
-    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
-    with worker(config) as loader, pytest.raises(LoadFailed) as failed:
-        loader.load_weights(model, config.model_config)
+    with pytest.raises(LoadFailed) as failed:
+        reload_from(config, model, renewed.address)
     assert "model.layers.1.self_attn.o_proj.weight is only there" in str(failed.value)
     assert "model.layers.1.self_attn.o_proj.base_layer.weight is only here" in str(failed.value)
     attention.o_proj = attention.o_proj.base_layer
@@ -432,9 +427,8 @@ def test_a_reload_without_weights_anywhere_changes_nothing_and_says_both_reasons
     seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
     config = seed.client(models / "llama-bare")
     model = load(config)
-    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = ["127.0.0.1:1"]
-    with worker(config) as loader, pytest.raises(LoadFailed) as failed:
-        loader.load_weights(model, config.model_config)
+    with pytest.raises(LoadFailed) as failed:
+        reload_from(config, model, "127.0.0.1:1")
     assert "no source gave the weights (127.0.0.1:1: cannot connect" in str(failed.value)
     assert "Cannot find any model weights" in str(failed.value)
     assert_same(seed.model, model)
@@ -471,9 +465,7 @@ def test_a_reload_from_a_source_takes_no_more_memory_than_the_load(
     del config.load_config.model_loader_extra_config["LISTEN_PORT"]
     model = load(config)
     before = served_beside(model)
-    config.load_config.model_loader_extra_config["SOURCE"][0]["sources"] = [renewed.address]
-    with worker(config) as loader:
-        loader.load_weights(model, config.model_config)
+    reload_from(config, model, renewed.address)
     assert_same(renewed.model, model)
     assert served_beside(model) == before
 

@@ -30,15 +30,10 @@ from packaging.version import Version
 from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.distributed import destroy_model_parallel
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 
-from tests.e2e.loading import assert_same, load, make_config, worker
+from tests.e2e.loading import assert_same, load, make_config, reload_from
 from tools.make_model import copy_without_weights
 from vllm_ascend.model_loader.netloader import netloader, registry
-from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.errors import NetLoaderError
 
 from .rows import ROWS, Row
@@ -97,15 +92,8 @@ class Loaded:
         return []
 
     def reload(self, address: str) -> None:
-        """Do what vLLM's `reload_weights` does."""
-        self._config.load_config.model_loader_extra_config["SOURCE"] = sources(address)
-        model_config = self._config.model_config
-        change = Change("reload_weights", After.WHOLE, at_once=False)
-        with worker(self._config) as loader, registry.changing(self.model, change):
-            weights = loader.get_all_weights(model_config, self.model)
-            initialize_layerwise_reload(self.model)
-            self.model.load_weights(weights)
-            finalize_layerwise_reload(self.model, model_config)
+        """Reload from another source by the loader's own `load_weights`."""
+        reload_from(self._config, self.model, address)
 
 
 def _itself(model: nn.Module) -> nn.Module:

@@ -10,41 +10,30 @@ from safetensors.torch import load_file, save_file
 from tools.make_model import _make_tokenizer
 
 DENSE_WIDTH = 64
+_SIZES = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS: dict[str, transformers.PretrainedConfig] = {
     "qwen3-tied": transformers.Qwen3Config(
-        vocab_size=1024,
-        hidden_size=256,
+        **_SIZES,
         intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
     ),
     "mixtral": transformers.MixtralConfig(
-        vocab_size=1024,
-        hidden_size=256,
+        **_SIZES,
         intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
     ),
     "gemma2": transformers.Gemma2Config(
-        vocab_size=1024,
-        hidden_size=256,
+        **_SIZES,
         intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
     ),
     "opt": transformers.OPTConfig(
-        vocab_size=1024,
-        hidden_size=256,
+        **_SIZES,
         ffn_dim=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         max_position_embeddings=512,
         word_embed_proj_dim=256,
     ),
@@ -52,12 +41,9 @@ OTHERS: dict[str, transformers.PretrainedConfig] = {
         vocab_size=1024, n_embd=256, n_layer=2, n_head=4, n_positions=512
     ),
     "deepseek-v2": transformers.DeepseekV2Config(
-        vocab_size=1024,
-        hidden_size=256,
+        **_SIZES,
         intermediate_size=512,
         moe_intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=4,
         n_routed_experts=4,
         num_experts_per_tok=2,

@@ -139,13 +139,13 @@ class _Renewal:
     Attributes:
         load: how they came.
         tensors: name -> raw tensor, for all places of the model.
-        outside: name -> tensor, for those of modules outside the module tree.
+        outside: name -> the model's tensor and the new one, of modules outside the module tree.
         store: the weights.
     """
 
     load: _Load
     tensors: Mapping[str, torch.Tensor]
-    outside: Mapping[str, torch.Tensor]
+    outside: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     store: BlockStore
 
 
@@ -351,10 +351,12 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """
         with self._device_name():
             tensors, required = places_of(model)
-        outside = {name: torch.empty_like(one) for name, one in weights_outside(model).items()}
+        outside = {
+            name: (own, torch.empty_like(own)) for name, own in weights_outside(model).items()
+        }
         store = self._pull(
             load,
-            tensors | outside,
+            tensors | {name: new for name, (_, new) in outside.items()},
             required | outside.keys(),
             sources,
             meaning_of(model, RAW),
@@ -373,8 +375,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             with registry.changing(model, Change("reload", After.WHOLE)):
                 tensors = renewal.tensors
                 feed_reload(model, {name: tensors[name] for name in tensors if name in came})
-                for name, tensor in weights_outside(model).items():
-                    tensor.copy_(renewal.outside[name])
+                for own, new in renewal.outside.values():
+                    own.copy_(new)
                 apply_attributes(model, renewal.store.manifest.attributes)
             if not registry.is_renewable(model):
                 load.store = without_doubles(renewal.store, model)

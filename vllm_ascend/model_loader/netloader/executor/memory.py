@@ -23,16 +23,16 @@ def _array(nbytes: int) -> type[Array[c_ubyte]]:
     return c_ubyte * nbytes
 
 
-def host_view(tensor: torch.Tensor) -> Array[c_ubyte]:
-    """Return a contiguous tensor's memory, which is the host's, as a buffer that keeps it."""
-    memory = _array(tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # type: ignore[attr-defined]
-    return memory
-
-
 def host_memory(address: int, nbytes: int) -> Array[c_ubyte]:
     """Return memory of the host as a buffer; it has to stay while the buffer is used."""
     return _array(nbytes).from_address(address)
+
+
+def host_view(tensor: torch.Tensor) -> Array[c_ubyte]:
+    """Return a contiguous tensor's memory, which is the host's, as a buffer that keeps it."""
+    memory = host_memory(tensor.data_ptr(), tensor.nbytes)
+    memory.tensor = tensor  # type: ignore[attr-defined]
+    return memory
 
 
 def in_place(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:

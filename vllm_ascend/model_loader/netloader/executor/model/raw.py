@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ...config import Int8Cache
 from ...errors import LayoutUnsupported
-from ..chunks.blocks import Run, Span
+from ..chunks.blocks import Run
 from ..chunks.manifest import NO_MEANING, RAW, Sample, Scalar
 from ..devices import Device
-from ..memory import bytes_of, read
+from ..memory import bytes_of, contiguous
 from ..store import BlockStore, make_store
 from .match import sample_of
 from .walk import Found, Kind, walk
@@ -301,10 +301,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _digests(derived: Sequence[Found], device: Device) -> dict[str, bytes]:
-    return {
-        one.name: device.digests([read(Span(0, 0, one.tensor.nbytes), [one.tensor])])
-        for one in derived
-    }
+    return {one.name: device.digests([contiguous(one.tensor)]) for one in derived}
 
 
 def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
