@@ -6,6 +6,7 @@ import hashlib
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -13,6 +14,8 @@ import torch
 import xxhash
 
 from vllm_ascend.model_loader.netloader import load as load_module
+from vllm_ascend.model_loader.netloader.executor import memory
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Span
 from vllm_ascend.model_loader.netloader.executor.devices import device_of, rowsums
 
 from . import models, ways
@@ -48,6 +51,36 @@ def two(started):
 
 def loads(client, address, model=rows, **changes):
     return client.call(load_here, WAY, [address], model, **QUICK | changes)
+
+
+# Sessions, each with a stream of its own
+
+
+def fill_in_parts(count):
+    """Fills one strided tensor from several threads at once; returns what is wrong with it."""
+    device = WAY.device()
+    there = torch.arange(800 * 795, dtype=torch.int32).view(800, 795).npu()
+    here = torch.zeros(800, 900, dtype=torch.int32).npu()[:, 5:800]
+    data = memory.bytes_of(there)
+    spans = [
+        Span(0, at, min(MIB // 4, data.numel() - at)) for at in range(0, data.numel(), MIB // 4)
+    ]
+    torch.npu.synchronize()
+
+    def fill(number):
+        with device.attached(), torch.npu.stream(torch.npu.Stream()):
+            for span in spans[number::count]:
+                memory.write(span, [here], data[span.offset : span.offset + span.nbytes])
+                torch.npu.current_stream().synchronize()
+
+    with ThreadPoolExecutor(count) as threads:
+        [*threads.map(fill, range(count))]
+    return int((here.cpu() != there.cpu()).sum())
+
+
+def test_sessions_that_fill_parts_of_one_strided_tensor_lose_nothing_of_each_other(way, started):
+    client = started(1)
+    assert [client.call(fill_in_parts, 3) for _ in range(5)] == [0] * 5
 
 
 # FRACTAL_NZ

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_ascend.model_loader.netloader.executor import memory
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Span
@@ -68,6 +69,39 @@ def test_memory_around_a_tensor_stays_as_it_is(rows, columns):
     assert (inside == 1).all()
     inside.zero_()
     assert (around == 0).all()
+
+
+class _Written(TorchDispatchMode):
+    """Notes the tensors that operators are given to write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        for said, argument in zip(operator._schema.arguments, args, strict=False):
+            if said.alias_info is not None and said.alias_info.is_write:
+                self.tensors.append(argument)
+        return operator(*args, **(kwargs or {}))
+
+
+# Sessions fill parts of one tensor at once, and a device may write to a copy of what it is given.
+@given(any_tensor().filter(lambda tensor: not tensor.is_contiguous()), st.data())
+def test_an_operator_that_writes_a_part_is_given_no_other_part(tensor, data):
+    first = data.draw(st.integers(0, tensor.numel() - 1))
+    end = data.draw(st.integers(first + 1, tensor.numel()))
+    span = Span(0, first * tensor.itemsize, (end - first) * tensor.itemsize)
+    part = read(span, [tensor]).clone()
+    places = torch.arange(tensor.untyped_storage().nbytes() // tensor.itemsize)
+    of_tensor = places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    with _Written() as written:
+        write(span, [tensor], part)
+    given_out = [
+        places.as_strided(one.shape, one.stride(), one.storage_offset()).reshape(-1)
+        for one in written.tensors
+        if one.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    ]
+    assert torch.equal(torch.cat(given_out), of_tensor.reshape(-1)[first:end])
 
 
 def test_parameters_that_want_gradients_are_read_and_written():

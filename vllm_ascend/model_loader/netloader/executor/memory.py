@@ -1,14 +1,14 @@
 """Spans of tensors' bytes, in row-major order, read and written in place where memory allows."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Array, c_ubyte
 
 import torch
 
 from .chunks.blocks import Span
 
-_INDEXABLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,13 @@ def read(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     view = in_place(span, tensors)
     if view is not None:
         return view
-    tensor = _indexable(tensors[span.tensor])
-    return tensor[_elements(span, tensor)].view(torch.uint8)
+    boxes = list(_boxes(span, tensors[span.tensor]))
+    data = torch.empty(
+        span.nbytes // boxes[0].itemsize, dtype=boxes[0].dtype, device=boxes[0].device
+    )
+    for part, box in zip(data.split([box.numel() for box in boxes]), boxes, strict=True):
+        part.view(box.shape).copy_(box)
+    return data.view(torch.uint8)
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,20 +81,39 @@ def write(span: Span, tensors: Sequence[torch.Tensor], data: torch.Tensor) -> No
     if view is not None:
         bytes_of(view).copy_(data)
         return
-    tensor = _indexable(tensors[span.tensor])
+    boxes = list(_boxes(span, tensors[span.tensor]))
     # a clone starts at a multiple of any element's size, which a slice of a message may not
-    tensor[_elements(span, tensor)] = data.clone().view(tensor.dtype)
+    parts = data.clone().view(boxes[0].dtype).split([box.numel() for box in boxes])
+    for part, box in zip(parts, boxes, strict=True):
+        box.copy_(part.view(box.shape))
 
 
-def _indexable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's memory as a dtype of its size that indexing knows, which not all are."""
-    dtype = _INDEXABLE.get(tensor.element_size())
-    return tensor.detach() if dtype is None else tensor.detach().view(dtype)
+def _boxes(span: Span, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield views of a tensor that have a span's elements, one after the other, and no others.
+
+    Sessions fill different spans of one tensor at the same time. Indexing would do for one of them:
+    a device may do it on a copy of the tensor, which loses what others have written meanwhile.
+    """
+    dtype = _INTEGER.get(tensor.element_size())  # which every operator knows
+    whole = tensor.detach() if dtype is None else tensor.detach().view(dtype)
+    first, size = span.offset // whole.itemsize, span.nbytes // whole.itemsize
+    return _within(whole, first, first + size)
 
 
-def _elements(span: Span, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    size = tensor.element_size()
-    positions = torch.arange(
-        span.offset // size, (span.offset + span.nbytes) // size, device=tensor.device
-    )
-    return torch.unravel_index(positions, tensor.shape)
+def _within(tensor: torch.Tensor, first: int, end: int) -> Iterator[torch.Tensor]:
+    """Yield views with the elements from `first` up to `end`, counted in row-major order."""
+    if first == 0 and end == tensor.numel():
+        yield tensor
+        return
+    row = tensor[0].numel()
+    (top, start), (bottom, rest) = divmod(first, row), divmod(end, row)
+    if top == bottom:
+        yield from _within(tensor[top], start, rest)
+        return
+    if start:
+        yield from _within(tensor[top], start, row)
+        top += 1
+    if top < bottom:
+        yield tensor[top:bottom]
+    if rest:
+        yield from _within(tensor[bottom], 0, rest)
