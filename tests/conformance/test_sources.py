@@ -264,8 +264,6 @@ def test_a_source_whose_own_bytes_are_wrong_withdraws_them_and_the_client_goes_o
     assert len(second.readable.read) < COUNT
 
 
-# On simulated HCCL the source cannot hash its memory while a group of the session is still open.
-@pytest.mark.ways(Way.HTTP, Way.STREAM, Way.NPU_HTTP)
 def test_weights_pushed_into_a_source_behind_its_back_are_loaded_when_it_has_noticed(way):
     def renew(running, store):
         with store.device.attached():

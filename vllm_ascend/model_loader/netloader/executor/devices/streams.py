@@ -242,7 +242,11 @@ class StreamDevice:
 
     def synchronize(self) -> None:
         """Wait for all streams of the device."""
-        self._api.synchronize(self.device)
+        try:
+            self._api.synchronize(self.device)
+        except RuntimeError:
+            # A session that was given up meanwhile: taking its work off the device ends this, too.
+            self._api.synchronize(self.device)
 
     def empty_cache(self) -> None:
         """Have torch's allocator do it."""
