@@ -32,7 +32,7 @@ from .version import __version__
 # Names this process to others, so that another one at the same address is noticed.
 INSTANCE = uuid.uuid4().hex
 
-_PIECE = 4 << 20  # bytes of a run that are sent at once over HTTP
+_PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP
 _LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory is about to change
 _UNTIL_CUT = 5.0  # seconds for sessions to let go of that memory once they have been cut
 _BETWEEN_CHECKS = 1.0  # seconds from one check of blocks for a client to the next

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import http.client
 import json
+import random
 import select
 import shutil
 import socket
@@ -34,6 +35,7 @@ from vllm_ascend.model_loader.netloader.interaction.api import (
     Refusal,
 )
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient, ElasticServer
+from vllm_ascend.model_loader.netloader.interaction.wire import Wire
 from vllm_ascend.model_loader.netloader.utils import Address
 
 from .test_netloader_api import DIGEST, IDENTITY
@@ -310,6 +312,31 @@ def test_a_request_gets_a_status_and_a_code(source, raw, status, code):
     if code is not None:
         assert json.loads(body)["code"] == code
         assert len(body) < 2000
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/healthz", RUN + "1-2", RUN + "3-2", "/nowhere", JOIN_PATH, "/%73tatus", "/" + "a" * 8000],
+)
+def test_a_request_in_the_form_of_our_own_clients_is_answered_as_any_other(source, target):
+    own, others = get(target, "Host: a:1"), get(target, "Host: a:1", "Accept: */*")
+    answers = [source.ask(raw) for raw in (own, others)]
+    said = [(status, headers.items(), body) for status, headers, body in answers]
+    assert said[0] == said[1]
+
+
+def test_our_own_clients_requests_may_come_in_parts_and_before_their_turn(source):
+    whole = get(RUN + "1-2", "Host: a:1") + get("/healthz", "Host: a:1")
+    for cut in (1, 4, 30, len(whole) - 1):
+        with source.dial() as sock:
+            sock.sendall(whole[:cut])
+            time.sleep(0.02)
+            sock.sendall(whole[cut:])
+            stream = sock.makefile("rb")
+            for end in (b"", b"ok\n"):
+                assert int(stream.readline().split()[1]) == 200
+                headers = http.client.parse_headers(stream)
+                assert stream.read(int(headers["Content-Length"])).endswith(end)
 
 
 def test_the_method_that_is_allowed_is_named(source):
@@ -993,6 +1020,40 @@ def test_another_length_than_the_blocks_have_is_refused_before_anything_is_read(
     ):
         read_blocks(client, DIGEST, 0, 0, [memoryview(data)])
     assert data == bytes(BLOCK)
+
+
+PLAIN = ["HTTP/1.1 200 OK", OURS, "Content-Type: application/octet-stream", "Content-Length: 1000"]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("lines", [PLAIN, PLAIN[:1] + PLAIN[:0:-1], [*PLAIN, "Connection: close"]])
+def test_blocks_come_after_a_head_in_whatever_form(lines, parts):
+    data = random.Random(0).randbytes(BLOCK)
+
+    def answer(sock, over):
+        whole = "\r\n".join([*lines, "", ""]).encode() + data
+        for part in (whole,) if parts == 1 else (whole[:40], whole[40:]):
+            sock.sendall(part)
+            time.sleep(0.02)
+
+    got = bytearray(BLOCK)
+    with scripted(answer) as (address, _), connect(address) as client:
+        read_blocks(client, DIGEST, 0, 0, [memoryview(got)])
+    assert got == data
+
+
+def test_within_a_machine_the_kernel_sends_ahead_as_far_as_there_is_room():
+    def chosen(sock):
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        port = listener.getsockname()[1]
+        for own, expected in (("127.0.0.2", b"reno"), ("127.0.0.1", None)):
+            sock = socket.create_connection(("127.0.0.2", port), source_address=(own, 0))
+            before = chosen(sock)
+            wire = Wire(sock, PATIENCE)
+            assert chosen(sock) == (expected or before)
+            wire.close()
 
 
 def trickle(sock, over):

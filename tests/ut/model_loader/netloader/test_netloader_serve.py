@@ -230,7 +230,7 @@ def test_any_run_of_blocks_is_their_bytes():
 def test_a_run_goes_out_in_pieces_that_the_rate_limiter_lets_go_one_by_one():
     one = offer()
     _, pieces = fetched(server(one), one.store.digests.weights, 0, 10)
-    assert pieces == [4 * MIB, 4 * MIB, 3 * MIB]
+    assert pieces == [8 * MIB, 3 * MIB]
     slow = server(one, max_send_rate=1 << 30, max_sessions=200, progress_timeout=1.0)
     assert slow.config.max_message_bytes == 2 * MIB
     waited = []
@@ -480,16 +480,16 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
         (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}),
     ]
     assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
-        ("192.0.2.7:1", weights, 4 * MIB),
+        ("192.0.2.7:1", weights, 8 * MIB),
         ("192.0.2.7:2", weights, MIB),
     ]
-    assert (status.places, status.places_taken, status.bytes_sent) == (7, 2, 5 * MIB)
+    assert (status.places, status.places_taken, status.bytes_sent) == (7, 2, 9 * MIB)
     assert (status.instance, status.rank) == (INSTANCE, 0)
     assert msgspec.json.decode(msgspec.json.encode(status), type=type(status)) == status
     client.close()
     status = to.status(1)
     assert [one.peer for one in status.sessions] == ["192.0.2.7:2"]
-    assert status.bytes_sent == 5 * MIB
+    assert status.bytes_sent == 9 * MIB
 
 
 # The end of a session

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
@@ -29,8 +30,25 @@ from .wire import Wire
 _LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
 _SERVER = "NetLoader"
 _BROKEN = (OSError, http.client.HTTPException)
+# How a source answers as a rule. The standard library takes longer to read it than all else takes
+# that is done for a chunk.
+_PLAIN_ANSWER = re.compile(
+    rb"HTTP/1\.1 200 OK\r\nServer: NetLoader\r\n"
+    rb"Content-Type: [!-~]{1,100}\r\nContent-Length: ([0-9]{1,18})\r\n\r\n"
+)
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer up to its body, which has `length` bytes if that is known."""
+
+    status: int
+    length: int | None
+    will_close: bool = False
+    server: str = _SERVER
+    retry_after: str = ""
 
 
 class ElasticClient:
@@ -225,17 +243,15 @@ class ElasticClient:
             self._close_after(answer)
         return self._decoded(answer, content, kind)
 
-    def _decoded(self, answer: http.client.HTTPResponse, content: bytes, kind: type[S]) -> S:
+    def _decoded(self, answer: "_Answer", content: bytes, kind: type[S]) -> S:
         try:
             return api.decode(content, kind)
         except Refusal as invalid:
-            if answer.getheader("Server") != _SERVER:
+            if answer.server != _SERVER:
                 raise self._not_ours(answer) from None
             raise self._lied(str(invalid)) from None
 
-    def _open(
-        self, method: str, path: str, body: bytes, seconds: float
-    ) -> http.client.HTTPResponse:
+    def _open(self, method: str, path: str, body: bytes, seconds: float) -> "_Answer":
         """Ask, and return the answer up to its body if its status is 200."""
         self._say(method, path, body)
         return self._hear(method, seconds)
@@ -257,7 +273,7 @@ class ElasticClient:
         with contextlib.suppress(ConnectionError):  # it may have said why before it closed
             self._wire.send(requests)
 
-    def _hear(self, method: str, seconds: float) -> http.client.HTTPResponse:
+    def _hear(self, method: str, seconds: float) -> "_Answer":
         """Return the answer to what was said first, up to its body, if its status is 200."""
         self._wire.allow(seconds, api.MAX_HEAD)
         try:
@@ -272,32 +288,36 @@ class ElasticClient:
             raise self._refusal(answer)
         return answer
 
-    def _answer(self, method: str) -> http.client.HTTPResponse:
+    def _answer(self, method: str) -> "_Answer":
         if self._wire.closed:  # as an earlier answer has announced
             raise ConnectionResetError("the connection has been closed")
+        if plain := _PLAIN_ANSWER.match(self._wire.stream.peek()):
+            self._wire.stream.read(plain.end())
+            return _Answer(HTTPStatus.OK, int(plain[1]))
         answer = http.client.HTTPResponse(cast(Any, self._wire), method=method)
         answer.begin()
-        return answer
+        server, retry_after = (answer.getheader(n, "") for n in ("Server", "Retry-After"))
+        return _Answer(answer.status, answer.length, answer.will_close, server, retry_after)
 
-    def _content(self, answer: http.client.HTTPResponse, limit: int) -> bytes:
+    def _content(self, answer: "_Answer", limit: int) -> bytes:
         length = answer.length
         if length is None or length > limit:
-            if answer.getheader("Server") != _SERVER:
+            if answer.server != _SERVER:
                 raise self._not_ours(answer)
             raise self._lied(f"an answer of {length} bytes, over the limit of {limit}")
         self._wire.budget = length
-        content = answer.read(length) if length else b""
+        content = self._wire.stream.read(length)
         if len(content) < length:
             raise ConnectionResetError("the connection ended within the answer")
         return content
 
-    def _refusal(self, answer: http.client.HTTPResponse) -> SourceError:
+    def _refusal(self, answer: "_Answer") -> SourceError:
         try:
             problem = api.decode(self._content(answer, api.MAX_BODY), api.Problem)
         except Refusal:
             return self._not_ours(answer)
         code = api.CODES.get(problem.code)
-        if code is None and answer.getheader("Server") != _SERVER:
+        if code is None and answer.server != _SERVER:
             return self._not_ours(answer)
         self._close_after(answer)
         later = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
@@ -308,7 +328,7 @@ class ElasticClient:
             for one in problem.differences
         ]
         said = [f"{self.address}: {shortened(problem.code, 200)}", shortened(problem.message)]
-        seconds_later = re.fullmatch("[0-9]{1,4}", answer.getheader("Retry-After", ""))
+        seconds_later = re.fullmatch("[0-9]{1,4}", answer.retry_after)
         return kind(
             ": ".join([*said, "; ".join(differ)] if differ else said),
             problem.code if code else "",
@@ -316,9 +336,9 @@ class ElasticClient:
             tuple(shortened(peer, 300) for peer in problem.peers),
         )
 
-    def _not_ours(self, answer: http.client.HTTPResponse) -> SourceRefused:
+    def _not_ours(self, answer: "_Answer") -> SourceRefused:
         self._wire.close()
-        server = shortened(answer.getheader("Server", ""), 80)
+        server = shortened(answer.server, 80)
         said = f"HTTP {answer.status} from {server}" if server else f"HTTP {answer.status}"
         return SourceRefused(f"{self.address}: this is not a NetLoader port ({said})")
 
@@ -326,7 +346,7 @@ class ElasticClient:
         self._wire.close()
         return ProtocolError(f"{self.address}: {what}")
 
-    def _close_after(self, answer: http.client.HTTPResponse) -> None:
+    def _close_after(self, answer: "_Answer") -> None:
         if answer.will_close:
             self._wire.close()
 
