@@ -14,7 +14,7 @@ VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e proof \
-	test-npu lint docs bench bench-serving clean
+	proof-npu test-npu lint docs bench bench-serving clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
 	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit"
+	@echo "make proof-npu  the same with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      both languages of the documentation, warnings as errors"
@@ -61,6 +62,11 @@ test-e2e: venv
 # Part of the end-to-end tests, too.
 proof: venv
 	$(BIN)/python -m tests.proof
+
+# Part of the tests on simulated NPUs, too.
+proof-npu: overlay-npu
+	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) OMP_NUM_THREADS=1 \
+		$(BIN_NPU)/python tests/npu_sim/children/proof.py
 
 demo-npu: overlay-npu
 	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) \

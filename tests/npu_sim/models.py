@@ -36,9 +36,9 @@ DESCRIPTION = "quant_model_description.json"
 REFERENCE = "reference.json"
 
 
-def make_plain(folder: Path) -> None:
+def make_plain(folder: Path, seed: int = SEED) -> None:
     """Writes a bfloat16 Llama of two layers."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=128,
@@ -55,9 +55,9 @@ def make_plain(folder: Path) -> None:
     save(LlamaForCausalLM(config), folder)
 
 
-def make_mla_moe(folder: Path) -> None:
+def make_mla_moe(folder: Path, seed: int = MLA_MOE_SEED) -> None:
     """Writes a bfloat16 DeepSeek V2 of three layers, the last two of which have experts."""
-    torch.manual_seed(MLA_MOE_SEED)
+    torch.manual_seed(seed)
     config = DeepseekV2Config(
         vocab_size=512,
         hidden_size=128,

@@ -25,8 +25,10 @@ class Row:
         ask: what it is asked: `generate`, a task of pooling models, or nothing where the CPU has no
             kernels for it; then its tensors and the outputs of its linear layers are compared.
         engine: arguments of its engine.
+        config: NetLoader's.
         load: a part of the reason with which its load may be refused; empty: none.
         reload: a part of the reason with which its reload in place may be refused; empty: none.
+        from_disk: whether the first instance reloads from the disk of the second one at last.
         oldest: the vLLM before which it cannot run.
     """
 
@@ -34,8 +36,10 @@ class Row:
     make: Callable[[Path, int], None]
     ask: str = "generate"
     engine: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     load: str = ""
     reload: str = ""
+    from_disk: bool = False
     oldest: str = ""
 
 

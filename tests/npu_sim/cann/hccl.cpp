@@ -282,6 +282,7 @@ std::string advance(Communicator &c, Transfer &t, int fd, Kind kind, HcclResult 
     ssize_t moved = t.writes() ? send(fd, p, left, MSG_NOSIGNAL | MSG_DONTWAIT)
                                : recv(fd, p, left, MSG_DONTWAIT);
     if (moved < 0 && (errno == EAGAIN || errno == EINTR)) return "";
+    if (moved < 0 && errno == EFAULT) npusim::page_fault(p);
     if (moved <= 0) {
       if (dead_peer_fails()) return kPeerGone;
       t.alone = true;

@@ -27,6 +27,9 @@ void set_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 // Ends the process: going on without the function, it would fail later, elsewhere and namelessly.
 [[noreturn]] void missing(const char *name);
 
+// Ends the process, as such an access ends a device's context: the memory is reserved, not mapped.
+[[noreturn]] void page_fault(const void *address);
+
 bool is_device_range(const void *start, size_t size);
 
 // Accounts for device memory that nobody touches, such as HCCL's buffers.

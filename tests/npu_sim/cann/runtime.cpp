@@ -82,6 +82,9 @@ struct Block {
 IMMORTAL(std::mutex, memory_mutex)
 using Blocks = std::map<uintptr_t, Block>;
 IMMORTAL(Blocks, blocks)
+// Addresses for virtual memory, with their sizes. What of them is mapped is among the blocks.
+using Reserved = std::map<uintptr_t, size_t>;
+IMMORTAL(Reserved, reserved)
 size_t g_used[kMaxDevices];
 size_t g_host_used;
 
@@ -95,6 +98,13 @@ const Block *find_block(const void *address) {  // with memory_mutex held
   if (it == blocks().begin()) return nullptr;
   --it;
   return (uintptr_t)address < it->first + it->second.size ? &it->second : nullptr;
+}
+
+void check_mapped(const void *address) {  // with memory_mutex held
+  auto it = reserved().upper_bound((uintptr_t)address);
+  if (it == reserved().begin() || find_block(address)) return;
+  --it;
+  if ((uintptr_t)address < it->first + it->second) npusim::page_fault(address);
 }
 
 bool take_locked(int device, size_t size) {
@@ -112,6 +122,12 @@ bool allocation_fails(size_t size) {
   return true;
 }
 
+// Fresh device memory is not zero. Touching all of a big block would cost real memory.
+void poison(void *memory, size_t size) {
+  static bool wanted = env_long("NPU_SIM_POISON", 1) != 0;
+  if (wanted) memset(memory, 0xCB, std::min<size_t>(size, 64u << 20));
+}
+
 aclError allocate(void **out, size_t size, bool host) {
   if (!out || size == 0) return ACL_ERROR_INVALID_PARAM;
   *out = nullptr;
@@ -127,9 +143,7 @@ aclError allocate(void **out, size_t size, bool host) {
     return ACL_ERROR_RT_MEMORY_ALLOCATION;
   }
   if (host) g_host_used += rounded;
-  static bool poison = env_long("NPU_SIM_POISON", 1) != 0;
-  // Fresh device memory is not zero. Touching all of a big block would cost real memory.
-  if (!host && poison) memset(p, 0xCB, std::min<size_t>(rounded, 64u << 20));
+  if (!host) poison(p, rounded);
   blocks()[(uintptr_t)p] = Block{rounded, device, host};
   *out = p;
   return ACL_SUCCESS;
@@ -359,10 +373,19 @@ void missing(const char *name) {
   abort();
 }
 
+void page_fault(const void *address) {
+  fprintf(stderr, "npusim: %p is not mapped, and was touched\n", address);
+  fflush(stderr);
+  abort();
+}
+
 bool is_device_range(const void *start, size_t size) {
   if (size == 0) return true;
   std::lock_guard<std::mutex> lock(memory_mutex());
-  auto *first = find_block(start), *last = find_block((const char *)start + size - 1);
+  const char *end = (const char *)start + size - 1;
+  check_mapped(start);
+  check_mapped(end);
+  auto *first = find_block(start), *last = find_block(end);
   return first && last && !first->host && !last->host;
 }
 
@@ -545,8 +568,9 @@ API aclError aclrtMemsetAsync(void *address, size_t room, int32_t value, size_t 
   });
 }
 
-// Virtual memory, for PYTORCH_NPU_ALLOC_CONF=expandable_segments:True: addresses without access are
-// reserved, and mapping gives access. Reserved addresses are never given back.
+// Virtual memory, for PYTORCH_NPU_ALLOC_CONF=expandable_segments:True and for sleep: addresses without
+// access are reserved, and mapping gives access. Touching them otherwise ends the process. What was
+// unmapped is lost.
 struct Physical {
   size_t size;
   int device;
@@ -554,10 +578,19 @@ struct Physical {
 API aclError aclrtReserveMemAddress(void **out, size_t size, size_t, void *, uint64_t) {
   void *p = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) return ACL_ERROR_RT_MEMORY_ALLOCATION;
+  std::lock_guard<std::mutex> lock(memory_mutex());
+  reserved()[(uintptr_t)p] = size;
   *out = p;
   return ACL_SUCCESS;
 }
-API aclError aclrtReleaseMemAddress(void *) { return ACL_SUCCESS; }
+API aclError aclrtReleaseMemAddress(void *address) {
+  std::lock_guard<std::mutex> lock(memory_mutex());
+  auto it = reserved().find((uintptr_t)address);
+  if (it == reserved().end()) return ACL_ERROR_INVALID_PARAM;
+  munmap(address, it->second);
+  reserved().erase(it);
+  return ACL_SUCCESS;
+}
 API aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size,
                                  const aclrtPhysicalMemProp *, uint64_t) {
   int device = npusim::current_device();
@@ -586,6 +619,46 @@ API aclError aclrtUnmapMem(void *address) {
   mprotect(address, it->second.size, PROT_NONE);
   blocks().erase(it);
   return ACL_SUCCESS;
+}
+
+// What vLLM Ascend's own library has for sleep: an allocator for torch_npu whose memory can be unmapped
+// and mapped again while tensors have it. npusim_vllm tells vLLM Ascend of it.
+using Handles = std::map<void *, aclrtDrvMemHandle>;
+static IMMORTAL(Handles, sleep_handles)
+static void (*g_sleep_allocated)(int device, size_t size, void *address);
+static void (*g_sleep_freed)(void *address);
+API void npusim_sleep_init(decltype(g_sleep_allocated) allocated, decltype(g_sleep_freed) freed) {
+  g_sleep_allocated = allocated;
+  g_sleep_freed = freed;
+}
+API aclError npusim_sleep_map(void *address, size_t size) {
+  aclrtDrvMemHandle handle;
+  if (auto error = aclrtMallocPhysical(&handle, size, nullptr, 0)) return error;
+  if (auto error = aclrtMapMem(address, size, 0, handle, 0)) return error;
+  poison(address, size);
+  std::lock_guard<std::mutex> lock(memory_mutex());
+  sleep_handles()[address] = handle;
+  return ACL_SUCCESS;
+}
+API aclError npusim_sleep_unmap(void *address) {
+  if (auto error = aclrtUnmapMem(address)) return error;
+  std::unique_lock<std::mutex> lock(memory_mutex());
+  auto handle = sleep_handles().extract(address).mapped();
+  lock.unlock();
+  return aclrtFreePhysical(handle);
+}
+API void *my_malloc(ssize_t size, int device, aclrtStream) {
+  size_t granule = 2u << 20, rounded = ((size_t)size + granule - 1) / granule * granule;
+  void *address;
+  if (aclrtReserveMemAddress(&address, rounded, 0, nullptr, 0)) return nullptr;
+  if (npusim_sleep_map(address, rounded)) return nullptr;
+  g_sleep_allocated(device, rounded, address);
+  return address;
+}
+API void my_free(void *address, size_t, int, aclrtStream) {
+  g_sleep_freed(address);
+  npusim_sleep_unmap(address);  // an error where it sleeps
+  aclrtReleaseMemAddress(address);
 }
 
 // ------------------------------------------------------------------------------------ stream API

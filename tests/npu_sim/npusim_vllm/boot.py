@@ -79,6 +79,13 @@ def after_block_table(module: ModuleType) -> None:
     module._compute_slot_mapping_kernel = ops.SlotMapping()  # type: ignore[attr-defined]
 
 
+def after_camem(module: ModuleType) -> None:
+    """Gives sleep mode the memory that vLLM Ascend's own library would give it."""
+    from . import sleep
+
+    module.__dict__.update(sleep.functions())
+
+
 def after_device_op(module: ModuleType) -> None:
     """Defines operators that vLLM Ascend's own library would have."""
     from . import ops
@@ -94,6 +101,7 @@ AFTER = {
     "torch_npu": after_torch_npu,
     "torch_npu.op_plugin.atb._atb_ops": after_atb,
     "vllm_ascend.device.device_op": after_device_op,
+    "vllm_ascend.device_allocator.camem": after_camem,
     "vllm_ascend.worker.block_table": after_block_table,
 }
 

@@ -126,7 +126,14 @@ class Instance:
 
     def _end(self, change: Change, failed: bool) -> None:
         slept = self._asleep
-        if change.after is After.AWAKE or (change.sleep and failed):
+        if change.sleep and failed:
+            self._asleep = 0
+            self._withdraw(
+                Code.CANNOT_SERVE,
+                f"{change.name} has failed, and which weights are in memory is not known",
+            )
+            return
+        if change.after is After.AWAKE and not failed:
             self._asleep = 0
         if not self._changed or self._asleep:
             return

@@ -17,7 +17,7 @@ import vllm
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
@@ -406,9 +406,14 @@ def _post_processing() -> str:
     return ", ".join(versions)
 
 
-def can_reload_from_sources(device: torch.device) -> bool:
-    """Return whether a model in use can be filled from sources without being made anew."""
-    return device.type == "cpu"  # elsewhere vLLM's layerwise reload has not been tried
+def why_no_reload_from_sources(device: torch.device) -> str:
+    """Say why a model in use cannot be filled from sources, if that is so.
+
+    It would take memory for all weights a second time, as nothing may change before all are here.
+    """
+    if device.type == "cpu":
+        return ""
+    return f"a model in use on {device.type} is not filled from sources, only one on a CPU is"
 
 
 def why_no_reload(model: nn.Module, device: torch.device) -> str:
@@ -596,6 +601,8 @@ def watch(
     worker = getattr(sys.modules.get(module), name, None)
     for method, change_of in _CHANGES.items():
         _replace(worker, method, functools.partial(_watched_worker, change_of, changing))
+    runner = getattr(sys.modules.get("vllm.v1.worker.gpu_model_runner"), "GPUModelRunner", None)
+    _replace(runner, "reload_weights", functools.partial(_watched_runner, changing))
     _replace(type(model), "load_weights", functools.partial(_watched_model, changing))
     _moving_experts.add(instance_of(vllm_config))
     for module, name, method in _MOVING_EXPERTS:
@@ -640,6 +647,23 @@ def _watched_worker(
             return method(worker, *args, **kwargs)
         with changing(instance_of(worker.vllm_config), change):
             return method(worker, *args, **kwargs)
+
+    return watched
+
+
+def _watched_runner(changing: Changing, method: Any) -> Any:
+    """The worker's method of that name calls this one; vLLM Ascend 0.23's worker has none.
+
+    Up to vLLM 0.23 nobody sets the configuration, which loaders ask for.
+    """
+
+    def watched(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        config = runner.vllm_config
+        with (
+            set_current_vllm_config(config),
+            changing(instance_of(config), _reload(*args, **kwargs)),
+        ):
+            return method(runner, *args, **kwargs)
 
     return watched
 

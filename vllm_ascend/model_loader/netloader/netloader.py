@@ -26,7 +26,6 @@ from . import register_if_put_off, registry
 from .agreement import AS_CONFIGURED, DISK, Attempt, Order, RankWeights, load_together
 from .changes import After, Change
 from .compat import (
-    can_reload_from_sources,
     default_dtype_kept,
     feed_reload,
     groups_to_come,
@@ -42,6 +41,7 @@ from .compat import (
     watch,
     why_experts_move,
     why_no_reload,
+    why_no_reload_from_sources,
     worker_of,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
@@ -305,9 +305,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         known = registry.in_use(model)
         reason = why_no_reload(model, self._device_name())
         identity = known.identity if known else self._identify(model_config)
-        from_sources = (known is None or known.path == model_config.model) and (
-            can_reload_from_sources(self._device_name())
-        )
+        same_path = known is None or known.path == model_config.model
         failure = ""
 
         def attempt(order: Order) -> Attempt[_Renewal | None]:
@@ -315,7 +313,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if reason:
                 raise LayoutUnsupported(reason)
             try:
-                if from_sources and not order.disk and (sources := self._sources(identity.rank)):
+                if same_path and not order.disk and (sources := self._sources(identity.rank)):
+                    if unable := why_no_reload_from_sources(self._device_name()):
+                        raise LayoutUnsupported(unable)
                     load = self._new_load(identity, model_config, order)
                     renewal = self._renewal(load, model, sources)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)

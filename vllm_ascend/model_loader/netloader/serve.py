@@ -372,7 +372,8 @@ class WeightServer:
             for thread in settling:
                 thread.join(max(0.0, deadline - time.monotonic()))
             left = max(0.0, deadline - time.monotonic())
-            return store.idle(left) and not any(thread.is_alive() for thread in settling)
+            settled = not any(thread.is_alive() for thread in settling)
+            return store.idle(left) and settled and not any(group.in_flight for group in groups)
 
         if is_idle(time.monotonic() + _LAST_RUNS):
             return
@@ -516,9 +517,14 @@ class _ServedGroup:
                 self._sender.finish()
 
     def settle_last(self) -> None:
-        """Return when nothing of the weights, which were withdrawn, is on its way any more."""
+        """Wait until nothing of the weights, which were withdrawn, is `in_flight` any more."""
         with contextlib.suppress(Exception):  # then the session's own thread fails, too
             self.settle()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether the device may still read what was sent."""
+        return self._sender is not None and self._sender.in_flight > 0
 
     def close(self) -> None:
         """Leave the group, or stop forming it."""

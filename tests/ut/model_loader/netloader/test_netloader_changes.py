@@ -102,11 +102,28 @@ def test_nothing_is_offered_before_the_outermost_change_is_over(story):
         (LATER, []),
         (RELOAD, ["changing", "renewed unchanged"]),
         (START, ["changing", "renewed unchanged"]),
-        (SLEEP, ["asleep", "renewed unchanged"]),
+        (SLEEP, ["asleep", "cannot_serve"]),
     ],
 )
 def test_a_change_that_fails_leaves_the_weights_as_they_were_or_no_source(story, change, told):
     assert story.do(change, fail=True) == told
+
+
+@pytest.mark.parametrize(
+    ("level", "told"), [(SLEEP, "renewed unchanged"), (DEEP_SLEEP, "changing")]
+)
+def test_an_instance_that_could_not_be_woken_up_sleeps_on(story, level, told):
+    """Nobody reads its memory, which may not be there."""
+    story.do(level)
+    assert story.do(WAKE, fail=True) == ["asleep"]
+    assert story.do(WAKE) == ["asleep", told]
+
+
+def test_after_a_sleep_that_failed_nobody_reads_the_weights_until_others_are_in(story):
+    story.do(SLEEP, fail=True)
+    assert story.do(WAKE) == ["asleep", "cannot_serve"]
+    assert story.reason == "sleep 1 has failed, and which weights are in memory is not known"
+    assert story.do(RELOAD) == ["asleep", "cannot_serve", "changing", "renewed"]
 
 
 def test_a_change_ends_the_hashing_of_the_one_before_it_before_the_first_byte_changes(story):

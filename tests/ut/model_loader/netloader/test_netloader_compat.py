@@ -355,6 +355,12 @@ class Watched:
         for name in compat._CHANGES:
             setattr(Worker, name, lambda worker, *args, _name=name, **kwargs: self.call(_name))
 
+        class Runner:
+            vllm_config = self.config
+
+            def reload_weights(runner, *_, **__):
+                return self.call("reload_weights of the runner")
+
         class Model(torch.nn.Module):
             def load_weights(model, weights):
                 return self.call("load_weights")
@@ -379,6 +385,7 @@ class Watched:
 
         for module, name, kind in (
             ("made.worker", "Worker", Worker),
+            ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", Runner),
             ("vllm.distributed.eplb.eplb_state", "EplbState", State),
             (ADAPTOR, "VllmEplbAdaptor", Adaptor),
         ):
@@ -388,6 +395,7 @@ class Watched:
         monkeypatch.setattr(compat, "_moving_experts", set())
         self.told = []
         self.worker, self.model, self.state, self.adaptor = Worker(), Model(), State(), Adaptor()
+        self.runner = Runner()
         self.model.layer = torch.nn.Linear(1, 1)
         self.model.layer.quant_method = Method()
         self.layers = self.watch()
@@ -402,6 +410,11 @@ class Watched:
         self.told.append((whose, change))
         yield
         self.told.append("over")
+
+    @contextlib.contextmanager
+    def set_config(self, config):
+        self.told.append(config)
+        yield
 
     def call(self, name):
         self.told.append(name)
@@ -468,6 +481,15 @@ def test_a_model_whose_load_weights_is_called_is_told_of_whoever_calls(watched):
     watched.model.load_weights([])
     (whose, change), *_ = watched.told
     assert whose is watched.model and change.after is After.UNKNOWN
+
+
+def test_a_runner_that_reloads_is_told_of_and_has_its_configuration(watched, monkeypatch):
+    """vLLM Ascend's worker has no method for it."""
+    monkeypatch.setattr(compat, "set_current_vllm_config", watched.set_config)
+    watched.runner.reload_weights(weights_path="elsewhere")
+    current, (whose, change), *rest = watched.told
+    assert (current, whose, change.after) == (watched.config, watched.name, After.WHOLE)
+    assert rest == ["reload_weights of the runner", "over"]
 
 
 def test_moved_experts_are_told_of_in_vllm_and_in_vllm_ascend(watched):

@@ -203,7 +203,7 @@ def test_what_inference_writes_is_left_out_wherever_it_is():
 def test_a_cache_of_several_tensors_is_left_out_too():
     """Mamba layers have a tuple of them, vLLM Ascend's attention a list."""
     assert found(kv_cache=(T, T)) == set()
-    assert found(impl=types.SimpleNamespace(kv_cache=[T])) == set()
+    assert found(impl=types.SimpleNamespace(kv_cache=[T], key_cache=T, value_cache=T)) == set()
 
 
 def test_cycles_end_and_each_object_is_looked_into_once():

@@ -128,6 +128,25 @@ def test_attributes_of_processed_weights_are_what_they_are_now():
     assert model.store.manifest.layout != RAW
 
 
+def test_processed_weights_that_post_processing_has_made_anew_are_hashed_where_they_are_now():
+    model = Case(packed=False)
+    model.packed.made = torch.ones(5)
+    names = ["plain.weight", "packed.weight", "packed.made"]
+    tensors = dict(zip(names, (*model.module.parameters(), model.packed.made), strict=True))
+    model.store = store_of(tensors, layout=PROCESSED)
+    renewal = model.renewal()
+    model.packed.made = torch.full((5,), 2.0)
+    now = hashed(renewal)
+    assert now.manifest == model.store.manifest
+    assert now.digests.weights != model.store.digests.weights
+    assert now.tensors[2].data_ptr() == model.packed.made.data_ptr()
+    model.packed.made = torch.ones(6)
+    with pytest.raises(
+        LayoutUnsupported, match=r"packed\.made is no longer where .* is float32\[6\]"
+    ):
+        hashed(renewal)
+
+
 def test_hashing_ends_when_the_weights_are_about_to_change_again(model):
     stop = threading.Event()
     stop.set()

@@ -653,6 +653,24 @@ def test_a_client_that_has_left_its_group_is_told_that_the_transfer_failed(group
     assert refusal(group.settle) == ("transfer_failed", "the transfer failed")
 
 
+def test_a_group_whose_client_has_left_is_closed_before_the_memory_changes(grouped):
+    """A device may go on reading what it was to send."""
+    to, group, ours, client = grouped
+    ours.close()
+    group.send([(0, 0)])
+
+    def end_when_cut():
+        assert client._wire.ended.wait(PATIENCE)
+        client.close()
+
+    ending = threading.Thread(target=end_when_cut)
+    ending.start()
+    withdraw(to)
+    assert not group.in_flight
+    assert to.status(0).sessions == []
+    ending.join(PATIENCE)
+
+
 def test_the_end_of_a_session_is_that_of_its_group(grouped):
     to, _, ours, client = grouped
     client.close()

@@ -18,6 +18,7 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Store
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
+from .rowsums import kept_on
 from .streams import GRACE, StreamDevice, Transfer
 
 _ND, _FRACTAL_NZ = 2, 29  # aclFormat
@@ -62,7 +63,7 @@ class NpuDevice(StreamDevice):
 
     @functools.cached_property
     def _one(self) -> torch.Tensor:
-        return torch.ones(1, dtype=torch.float32, device=self.device)
+        return kept_on(self.device, torch.ones(1, dtype=torch.float32))
 
     def abort(self, group: ProcessGroup, unfinished: bool) -> bool:
         """Take what is under way off its stream, then destroy the communicator.

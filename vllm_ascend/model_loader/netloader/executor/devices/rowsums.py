@@ -18,6 +18,7 @@ where XXH3 makes one digest of them, which keeps the rows in their order.
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
@@ -117,7 +118,17 @@ def _to_host(tensor: torch.Tensor | None) -> memoryview:
 
 @functools.cache
 def _weights(device: torch.device) -> torch.Tensor:
-    return (_noise(ROW_BYTES, LANES) | 1).to(device)
+    return kept_on(device, _noise(ROW_BYTES, LANES) | 1)
+
+
+def kept_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a host's tensor on a device, which stays there.
+
+    The thread that loads a model may allocate in a pool that vLLM's sleep mode unmaps, and does not
+    fill again after level 2. Torch's pools are for one thread only, and this one is another.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(tensor.to, device).result()
 
 
 def _noise(rows: int, columns: int) -> torch.Tensor:

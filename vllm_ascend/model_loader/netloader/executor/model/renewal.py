@@ -10,6 +10,7 @@ from torch import nn
 from ...errors import LayoutUnsupported
 from ..chunks.manifest import PROCESSED, RAW, Scalar
 from ..store import BlockStore
+from .match import match
 from .processed import processed_tensors
 from .raw import is_scalar
 
@@ -101,11 +102,29 @@ class Renewal:
                 "not known"
             )
         beside = {id(tensor) for tensors in self._beside.values() for _, tensor in tensors.values()}
-        in_use = _memory(processed_tensors(model))
+        used = processed_tensors(model)
+        in_use = _memory(used)
         for name, tensor in zip(self.store.manifest.names, self.store.tensors, strict=True):
             if tensor.nbytes and id(tensor) not in beside and _where(tensor) not in in_use:
-                raise LayoutUnsupported(f"{name} is no longer where it was")
+                self.store = self._found_again(name, used)
+                break
         return self.store.hashed_anew(self._renewed_attributes(), stop)
+
+    def _found_again(self, moved: str, used: Mapping[str, torch.Tensor]) -> BlockStore:
+        """Return a store of the model's tensors, some of which post-processing has made anew.
+
+        Raises:
+            LayoutUnsupported: they are not those of before.
+        """
+        manifest, format_of = self.store.manifest, self.store.device.format_of
+        if manifest.layout == RAW:
+            raise LayoutUnsupported(f"{moved} is no longer where it was")
+        formats = {name: form for name, tensor in used.items() if (form := format_of(tensor))}
+        try:
+            tensors = match(manifest, used, (), formats, manifest.meaning)
+        except LayoutUnsupported as error:
+            raise LayoutUnsupported(f"{moved} is no longer where it was: {error}") from None
+        return self.store.with_tensors(tensors)
 
     def _made(self) -> dict[str, bytes]:
         """Return the digests of what inference uses and clients do not get."""

@@ -15,7 +15,7 @@ from ...errors import LayoutUnsupported
 _OF_TORCH = vars(nn.Module()).keys()
 # State of inference that happens to be on modules: empty when a model has been loaded, or counted
 # up while it runs.
-_OF_INFERENCE = frozenset({"kv_cache", "expert_load_view", "moe_load"})
+_OF_INFERENCE = frozenset({"kv_cache", "key_cache", "value_cache", "expert_load_view", "moe_load"})
 # Objects of these belong to the instance and not to the model; so do all those named ...Config.
 _OF_INSTANCE = (
     "vllm.config",
