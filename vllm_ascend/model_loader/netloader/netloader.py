@@ -378,7 +378,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 for own, new in renewal.outside.values():
                     own.copy_(new)
                 apply_attributes(model, renewal.store.manifest.attributes)
-            if not registry.is_renewable(model):
+            if load.serving and not registry.is_renewable(model):
                 load.store = without_doubles(renewal.store, model)
                 self._offer(load, model, model_config, agreed)
             return came
