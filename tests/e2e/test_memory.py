@@ -21,6 +21,7 @@ from tests.e2e.loading import load, make_config, reload_from, store_of, worker
 from tools.make_model import copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
+from vllm_ascend.model_loader.netloader.executor.model.raw import _SMALL
 
 PAGE = Path(__file__).parents[2] / "docs/source/user_guide/feature_guide/netloader_operations.md"
 SECTION = PAGE.read_text().partition("\n## Memory\n")[2].partition("\n## ")[0]
@@ -176,6 +177,7 @@ def test_small_tensors_and_int8_are_copied_and_the_copies_of_those_that_change_s
     assert how_much == row("int8 tensors, with `INT8_CACHE`")[1]
     assert how_much == "a copy before post-processing; afterwards only of those that it changed"
     [limit] = sizes(small)
+    assert limit == _SMALL
     assert "that are not int8" in small
     model, _ = serving(tmp_path / "one", folder / "w8a8-static-0", INT8_CACHE=mode)
     store = store_of(model)
