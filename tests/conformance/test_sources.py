@@ -379,11 +379,11 @@ def test_digests_of_other_weights_do_not_bring_them(way):
     # All that is sent is consistent, and is not what WEIGHTS_DIGEST says.
     store, pinned = store_of(way, rows, 1), store_of(way, rows, 0).digests.weights
     with source(way, store) as running:
-        load(way, [running], weights_digest=pinned).check_failed(
-            f"its weights are {store.digests.weights} and WEIGHTS_DIGEST is {pinned}"
+        load(way, [running], weights_digest=(pinned,)).check_failed(
+            f"its weights are {store.digests.weights} of "
         )
     with source(way, rows, 0) as running:
-        load(way, [running], weights_digest=pinned).check()
+        load(way, [running], weights_digest=(store.digests.weights, pinned)).check()
 
 
 # Faults at random, the same ones every time

@@ -102,6 +102,25 @@ def test_a_source_lost_in_mid_load_and_another_checkpoint_on_disk_end_with_the_d
 
 
 @tp_only
+def test_ranks_take_the_weights_of_the_instance_that_is_pinned_and_no_others(
+    pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
+) -> None:
+    a, b = sources["a"], sources["b"]
+    status = a.status(0)
+    refused = "its weights are .* of instance:.* and WEIGHTS_DIGEST is "
+    either = source_list({rank: [b.address(rank), a.address(rank)] for rank in (0, 1)})
+    for pinned in (status.instance_digest, [*status.ranks.values()]):
+        config = {"SOURCE": either, "MAX_SOURCES": 1, "FALLBACK": False, "WEIGHTS_DIGEST": pinned}
+        client = pair.load(folders["bare"], **config, **way)
+        assert (client.errors, client.has) == (["", ""], a.has)
+        assert len(client.said(refused)) == 2
+    others = pair.load(folders["b"], LISTEN_PORT=1, WEIGHTS_DIGEST=status.instance_digest, **way)
+    assert len(others.said("the weights from disk are .* and WEIGHTS_DIGEST is ")) == 2
+    same = pair.load(folders["a"], LISTEN_PORT=1, WEIGHTS_DIGEST=status.instance_digest, **way)
+    assert not same.said("WEIGHTS_DIGEST")
+
+
+@tp_only
 def test_the_same_checkpoint_on_disk_is_not_loaded_twice(
     pair: Pair, folders: dict[str, Path], way: dict[str, int], sources: dict[str, Outcome]
 ) -> None:

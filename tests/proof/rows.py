@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import vllm
+from packaging.version import Version
 
 from tools.make_model import make_model
 
-from .models import OTHERS, add_dense, change_config, make_four_bit, make_other
+from .models import (
+    ADAPTER,
+    ADAPTER_RANK,
+    OTHERS,
+    add_dense,
+    change_config,
+    make_adapter,
+    make_four_bit,
+    make_other,
+)
 
 POOLING = {"runner": "pooling"}
 
@@ -26,7 +37,6 @@ class Row:
             kernels for it; then its tensors and the outputs of its linear layers are compared.
         engine: arguments of its engine.
         config: NetLoader's.
-        load: a part of the reason with which its load may be refused; empty: none.
         reload: a part of the reason with which its reload in place may be refused; empty: none.
         from_disk: whether the first instance reloads from the disk of the second one at last.
         oldest: the vLLM before which it cannot run.
@@ -37,14 +47,23 @@ class Row:
     ask: str = "generate"
     engine: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    load: str = ""
     reload: str = ""
     from_disk: bool = False
     oldest: str = ""
 
+    @property
+    def runs(self) -> bool:
+        """Whether this vLLM can run it."""
+        return not self.oldest or Version(vllm.__version__) >= Version(self.oldest)
+
 
 def _standard(arch: str, path: Path, seed: int) -> None:
     make_model(path, arch, "tiny", seed)
+
+
+def _adapted(path: Path, seed: int) -> None:
+    make_model(path, "llama", "tiny", seed)
+    make_adapter(path.parent / ADAPTER, path)
 
 
 def _other(arch: str, path: Path, seed: int) -> None:
@@ -125,10 +144,10 @@ def _mamba2(path: Path, seed: int) -> None:
 
 
 IN_PLACE = "in place on a CPU"
-# vLLM 0.27 makes a tied head, and drops it while it loads a checkpoint.
-DROPPED = "lm_head.weight is only here"
+LORA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": ADAPTER_RANK}
 ROWS = [
     Row("Llama", partial(_standard, "llama")),
+    Row("Llama, LoRA", _adapted, engine=LORA, reload="qkv_proj.weight is only there"),
     Row("Qwen3, tied", partial(_other, "qwen3-tied")),
     Row("Qwen3-MoE", partial(_standard, "moe"), reload=IN_PLACE),
     Row("Gemma 2", partial(_other, "gemma2")),
@@ -143,7 +162,7 @@ ROWS = [
     Row("classifier", _classifier, "classify", POOLING),
     Row("embedding, Dense", _dense, "embed", POOLING),
     Row("reranker", partial(_reranker, False), "classify", POOLING),
-    Row("reranker, tied", partial(_reranker, True), "classify", POOLING, load=DROPPED),
+    Row("reranker, tied", partial(_reranker, True), "classify", POOLING),
     Row("BERT", _bert, "embed", POOLING),
     Row("Whisper", _whisper, ""),
     Row("Mamba-2", _mamba2, "", reload=IN_PLACE),

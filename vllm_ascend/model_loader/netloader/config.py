@@ -86,7 +86,8 @@ class NetLoaderConfig:
         max_sources: sources pulled from at once.
         source_wait: seconds to wait for sources that cannot serve yet; 0: not at all.
         fallback: whether vLLM's default loader is tried when no source gave the weights.
-        weights_digest: the only weights that are taken from a source; None: any.
+        weights_digest: the only weights that are taken from a source, by their weights digests, or
+            by the digests of instances that have them; None: any.
         transport: `auto`: what the devices have (HCCL, NCCL), HTTP where they have nothing or
             where no group can be formed; `http`: HTTP everywhere.
         connections: connections to one source, over HTTP.
@@ -112,7 +113,7 @@ class NetLoaderConfig:
     max_sources: int = 4
     source_wait: float = 300.0
     fallback: bool = True
-    weights_digest: str | None = None
+    weights_digest: tuple[str, ...] | None = None
     transport: Transport = Transport.AUTO
     connections: int = 1
     chunk_mib: int | None = None
@@ -379,11 +380,15 @@ def _integer(key: str, low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
-def _weights_digest(value: object) -> str:
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        allowed = "a weights digest as in the log, such as 'xxh3_128:' and 32 hex digits"
+def _weights_digest(value: object) -> tuple[str, ...]:
+    given = value if isinstance(value, list) and value else [value]
+    if not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in given):
+        allowed = (
+            "weights digests and instance digests as in the log, one or a list, such as "
+            "'xxh3_128:' or 'instance:' and 32 hex digits"
+        )
         raise _wrong("WEIGHTS_DIGEST", value, allowed)
-    return value
+    return tuple(map(str, given))
 
 
 def _transport(value: object) -> Transport:

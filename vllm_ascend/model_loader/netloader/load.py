@@ -28,7 +28,7 @@ from .errors import (
     Withdrawn,
 )
 from .executor.chunks.blocks import Blocks
-from .executor.chunks.digests import combine
+from .executor.chunks.digests import combine, is_one_of, of_instance
 from .executor.chunks.manifest import NO_MEANING, Manifest, Sample
 from .executor.devices import Accelerator, Device
 from .executor.elastic_load import P2PLoad, Receiver
@@ -445,10 +445,12 @@ class _Sessions:
                 raise
             # Its weights count when nobody is left who has the others.
             joined = client.join(Join(identity))
-        pinned, algorithm = self._config.weights_digest, self._device.digest_algorithm
-        if pinned is not None and joined.weights != pinned:
+        # What a list says of this rank is not to matter: its weights have to be those.
+        pinned, ranks = self._config.weights_digest, {**joined.ranks, identity.rank: joined.weights}
+        if not is_one_of(pinned, joined.weights, ranks):
             raise SourceRefused(
-                f"{client.address}: its weights are {joined.weights} and WEIGHTS_DIGEST is {pinned}"
+                f"{client.address}: its weights are {joined.weights} of {of_instance(ranks)} and "
+                f"WEIGHTS_DIGEST is {', '.join(pinned or ())}"
             )
         if self._wanted not in (None, joined.weights):
             raise SourceRefused(
@@ -456,7 +458,7 @@ class _Sessions:
                 "those of the other ranks"
             )
         self._compare_revisions(client.address, joined.revision)
-        there = joined.weights.partition(":")[0]
+        algorithm, there = self._device.digest_algorithm, joined.weights.partition(":")[0]
         if self._config.verify and there != algorithm:
             raise SourceRefused(f"{client.address}: digests are {algorithm} here and {there} there")
         return joined

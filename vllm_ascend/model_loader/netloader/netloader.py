@@ -46,7 +46,7 @@ from .compat import (
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
-from .executor.chunks.digests import of_instance
+from .executor.chunks.digests import is_one_of, of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, device_of
 from .executor.model.processed import (
@@ -225,6 +225,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
         (load, model), agreed = self._together(identity, attempt)
         self._load = None
+        self._compare_with_pin(load, agreed)
         self._offer(load, model, model_config, agreed)
         return model
 
@@ -378,7 +379,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 for own, new in renewal.outside.values():
                     own.copy_(new)
                 apply_attributes(model, renewal.store.manifest.attributes)
-            if not registry.is_renewable(model):
+            if load.serving and not registry.is_renewable(model):
                 load.store = without_doubles(renewal.store, model)
                 self._offer(load, model, model_config, agreed)
             return came
@@ -502,7 +503,6 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _finish(self, load: _Load, model: nn.Module) -> None:
         """Make the store that others can pull from, once the model is as inference uses it."""
-        rank, pinned = load.identity.rank, self._config.weights_digest
         with load.preparing_to_serve():
             if load.identity.layout == PROCESSED:
                 if load.store is None and (load.serving or (load.hashing and not load.weights)):
@@ -516,13 +516,19 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.store = after_processing(load.store, load.copies, used)
         if load.store is not None:
             load.weights = load.store.digests.weights
-        if None not in (load.weights, pinned) and load.weights != pinned:
-            logger.warning(
-                "NetLoader rank %d: the weights from disk are %s and WEIGHTS_DIGEST is %s",
-                rank,
-                load.weights,
-                pinned,
-            )
+
+    def _compare_with_pin(self, load: _Load, agreed: RankWeights) -> None:
+        """Warn if the disk has other weights than those that may come from sources."""
+        pinned = self._config.weights_digest
+        if load.weights is None or is_one_of(pinned, load.weights, agreed):
+            return
+        logger.warning(
+            "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
+            load.identity.rank,
+            load.weights,
+            of_instance(agreed),
+            ", ".join(pinned or ()),
+        )
 
     def _offer(
         self, load: _Load, model: nn.Module, model_config: ModelConfig, agreed: RankWeights

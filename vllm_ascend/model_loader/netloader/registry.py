@@ -5,6 +5,7 @@ and its draft are served on one port.
 """
 
 import contextlib
+import gc
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
@@ -115,7 +116,7 @@ def put_in_use(
         watched: the layers of which `processing` is told.
         ranks: see `InUse`.
     """
-    server = _serve(config, host, offer, to_come, worker)
+    server = _serve(config, host, offer, to_come, worker, instance)
     _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
     if server is None:
         return
@@ -130,14 +131,15 @@ def offer_again(model: nn.Module, offer: Offer, watched: Collection[nn.Module] =
     """Let others pull other weights of a model in use, from when its reload has ended.
 
     Args:
-        model: the model, which is no source so far.
+        model: the model, which is no source so far. Without a server it stays so.
         offer: what others get.
         watched: see `put_in_use`.
     """
     known = _in_use[model]
+    if known.server is None or known.server not in _servers:
+        return
     _pending[model] = offer, watched
-    if known.instance not in _instances and known.server in _servers:
-        assert known.server is not None
+    if known.instance not in _instances:
         _offer_pending(model, known.server)
 
 
@@ -188,7 +190,7 @@ def _offer_pending(model: nn.Module, server: WeightServer) -> None:
     if offer.store is not None:
         _in_use[model].publish(offer.store.digests.weights)
     server.offer(offer)
-    _open(server)
+    _open(server, _in_use[model].instance)
     _note(model, offer, watched)
 
 
@@ -276,7 +278,12 @@ def _changed_without_notice(server: WeightServer, group: str) -> None:
 
 
 def _serve(
-    config: NetLoaderConfig, host: str, offer: Offer, to_come: Iterable[str], worker: int
+    config: NetLoaderConfig,
+    host: str,
+    offer: Offer,
+    to_come: Iterable[str],
+    worker: int,
+    instance: str | None,
 ) -> WeightServer | None:
     """Offer a model on a server of this process, which is started if need be.
 
@@ -291,22 +298,25 @@ def _serve(
             config.listen_port,
         )
         return None
-    server = _server_for(config, host, identity.group, worker)
+    server = _server_for(config, host, identity.group, worker, instance)
     server.offer(offer)  # before anybody can ask for it
     for group in to_come:
         server.expect(group)
-    if offer.store is None or _open(server):
+    if offer.store is None or _open(server, instance):
         return server
     _servers.remove(server)
     return None
 
 
-def _server_for(config: NetLoaderConfig, host: str, group: str, worker: int) -> WeightServer:
-    """Return the server of the same configuration that has no other model of this group in use."""
-    taken = [known.server for known in _in_use.values() if known.identity.group == group]
+def _server_for(
+    config: NetLoaderConfig, host: str, group: str, worker: int, instance: str | None
+) -> WeightServer:
+    """Return the instance's server of the same configuration that has no model of this group."""
     for server in _servers:
         same = all(getattr(server.config, name) == getattr(config, name) for name in _OF_SERVER)
-        if same and server.rank == worker and server not in taken:
+        users = [known for known in _in_use.values() if known.server is server]
+        free = all(one.instance == instance and one.identity.group != group for one in users)
+        if same and server.rank == worker and free:
             return server
     server = WeightServer(config, worker, host)
     server.renew = lambda group: _changed_without_notice(server, group)
@@ -314,11 +324,22 @@ def _server_for(config: NetLoaderConfig, host: str, group: str, worker: int) -> 
     return server
 
 
-def _open(server: WeightServer) -> bool:
+def _open(server: WeightServer, instance: str | None) -> bool:
     """Listen, if the server does not yet; return whether it does."""
     port = server.config.port_for(server.rank)
     if server.listening or port is None:
         return server.listening
+    if _taken(server, instance):
+        gc.collect()  # the other instance may be gone but for that
+    if taken := _taken(server, instance):
+        logger.error(
+            "NetLoader rank %d: this instance is no source, as another one in this process has "
+            "%s %s; give each its own",
+            server.rank,
+            taken,
+            getattr(server.config, taken.lower()),
+        )
+        return False
     try:
         server.start(port)
     except OSError as error:
@@ -332,6 +353,25 @@ def _open(server: WeightServer) -> bool:
     # Worker processes do not run atexit handlers; multiprocessing's own are run in all.
     Finalize(None, server.stop, exitpriority=100)
     return True
+
+
+def _taken(server: WeightServer, instance: str | None) -> str:
+    """Return the key of an address that another instance in this process has already, if any.
+
+    Whoever reads that address must not get the weights of the wrong one.
+    """
+    here = server.config
+    others = {known.server for known in _in_use.values() if known.instance != instance}
+    for other in [*_servers]:
+        if other not in others or not other.listening or other.rank != server.rank:
+            continue
+        there = other.config
+        same_host = here.listen_host == there.listen_host
+        if here.listen_port is not None and same_host and here.listen_port == there.listen_port:
+            return "LISTEN_PORT"
+        if here.output_prefix is not None and here.output_prefix == there.output_prefix:
+            return "OUTPUT_PREFIX"
+    return ""
 
 
 def _retire(server: WeightServer, group: str, instance: str | None) -> None:

@@ -91,6 +91,7 @@ class WeightServer:
         self._offers: dict[str, Offer] = {}
         self._epochs: dict[str, int] = {}
         self._expected: set[str] = set()
+        self._stopped = False
         self._next_check = 0.0
         self._served: dict[Session, _Served] = {}
         self._bytes_sent = 0  # in sessions that are over
@@ -166,6 +167,7 @@ class WeightServer:
     def stop(self) -> None:
         """Close the port and all sessions, and remove the port file if it is still this one's."""
         with self._lock:
+            self._stopped = True
             for offer in self._offers.values():
                 if offer.store is not None:
                     offer.store.withdraw(Gone(_SHUTTING_DOWN))
@@ -184,6 +186,8 @@ class WeightServer:
             offer, expected = self._offers.get(group), group in self._expected
             epoch = self._epochs.get(group, 0)
         try:
+            if self._stopped:
+                raise Refusal(Code.GONE, _SHUTTING_DOWN)
             if offer is None and expected:
                 raise Refusal(Code.LOADING, "the weights are being loaded")
             if offer is None:
@@ -327,6 +331,8 @@ class WeightServer:
         served = self._served.get(session)
         if served is not None and served.store.digests.weights == weights:
             return served.store
+        if self._stopped:
+            raise Refusal(Code.GONE, _SHUTTING_DOWN)
         raise Refusal(Code.CHANGED, "these weights are not served here, or no longer")
 
     def _session(self, session: Session, store: BlockStore) -> "_Served":

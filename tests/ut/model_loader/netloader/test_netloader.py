@@ -412,6 +412,7 @@ def test_what_is_wrong_with_vllm_is_no_reason_to_go_to_disk(monkeypatch, fallbac
 
 
 STORE = store_of({"a": torch.ones(3)})
+OTHER = f"xxh3_128:{'0' * 32}"
 
 
 def offered(monkeypatch, load, **extra_config):
@@ -428,15 +429,27 @@ def in_progress(**changes):
     return netloader._Load(identity(), DEVICE, serving=True, store=STORE, **changes)
 
 
-@pytest.mark.parametrize("pinned", [STORE.digests.weights, f"xxh3_128:{'0' * 32}"])
+OF_STORE = {0: STORE.digests.weights, 1: "xxh3_128:01"}
+
+
+@pytest.mark.parametrize(
+    ("pinned", "warns"),
+    [
+        ([STORE.digests.weights], False),
+        ([of_instance(OF_STORE)], False),
+        ([OTHER, STORE.digests.weights], False),
+        ([OTHER], True),
+        ([of_instance({0: STORE.digests.weights})], True),
+    ],
+)
 def test_other_weights_than_those_pinned_are_a_warning_when_they_come_from_disk(
-    monkeypatch, log, pinned
+    monkeypatch, log, pinned, warns
 ):
-    offer = offered(monkeypatch, in_progress(), WEIGHTS_DIGEST=pinned)
-    assert offer.store.digests == STORE.digests
-    found = STORE.digests.weights
-    warning = f"NetLoader rank 0: the weights from disk are {found} and WEIGHTS_DIGEST is {pinned}"
-    assert log == ([] if pinned == found else [warning])
+    steps = Steps(monkeypatch, WEIGHTS_DIGEST=pinned)
+    steps.loader._compare_with_pin(in_progress(weights=STORE.digests.weights), OF_STORE)
+    found = f"{STORE.digests.weights} of {of_instance(OF_STORE)}"
+    warning = f"the weights from disk are {found} and WEIGHTS_DIGEST is {', '.join(pinned)}"
+    assert log == ([f"NetLoader rank 0: {warning}"] if warns else [])
 
 
 def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monkeypatch, log):

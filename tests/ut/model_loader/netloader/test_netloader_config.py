@@ -19,6 +19,7 @@ from vllm_ascend.model_loader.netloader.errors import ConfigError, NetLoaderErro
 from vllm_ascend.model_loader.netloader.utils import Address
 
 DIGEST = f"xxh3_128:{'0123456789abcdef' * 2}"
+OF_INSTANCE = DIGEST.replace("xxh3_128", "instance")
 KEYS = [
     "SOURCE",
     "MODEL",
@@ -99,7 +100,8 @@ def test_these_are_all_keys():
         ("SOURCE_WAIT", "0.05", 0.05),
         ("FALLBACK", False, False),
         ("FALLBACK", "true", True),
-        ("WEIGHTS_DIGEST", DIGEST, DIGEST),
+        ("WEIGHTS_DIGEST", DIGEST, (DIGEST,)),
+        ("WEIGHTS_DIGEST", [DIGEST, OF_INSTANCE], (DIGEST, OF_INSTANCE)),
         ("TRANSPORT", "auto", Transport.AUTO),
         ("TRANSPORT", "HTTP", Transport.HTTP),
         ("CONNECTIONS", 1, 1),
@@ -203,13 +205,19 @@ SOURCE_ENTRY = "an object with device_id and sources, and no other keys"
         ("SOURCE_WAIT", -1, "seconds, from 0 to 86400"),
         ("SOURCE_WAIT", 86401, "seconds, from 0 to 86400"),
         ("FALLBACK", 0, "true or false"),
-        ("WEIGHTS_DIGEST", "", "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", DIGEST.upper(), "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", DIGEST[:-1], "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", DIGEST + "0", "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", DIGEST.partition(":")[2], "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", DIGEST + "\n", "a weights digest as in the log"),
-        ("WEIGHTS_DIGEST", 5, "a weights digest as in the log"),
+        ("WEIGHTS_DIGEST", "", "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", DIGEST.upper(), "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", DIGEST[:-1], "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", DIGEST + "0", "weights digests and instance digests"),
+        (
+            "WEIGHTS_DIGEST",
+            DIGEST.partition(":")[2],
+            "weights digests and instance digests",
+        ),
+        ("WEIGHTS_DIGEST", DIGEST + "\n", "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", [], "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", [DIGEST, 5], "weights digests and instance digests"),
+        ("WEIGHTS_DIGEST", 5, "weights digests and instance digests"),
         ("TRANSPORT", "hccl", "'auto' or 'http'"),
         ("TRANSPORT", True, "'auto' or 'http'"),
         ("CONNECTIONS", 0, "an integer from 1 to 16"),

@@ -108,6 +108,16 @@ def test_a_tensor_that_is_not_required_may_be_missing():
     assert len(match(manifest, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"a"}, {})) == 1
 
 
+def test_a_second_name_that_only_the_client_has_comes_with_the_first():
+    manifest, _ = describe({"a": torch.zeros(2, 3)}, RAW, {}, DEVICE.format_of)
+    here = _tied()
+    assert match(manifest, here, here.keys(), {})[0] is here["a"]
+    one = torch.zeros(2, 3)
+    within = here | {"row": here["a"][0], "c": one, "d": one}
+    with pytest.raises(LayoutUnsupported, match="c is only here; row is only here"):
+        match(manifest, within, within.keys(), {})
+
+
 def test_an_extra_tensor_is_named():
     assert _refusal(_two(), {"a": torch.zeros(2, 3)}) == "tensors differ: b is only there"
 
@@ -262,6 +272,19 @@ def test_another_table_is_refused_with_both_values_and_where():
     assert compared({"t": TABLE}, {"t": other}) == (
         "t, which both make themselves, is 5.0 here and 27.0 there at element 27"
     )
+
+
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_a_rotary_table_is_another_one_when_its_lowest_frequencies_are(rows):
+    frequencies = 10_000 ** (-torch.arange(32) / 32)
+    scaled = torch.where(torch.arange(32) >= 24, frequencies / 8, frequencies)
+
+    def table(of):
+        angles = torch.arange(rows)[:, None] * of
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    assert compared({"t": table(frequencies)}, {"t": table(frequencies)}) == ""
+    assert "at element " in compared({"t": table(frequencies)}, {"t": table(scaled)})
 
 
 def test_integers_have_to_be_the_same_to_the_last():

@@ -198,6 +198,8 @@ def test_objects_of_the_instance_are_not_looked_into(module):
 def test_what_inference_writes_is_left_out_wherever_it_is():
     impl = types.SimpleNamespace(kv_cache=T, weight=T, moe_load=T)
     assert found(impl=impl, kv_cache=T, expert_load_view=T) == {"impl.weight"}
+    adapters = types.SimpleNamespace(weights={"lora": T})
+    assert found(lora_manager=adapters, punica_wrapper=adapters, lora_a_stacked=(T,)) == set()
 
 
 def test_a_cache_of_several_tensors_is_left_out_too():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import socket
 
 import pytest
 import torch
@@ -50,12 +51,14 @@ def offer(rank=0, group=TARGET, tensors=WEIGHTS, declined=""):
     return Offer(identity(rank=rank, group=group), store, declined)
 
 
-def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None):
+def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None, instance=None):
     """Load a model; it is in use for as long as what is returned is there."""
     model = nn.Linear(1, 1)
     offered = offered or offer()
     worker = offered.identity.rank if worker is None else worker
-    registry.put_in_use(model, "path", config, host, offered, to_come, worker=worker)
+    registry.put_in_use(
+        model, "path", config, host, offered, to_come, worker=worker, instance=instance
+    )
     return model
 
 
@@ -157,6 +160,40 @@ def test_a_model_that_is_gone_leaves_its_place_to_the_next(config, servers, tmp_
     second = put_in_use(config())
     assert [server_of(second)] == servers
     assert is_served(address_of(tmp_path))
+
+
+def test_a_draft_is_not_offered_beside_the_target_of_another_instance(servers):
+    first = put_in_use(settings(), instance="one")
+    second = put_in_use(settings(), instance="two")
+    draft = put_in_use(settings(), offer(group=DRAFT), instance="two")
+    assert server_of(draft) is server_of(second) is not server_of(first)
+    assert groups(server_of(first)) == [TARGET]
+    assert len(servers) == 2
+
+
+@pytest.mark.parametrize("key", ["LISTEN_PORT", "OUTPUT_PREFIX"])
+def test_a_second_instance_with_the_address_of_the_first_is_no_source_and_is_told_the_key(
+    config, servers, tmp_path, log, key
+):
+    with contextlib.closing(socket.create_server((HOST, 0))) as held:
+        port = held.getsockname()[1]
+    value = port if key == "LISTEN_PORT" else f"{tmp_path}/same_"
+    first = put_in_use(config(**{key: value}), instance="one")
+    log.clear()
+    other = {"OUTPUT_PREFIX": f"{tmp_path}/other_"} | {key: value}
+    second = put_in_use(config(**other), offer(tensors={"b": torch.ones(2)}), instance="two")
+    assert log == [
+        "NetLoader rank 0: this instance is no source, as another one in this process has "
+        f"{key} {value}; give each its own"
+    ]
+    assert server_of(second) is None
+    assert servers == [server_of(first)]
+    del first
+    gc.collect()
+    gone = [put_in_use(config(**other), instance="three")]
+    gone.append(gone)  # only a garbage collector finds that it is gone
+    del gone
+    assert server_of(put_in_use(config(**other), instance="four")).listening
 
 
 def test_workers_of_the_same_rank_in_two_replicas_have_ports_and_files_of_their_own(
@@ -291,6 +328,7 @@ def test_where_there_is_no_server_a_reload_opens_none(servers):
         model = put_in_use(settings(listen_port=port))
         registry.offer_again(model, offer())
     assert servers == []
+    assert not registry._pending  # their weights are not kept for nobody
 
 
 # Changes of weights

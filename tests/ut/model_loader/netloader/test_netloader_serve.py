@@ -749,4 +749,9 @@ def test_what_is_served_is_withdrawn_when_the_server_stops():
         "gone",
         "the source is shutting down",
     )
-    assert refusal(join, to)[0] == "no_model"
+    for code, text in (
+        refusal(join, to),
+        refusal(join, to, DRAFT),
+        refusal(to.blocks, session(), one.store.digests.weights, 0, 0),
+    ):
+        assert (code, text) == ("gone", "the source is shutting down")

@@ -7,7 +7,7 @@ it. Devices compute the digests of blocks; all that is made of these is XXH3 wit
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -71,3 +71,14 @@ def of_instance(weights: Mapping[int, str]) -> str:
     lines = "".join(f"{rank} {weights[rank]}\n" for rank in sorted(weights))
     whole = xxhash.xxh3_128(lines.encode())
     return f"instance:{whole.hexdigest()}"
+
+
+def is_one_of(pinned: Collection[str] | None, weights: str, ranks: Mapping[int, str]) -> bool:
+    """Return whether weights are among those that an operator allows.
+
+    Args:
+        pinned: weights digests, and instance digests; None: all are allowed.
+        weights: the weights digest of a rank.
+        ranks: those of all ranks of its instance.
+    """
+    return pinned is None or weights in pinned or of_instance(ranks) in pinned

@@ -14,8 +14,21 @@ from ...errors import LayoutUnsupported
 # Where torch keeps what `named_parameters` and the like return, and what has no tensors.
 _OF_TORCH = vars(nn.Module()).keys()
 # State of inference that happens to be on modules: empty when a model has been loaded, or counted
-# up while it runs.
-_OF_INFERENCE = frozenset({"kv_cache", "key_cache", "value_cache", "expert_load_view", "moe_load"})
+# up while it runs; and adapters, which requests bring.
+_OF_INFERENCE = frozenset(
+    {
+        "kv_cache",
+        "key_cache",
+        "value_cache",
+        "expert_load_view",
+        "moe_load",
+        "punica_wrapper",
+        "lora_manager",
+        "lora_a_stacked",
+        "lora_a_stacked_2d",
+        "lora_b_stacked",
+    }
+)
 # Objects of these belong to the instance and not to the model; so do all those named ...Config.
 _OF_INSTANCE = (
     "vllm.config",
