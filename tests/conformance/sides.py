@@ -23,6 +23,7 @@ from tests.identity import identity as identity_of_all
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore, make_store
+from vllm_ascend.model_loader.netloader.interaction.discovery import NOBODY
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, logger
@@ -225,6 +226,7 @@ def load_here(
     required=None,
     who=None,
     device=None,
+    own=NOBODY,
     **config,
 ):
     """Load in this process into tensors that have other values, and compare them."""
@@ -241,6 +243,7 @@ def load_here(
                 who or identity(way),
                 settings(way, **config),
                 device or way.device(),
+                own=own,
             )
         except LoadFailed as error:
             reasons = str(error) or "no reason"

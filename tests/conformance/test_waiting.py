@@ -6,6 +6,9 @@ import threading
 
 import pytest
 
+from vllm_ascend.model_loader.netloader.interaction.discovery import Own
+from vllm_ascend.model_loader.netloader.utils import parse_name
+
 from .faults import closed_port, tapped
 from .models import COUNT, rows
 from .sides import HOST, Address, fresh, identity, load, loading, log_lines, source, store_of, until
@@ -89,6 +92,33 @@ def test_a_client_may_start_before_its_source(way):
 def _refused(port):
     with socket.socket() as sock:
         return sock.connect_ex((HOST, port)) != 0
+
+
+@ON_CPU
+def test_names_are_looked_up_again_until_somebody_is_found(way, tmp_path):
+    name = parse_name(f"file+{tmp_path}/any-")
+    with log_lines() as lines, loading(way, [name], source_wait=60.0) as result:
+        until(
+            lambda: any(f"source {name}: there are no such files; asking" in one for one in lines)
+        )
+        with source(way, output_prefix=f"{tmp_path}/any-one-") as running:
+            assert result().check().gave == str(running.address)
+    assert sum("there are no such files" in one for one in lines) == 1
+
+
+@ON_CPU
+def test_a_name_without_instances_is_a_failure_once_source_wait_is_over(way, tmp_path):
+    name = parse_name(f"file+{tmp_path}/any-")
+    load(way, [name], source_wait=0.6).check_failed("there are no such files")
+
+
+@ON_CPU
+def test_a_name_of_this_instance_alone_is_not_waited_for(way):
+    with source(way) as running:
+        name = parse_name(str(running.address))
+        load(way, [name], own=Own(running.server.process)).check_failed("there are no sources")
+        load(way, [name], own=Own(ports=[running.address.port])).check_failed("no sources")
+        load(way, [name]).check()
 
 
 def test_what_cannot_be_reached_is_not_waited_for_where_another_has_failed(way):

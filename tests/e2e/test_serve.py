@@ -119,8 +119,8 @@ def test_ranks_pull_from_their_like(tmp_path, llama, pair, pair_said):
     assert not pair.loads()
     assert "tp" in pair.why_from_disk()
 
-    sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
-    config = {"MODEL": "llama", "SOURCE": sources}
+    # One name for both ranks: either rank of the source says where both listen.
+    config = {"MODEL": "llama", "SOURCE": pair.address(1)}
     with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:
         assert following.say() == pair_said
         assert_loaded_from(following, pair, ranks=2)

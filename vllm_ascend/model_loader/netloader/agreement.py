@@ -27,7 +27,8 @@ that a rank would read it: the ranks agree before the first of them changes anyt
 on the disk. An instance of one rank reports nothing and waits for nobody.
 
 Weights also change later on, by calls that reach all ranks. Each rank then publishes what it has,
-once it knows, and the list that a source hands out is what its ranks have published last.
+once it knows, and the list that a source hands out is what its ranks have published last. In the
+same way each rank tells where it listens, so that any of them can name the endpoints of all.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ import msgspec
 from torch.distributed import Store
 
 from .errors import LoadFailed
+from .interaction.api import Endpoint
 from .utils import logger, one_line, shortened
 
 DISK = "disk"
@@ -198,6 +200,26 @@ class Ranks:
                 if self.store.check([self._present(rank)]):
                     now[rank] = self.store.get(self._present(rank)).decode()
         return {rank: weights for rank, weights in now.items() if weights != _NOTHING}
+
+    def publish_endpoint(self, endpoint: Endpoint) -> None:
+        """Tell where this rank listens from now on."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(self._endpoint(self.rank), msgspec.json.encode(endpoint))
+
+    def endpoints(self) -> Mapping[int, Endpoint]:
+        """Return where the ranks listen, as far as it is known."""
+        known: dict[int, Endpoint] = {}
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                for rank in self.all:
+                    if self.store.check([self._endpoint(rank)]):
+                        said = self.store.get(self._endpoint(rank))
+                        known[rank] = msgspec.json.decode(said, type=Endpoint)
+        return known
+
+    def _endpoint(self, rank: int) -> str:
+        return f"{self._present(rank)}/endpoint"
 
     def _present(self, rank: int) -> str:
         return f"netloader/{self.group}/instance {self.instance}/{rank}"

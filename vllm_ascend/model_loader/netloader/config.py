@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from .errors import ConfigError
-from .utils import MAX_PORT, MIN_PORT, Address, parse_address
+from .utils import MAX_PORT, MIN_PORT, Address, Name, parse_address, parse_name
 
 MIB = 1 << 20
 MAX_CHUNK_MIB = 64
@@ -28,6 +28,10 @@ _DECIMAL = re.compile(r"[0-9]{1,1000}(\.[0-9]{1,1000})?")
 _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)? ?[A-Za-z]*)(?:/s)?", re.ASCII)
 _MAX_RATE = 2**53
 _DIGEST = re.compile("[a-z0-9_]{1,32}:[0-9a-f]{32}")
+_SOURCE = (
+    '"HOST:PORT", "dns+NAME:PORT", "dnssrv+NAME", "file+PREFIX" or a list of them for all ranks, '
+    'or a list of {"device_id": RANK, "sources": ["IP:port", ...]}'
+)
 _ENTRY_KEYS = {"device_id", "sources"}
 _byte_size = TypeAdapter(ByteSize)
 
@@ -52,11 +56,11 @@ class Sources:
     """Where a rank can get its weights.
 
     Attributes:
-        addresses: the sources, in order of preference.
-        malformed: what is wrong with each entry that is no address.
+        addresses: the sources, in order of preference, and names of instances that are sources.
+        malformed: what is wrong with each entry that is neither.
     """
 
-    addresses: tuple[Address, ...] = ()
+    addresses: tuple[Address | Name, ...] = ()
     malformed: tuple[str, ...] = ()
 
     def __add__(self, other: "Sources") -> "Sources":
@@ -72,7 +76,7 @@ class NetLoaderConfig:
     """What an operator chose. Each field but `disk` is the JSON key of its name in capitals.
 
     Attributes:
-        source: global rank -> where it can get its weights.
+        source: global rank -> where it can get its weights; None: what is the same for all ranks.
         model: model name for the consistency check; None: the `--model` argument.
         listen_host: address to listen on; None: all of them.
         listen_port: base port, the worker's number is added to it; None: the system chooses; a
@@ -101,7 +105,7 @@ class NetLoaderConfig:
         disk: the keys of vLLM's default loader, for loading from disk.
     """
 
-    source: Mapping[int, Sources]
+    source: Mapping[int | None, Sources]
     model: str | None = None
     listen_host: str | None = None
     listen_port: int | None = None
@@ -148,6 +152,10 @@ class NetLoaderConfig:
         except ValueError:  # a host name, or an address with a zone
             everywhere = False
         return None if everywhere else self.listen_host
+
+    def sources_of(self, rank: int) -> Sources:
+        """Return where a rank can get its weights."""
+        return self.source.get(rank) or self.source.get(None) or Sources()
 
     def port_for(self, worker: int) -> int | None:
         """Return the port a worker listens on (0: the system chooses), or None for no server.
@@ -269,11 +277,14 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _source(value: object) -> Mapping[int, Sources]:
+def _source(value: object) -> Mapping[int | None, Sources]:
+    if isinstance(value, str):
+        return {None: _sources([value], parse_name)}
     if not isinstance(value, list):
-        allowed = 'a list of {"device_id": RANK, "sources": ["IP:port", ...]}'
-        raise _wrong("SOURCE", value, allowed)
-    by_rank: dict[int, Sources] = {}
+        raise _wrong("SOURCE", value, _SOURCE)
+    if value and all(isinstance(entry, str) for entry in value):
+        return {None: _sources(value, parse_name)}
+    by_rank: dict[int | None, Sources] = {}
     for index, entry in enumerate(value):
         where = f"SOURCE[{index}]"
         if not isinstance(entry, dict) or not {"device_id"} <= entry.keys() <= _ENTRY_KEYS:
@@ -284,22 +295,22 @@ def _source(value: object) -> Mapping[int, Sources]:
             raise _wrong(f"{where}.device_id", entry["device_id"], allowed)
         if not isinstance(texts, list | None):
             raise _wrong(f"{where}.sources", texts, 'a list of strings like "IP:port"')
-        given = [_address(text) for text in texts or ()]
-        by_rank[rank] = by_rank.get(rank, Sources()) + Sources(
-            tuple(address for address in given if isinstance(address, Address)),
-            tuple(reason for reason in given if isinstance(reason, str)),
-        )
+        by_rank[rank] = by_rank.get(rank, Sources()) + _sources(texts or (), parse_address)
     return by_rank
 
 
-def _address(value: object) -> Address | str:
-    """Return an address or what is wrong with it: one bad entry is not to cost the load."""
-    if not isinstance(value, str):
-        return f"{_shown(value)}: not a text like 'IP:port'"
-    try:
-        return parse_address(value)
-    except ValueError as error:
-        return _cut(str(error))
+def _sources(texts: Sequence[object], parse: Callable[[str], Address | Name]) -> Sources:
+    """Return what was given: one bad entry is not to cost the load."""
+    sources = Sources()
+    for text in texts:
+        if not isinstance(text, str):
+            sources += Sources(malformed=(f"{_shown(text)}: not a text like 'IP:port'",))
+            continue
+        try:
+            sources += Sources((parse(text),))
+        except ValueError as error:
+            sources += Sources(malformed=(_cut(str(error)),))
+    return sources
 
 
 def _model(value: object) -> str:

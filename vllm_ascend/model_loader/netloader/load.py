@@ -24,6 +24,7 @@ from .errors import (
     SourceError,
     SourceLost,
     SourceRefused,
+    SourceUnreachable,
     TransferCorrupt,
     Withdrawn,
 )
@@ -39,14 +40,17 @@ from .executor.transport.group import CLIENT, GroupReceiver, TransferGroup, form
 from .executor.transport.http import HttpReceiver
 from .identity import ModelIdentity, Revision
 from .interaction.api import Code, Done, Join, Joined
+from .interaction.discovery import NOBODY, Discovery, Own
 from .interaction.elastic import ElasticClient, GroupControl
 from .interaction.source_queue import SourceQueue
-from .utils import Address, logger, one_line, rate, shortened, size
+from .utils import Address, Name, logger, one_line, rate, shortened, size
 
 # Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
 # checked while the cache still has it.
 _CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
+# Seconds between two look-ups of names: at first, and at most.
+_FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Loaded:
 def elastic_load(
     tensors: Mapping[str, torch.Tensor],
     required: Collection[str],
-    sources: Sequence[Address],
+    sources: Sequence[Address | Name],
     identity: ModelIdentity,
     config: NetLoaderConfig,
     device: Device,
@@ -75,6 +79,7 @@ def elastic_load(
     wanted: str | None = None,
     meaning: Mapping[str, str] = NO_MEANING,
     made: Mapping[str, Sample] | None = None,
+    own: Own = NOBODY,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -86,26 +91,40 @@ def elastic_load(
         tensors: name -> tensor of the model; their memory is written, and replaced where it has a
             format of its own.
         required: names among them that a source must have.
-        sources: where to look, in order of preference.
+        sources: where to look, in order of preference. What names stand for comes after addresses
+            and is looked up again while there is nobody left to ask.
         identity: what the sources must be.
         config: chunk size, deadlines, verification.
         device: where the tensors are.
         wanted: the weights that go with those of the instance's other ranks; None: not known.
         meaning: what decided what the tensors are; see `Manifest`.
         made: samples of what the model has made itself; None: they are not compared.
+        own: what names may stand for and is not asked.
         show_progress: whether to draw a progress bar.
 
     Raises:
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
     """
     started = time.monotonic()
-    queue = SourceQueue(sources, config.source_wait)
+    addresses = [source for source in sources if isinstance(source, Address)]
+    names = [source for source in sources if isinstance(source, Name)]
+    queue = SourceQueue(addresses, config.source_wait)
     target = _Target(tensors, required, identity, config, device, meaning, made)
     sessions = _Sessions(queue, target, identity, config, device, wanted)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
-        for index in range(min(config.max_sources, len(sources)))
+        for index in range(config.max_sources if names else min(config.max_sources, len(sources)))
     ]
+    if names:
+        discovery = Discovery(
+            names, identity, own, config.connect_timeout, config.handshake_timeout
+        )
+        sessions.look_up(discovery)
+        looking = threading.Thread(
+            target=sessions.keep_looking, args=(discovery,), name="netloader-look-up", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # no more threads: what was found has to do
+            looking.start()
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
             thread.start()
@@ -352,6 +371,19 @@ class _Sessions:
             while (address := self._queue.next()) is not None:
                 self._try(address)
 
+    def look_up(self, discovery: Discovery) -> None:
+        """Let the sources that names stand for now be asked as well."""
+        for problem in self._queue.found(*discovery.look_up()):
+            self._warn(problem, isinstance(problem, SourceBusy | SourceUnreachable))
+
+    def keep_looking(self, discovery: Discovery) -> None:
+        """Look names up again, while there is nobody to ask, until the load is over."""
+        pause = _FIRST_LOOK_UP
+        while not self._queue.over.wait(pause):
+            if self._queue.idle:
+                self.look_up(discovery)
+                pause = min(2 * pause, _LAST_LOOK_UP)
+
     def bytes_received(self) -> int:
         """Return the bytes that have come, at most what there is to come."""
         return min(sum(self._shares().values()), self._target.nbytes)
@@ -389,11 +421,16 @@ class _Sessions:
             return  # nobody waits for this source any more
         news = self._queue.failed(address, error)
         if news:
-            wait = f"; asking again for up to SOURCE_WAIT {self._config.source_wait:g} s"
-            again = wait if self._queue.waits(address) else ""
-            logger.warning(
-                "NetLoader rank %d: source %s%s", self._identity.rank, one_line(error), again
-            )
+            self._warn(error, self._queue.waits(address))
+
+    def _warn(self, error: SourceError, again: bool) -> None:
+        wait = f"; asking again for up to SOURCE_WAIT {self._config.source_wait:g} s"
+        logger.warning(
+            "NetLoader rank %d: source %s%s",
+            self._identity.rank,
+            one_line(error),
+            wait if again and self._config.source_wait else "",
+        )
 
     def _pull(self, address: Address) -> None:
         with self._connect(address) as client:

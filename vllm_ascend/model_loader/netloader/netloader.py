@@ -70,9 +70,10 @@ from .executor.model.raw import (
 from .executor.store import BlockStore
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP
+from .interaction.discovery import Own
 from .load import elastic_load
 from .serve import Offer
-from .utils import Address, logger, one_line, rate, size
+from .utils import Address, Name, logger, one_line, process_id, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
 _WAIT_AGAIN = 30.0
@@ -344,7 +345,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         registry.loaded_from(model, DISK)
         return self._disk.get_all_weights(model_config, model)
 
-    def _renewal(self, load: _Load, model: nn.Module, sources: Sequence[Address]) -> "_Renewal":
+    def _renewal(
+        self, load: _Load, model: nn.Module, sources: Sequence[Address | Name]
+    ) -> "_Renewal":
         """Pull new weights into memory of their own.
 
         A source whose tensors have not exactly the places that this model has is refused before
@@ -468,7 +471,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         load: _Load,
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
-        sources: Sequence[Address],
+        sources: Sequence[Address | Name],
         meaning: Mapping[str, str],
         made: Mapping[str, Sample] | None = None,
     ) -> BlockStore:
@@ -489,6 +492,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 wanted=load.wanted,
                 meaning=meaning,
                 made=made,
+                own=Own(process_id(), self._own_ports(load)),
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -547,7 +551,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ranks_of(vllm_config, load.identity), instance=next(_instances)
         )
         present = partial(ranks.present, agreed)
-        offer = Offer(load.identity, store, load.unserved, load.loaded_from, present)
+        offer = Offer(
+            load.identity, store, load.unserved, load.loaded_from, present, ranks.endpoints
+        )
         watched = watch(vllm_config, model, registry.changing, registry.processing)
         if known is not None:
             registry.offer_again(model, offer, watched)
@@ -566,10 +572,16 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ranks=ranks,
         )
 
-    def _of_rank(self, rank: int) -> Sources:
-        return self._config.source.get(rank, Sources())
+    def _own_ports(self, load: _Load) -> list[int]:
+        """Return the ports of this instance's ranks, if they are known before they listen."""
+        first = load.worker - load.identity.rank
+        ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
+        return [port for port in ports if port]
 
-    def _sources(self, rank: int) -> Sequence[Address]:
+    def _of_rank(self, rank: int) -> Sources:
+        return self._config.sources_of(rank)
+
+    def _sources(self, rank: int) -> Sequence[Address | Name]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
 
         Raises:
@@ -581,15 +593,16 @@ class ModelNetLoaderElastic(BaseModelLoader):
             logger.warning("NetLoader rank %d: %s", rank, reason)
         if malformed and not sources.addresses:
             raise LoadFailed("; ".join(malformed))
-        if not sources.addresses and rank in self._config.source:
+        listed = {listed for listed in self._config.source if listed is not None}
+        if not sources.addresses and rank in listed:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank", rank
             )
-        elif not sources.addresses and self._config.source:
+        elif not sources.addresses and listed:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
                 rank,
-                ", ".join(map(str, sorted(self._config.source))),
+                ", ".join(map(str, sorted(listed))),
             )
         return sources.addresses
 

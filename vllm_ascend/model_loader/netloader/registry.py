@@ -117,6 +117,8 @@ def put_in_use(
         ranks: see `InUse`.
     """
     server = _serve(config, host, offer, to_come, worker, instance)
+    if ranks is not None and server is not None and server.endpoint is not None:
+        ranks.publish_endpoint(server.endpoint)
     _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
     if server is None:
         return

@@ -3,7 +3,6 @@
 import contextlib
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -23,14 +22,11 @@ from .executor.transport.http import HttpSender
 from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
 from .interaction import api
-from .interaction.api import Bytes, Code, Done, Join, Joined, Refusal
+from .interaction.api import Bytes, Code, Done, Endpoint, Join, Joined, Refusal
 from .interaction.elastic import ElasticServer, Session
 from .port_file import PortFile
-from .utils import Address, Buffer, logger, one_line, rate, shortened, size
+from .utils import Address, Buffer, logger, one_line, process_id, rate, shortened, size
 from .version import __version__
-
-# Names this process to others, so that another one at the same address is noticed.
-INSTANCE = uuid.uuid4().hex
 
 _PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP
 _LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory is about to change
@@ -50,6 +46,7 @@ class Offer:
         reason: why not.
         loaded_from: `disk`, the addresses of the sources, or the call that has changed it since.
         ranks: returns the weights digests of the instance's ranks, as far as they are known.
+        endpoints: returns where the instance's ranks listen, as far as that is known.
         code: what a client is refused with that asks for what is not to be had.
     """
 
@@ -58,6 +55,7 @@ class Offer:
     reason: str = ""
     loaded_from: str = "disk"
     ranks: Callable[[], Mapping[int, str]] = dict
+    endpoints: Callable[[], Mapping[int, Endpoint]] = dict
     code: Code = Code.CANNOT_SERVE
 
     def instance(self) -> dict[int, str]:
@@ -78,14 +76,16 @@ class WeightServer:
         host: the address of this machine that others reach.
 
     Attributes:
-        listening: whether it has been started.
+        process: names this process to others.
+        endpoint: where it listens; None: it has not been started.
         renew: called with a group whose weights have changed without notice, once withdrawn.
     """
 
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
         self.config = config
         self.rank = rank
-        self.listening = False
+        self.process = process_id()
+        self.endpoint: Endpoint | None = None
         self.renew: Callable[[str], object] = lambda group: None
         self._host = host
         self._offers: dict[str, Offer] = {}
@@ -107,6 +107,11 @@ class WeightServer:
             idle_timeout=config.progress_timeout,
         )
 
+    @property
+    def listening(self) -> bool:
+        """Whether it has been started."""
+        return self.endpoint is not None
+
     def start(self, port: int) -> Address:
         """Listen on `port` (0: the system chooses) and publish the address (OUTPUT_PREFIX).
 
@@ -121,7 +126,7 @@ class WeightServer:
             except OSError:
                 self.stop()
                 raise
-        self.listening = True
+        self.endpoint = Endpoint(str(address), self.process)
         logger.info(
             "NetLoader rank %d: listening on port %d of %s; clients use %s",
             self.rank,
@@ -204,7 +209,7 @@ class WeightServer:
             raise
         with self._lock:
             self._session(session, offer.store)
-        joined = Joined(known, epoch, INSTANCE, offer.identity.revision, ranks=offer.instance())
+        joined = Joined(known, epoch, self.process, offer.identity.revision, ranks=offer.instance())
         if join.weights == known:
             return joined
         return msgspec.structs.replace(
@@ -293,6 +298,7 @@ class WeightServer:
                     offer.loaded_from,
                     of_instance(ranks) if (ranks := offer.instance()) else None,
                     ranks,
+                    self._endpoints(offer),
                 )
                 for group, offer in self._offers.items()
             ]
@@ -300,7 +306,7 @@ class WeightServer:
             bytes_sent = self._bytes_sent + sum(one.bytes_sent for one in served)
         return api.Status(
             version=__version__,
-            instance=INSTANCE,
+            instance=self.process,
             rank=self.rank,
             models=models,
             sessions=[one.status() for one in served],
@@ -308,6 +314,10 @@ class WeightServer:
             places_taken=sessions,
             bytes_sent=bytes_sent,
         )
+
+    def _endpoints(self, offer: Offer) -> dict[int, Endpoint]:
+        own = {offer.identity.rank: self.endpoint} if self.endpoint is not None else {}
+        return {**offer.endpoints(), **own}
 
     def _refuse(self, group: str, code: Code, reason: str) -> BlockStore | None:
         """Offer a group's model no more; return its store, if it was offered."""

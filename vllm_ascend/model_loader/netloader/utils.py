@@ -1,11 +1,14 @@
 """Addresses, ports, rates, deadlines, lines of text, plain values and the logger."""
 
 import contextlib
+import functools
 import ipaddress
 import logging
+import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from ctypes import Array, c_ubyte
@@ -83,6 +86,72 @@ def parse_address(text: str) -> Address:
     elif len(host) > 253 or not _HOST_NAME.fullmatch(host):
         raise ValueError(f"{text!r}: {host!r} is neither an IP address nor a host name")
     return Address(host, int(port_text))
+
+
+class Lookup(Enum):
+    """How a name in SOURCE is looked up: the value is what the name begins with."""
+
+    INSTANCE = ""
+    DNS = "dns+"
+    SRV = "dnssrv+"
+    FILES = "file+"
+
+
+@dataclass(frozen=True)
+class Name:
+    """What stands for any number of instances, the same for all their ranks.
+
+    Attributes:
+        lookup: how these are found.
+        text: a host, a DNS name, or the path that files begin with.
+        port: where any rank of an instance listens; 0: the look-up says.
+    """
+
+    lookup: Lookup
+    text: str
+    port: int = 0
+
+    def __str__(self) -> str:
+        text = str(Address(self.text, self.port)) if self.port else self.text
+        return f"{self.lookup.value}{text}"
+
+
+def parse_name(text: str) -> Name:
+    """Parse `HOST:PORT`, `dns+NAME:PORT`, `dnssrv+NAME` or `file+PREFIX`.
+
+    Args:
+        text: the name as an operator writes it; surrounding blanks are ignored.
+
+    Raises:
+        ValueError: says what is wrong with `text`.
+    """
+    name = text.strip()
+    begin = re.match(r"(dns|dnssrv|file)\+", name)
+    lookup = Lookup(begin[0] if begin else "")
+    rest = name.removeprefix(lookup.value)
+    if lookup is Lookup.FILES:
+        if not rest.startswith("/"):
+            raise ValueError(f"{text!r}: {rest!r} is not an absolute path")
+        return Name(lookup, rest)
+    if lookup is Lookup.SRV:
+        if len(rest) > 253 or not _HOST_NAME.fullmatch(rest):
+            raise ValueError(f"{text!r}: {rest!r} is not a DNS name")
+        return Name(lookup, rest)
+    try:
+        address = parse_address(rest)
+    except ValueError as error:
+        raise ValueError(str(error).replace(repr(rest), repr(text), 1)) from None
+    return Name(lookup, address.host, address.port)
+
+
+def process_id() -> str:
+    """Return what names this process to others, so that another at its address is noticed."""
+    return _process_id(os.getpid())
+
+
+@functools.cache
+def _process_id(pid: int) -> str:  # a forked child is another process
+    return uuid.uuid4().hex
 
 
 def unmapped(host: str) -> str:

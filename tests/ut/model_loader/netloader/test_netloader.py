@@ -25,7 +25,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instan
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
-from vllm_ascend.model_loader.netloader.utils import Address
+from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name, process_id
 
 from .support import DEVICE, closed_port, python, store_of
 
@@ -505,6 +505,24 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
     assert (got is store) == (verify or not serving)
     if got is not store:
         assert got.digests == store_of({"a": tensor}).digests
+
+
+@pytest.mark.parametrize(("port", "ports"), [(28000, [28002, 28003]), (None, []), (1, [])])
+def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port, ports):
+    asked = {}
+
+    def load_from(tensors, required, sources, *_, own, **options):
+        asked.update(sources=sources, own=own)
+        return Loaded(store_of({"a": torch.ones(3)}), "192.0.2.7:1")
+
+    monkeypatch.setattr(netloader, "elastic_load", load_from)
+    monkeypatch.setattr(netloader, "_world_size", lambda: 2)
+    loader = make(SOURCE="dns+fleet:28000", LISTEN_PORT=port)
+    # The second rank of the second data-parallel replica.
+    load = netloader._Load(identity(rank=1), DEVICE, serving=False, worker=3)
+    loader._pull(load, {}, (), loader._sources(1), {})
+    assert asked["sources"] == (Name(Lookup.DNS, "fleet", 28000),)
+    assert (asked["own"].process, asked["own"].ports) == (process_id(), ports)
 
 
 # What making a model leaves in the configuration

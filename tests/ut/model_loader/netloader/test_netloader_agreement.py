@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.agreement import (
     load_together,
 )
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.interaction.api import Endpoint
 
 from .support import python
 
@@ -354,3 +355,19 @@ def test_the_list_is_what_the_ranks_have_published_last():
     alone = Ranks(3, [3], "netloader")
     alone.publish(None)
     assert alone.present({3: "x"}) == {3: "x"}
+
+
+def test_each_rank_knows_where_those_listen_that_have_told():
+    store = HashStore()
+    one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    first, second = Endpoint("10.0.0.1:1", "a"), Endpoint("10.0.0.2:2", "b")
+    assert one.endpoints() == {}
+    one.publish_endpoint(first)
+    assert other.endpoints() == {0: first}
+    other.publish_endpoint(second)
+    assert one.endpoints() == other.endpoints() == {0: first, 1: second}
+    later = Ranks(0, range(2), "netloader", store, instance=2)  # of the same processes
+    assert later.endpoints() == {}
+    alone = Ranks(3, [3], "netloader")
+    alone.publish_endpoint(first)
+    assert alone.endpoints() == {}

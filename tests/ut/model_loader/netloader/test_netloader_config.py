@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.config import (
     parse_config,
 )
 from vllm_ascend.model_loader.netloader.errors import ConfigError, NetLoaderError
-from vllm_ascend.model_loader.netloader.utils import Address
+from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
 DIGEST = f"xxh3_128:{'0123456789abcdef' * 2}"
 OF_INSTANCE = DIGEST.replace("xxh3_128", "instance")
@@ -162,8 +162,8 @@ SOURCE_ENTRY = "an object with device_id and sources, and no other keys"
     ("key", "value", "allowed"),
     [
         ("SOURCE", {"device_id": 0, "sources": []}, "a list of"),
-        ("SOURCE", "host:80", "a list of"),
-        ("SOURCE", ["host:80"], SOURCE_ENTRY),
+        ("SOURCE", 80, '"dns+NAME:PORT"'),
+        ("SOURCE", [80, "host:80"], SOURCE_ENTRY),
         ("SOURCE", [{"device_id": 0, "sources": [], "more": 1}], SOURCE_ENTRY),
         ("SOURCE", [{"sources": []}], SOURCE_ENTRY),
         ("SOURCE", [{"device_id": 0.0, "sources": []}], "an integer from 0"),
@@ -323,6 +323,48 @@ def test_malformed_addresses_are_set_apart_with_what_is_wrong_with_them():
     assert "not a text like 'IP:port'" in sources.malformed[1]
     assert len(sources.malformed) == 4
     assert all(len(reason) < 250 for reason in sources.malformed)
+
+
+@pytest.mark.parametrize("rank", [0, 7])
+def test_a_text_or_a_list_of_texts_is_for_all_ranks(rank):
+    one = parse_config({"SOURCE": " dns+fleet:28000 "})
+    assert one.sources_of(rank) == Sources((Name(Lookup.DNS, "fleet", 28000),))
+    texts = ["[::1]:1", "dnssrv+_netloader._tcp.fleet", "file+/run/netloader/a b_", "[::1]:1", "x"]
+    several = parse_config({"SOURCE": texts}).sources_of(rank)
+    assert several.addresses == (
+        Name(Lookup.INSTANCE, "::1", 1),
+        Name(Lookup.SRV, "_netloader._tcp.fleet"),
+        Name(Lookup.FILES, "/run/netloader/a b_"),
+    )
+    assert [*map(str, several.addresses)] == texts[:3]
+    [malformed] = several.malformed
+    assert "'x': no port" in malformed
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("dns+fleet", "no port"),
+        ("dns+fleet:0", "port '0' is not a number"),
+        ("dnssrv+fleet:1", "is not a DNS name"),
+        ("dnssrv+", "is not a DNS name"),
+        ("file+relative", "not an absolute path"),
+        ("http://fleet:1", "without http://"),
+        ("srv+fleet:1", "neither an IP address nor a host name"),
+        ("", "no port"),
+    ],
+)
+def test_what_is_no_name_is_set_apart_with_what_is_wrong_with_it(text, why):
+    sources = parse_config({"SOURCE": text}).sources_of(0)
+    assert sources.addresses == ()
+    [malformed] = sources.malformed
+    assert malformed.startswith(repr(text)) and why in malformed
+
+
+def test_a_rank_without_an_entry_of_its_own_has_no_sources():
+    config = parse_config({"SOURCE": [{"device_id": 1, "sources": ["a:1"]}]})
+    assert config.sources_of(0) == Sources()
+    assert config.sources_of(1) == Sources((Address("a", 1),))
 
 
 # LISTEN_PORT

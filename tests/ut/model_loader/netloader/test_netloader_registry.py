@@ -9,9 +9,11 @@ import socket
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import registry
+from vllm_ascend.model_loader.netloader.agreement import Ranks
 from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed
@@ -502,3 +504,32 @@ def test_an_instance_whose_models_are_gone_is_forgotten(config):
         del model, _
     gc.collect()
     assert "one" not in registry._instances
+
+
+# Ranks that tell where they listen
+
+
+def test_where_a_rank_listens_is_told_to_the_others_and_to_whoever_asks(config):
+    store = HashStore()
+    one, other = (Ranks(rank, range(2), TARGET, store) for rank in (0, 1))
+    models = []
+    for ranks in (one, other):
+        made = dataclasses.replace(offer(rank=ranks.rank), endpoints=ranks.endpoints)
+        models.append(nn.Linear(1, 1))
+        registry.put_in_use(
+            models[-1], "path", config(), HOST, made, (), worker=ranks.rank, ranks=ranks
+        )
+    servers = [server_of(model) for model in models]
+    endpoints = {rank: server.endpoint for rank, server in enumerate(servers)}
+    for server in servers:
+        [status] = server.status(0).models
+        assert status.endpoints == endpoints
+    assert registry.in_use(models[0]).ranks.endpoints() == endpoints
+
+
+def test_a_rank_that_is_no_source_tells_nothing(config):
+    store = HashStore()
+    ranks = Ranks(0, range(2), TARGET, store)
+    model = nn.Linear(1, 1)
+    registry.put_in_use(model, "path", config(LISTEN_PORT=1), HOST, offer(), (), ranks=ranks)
+    assert ranks.endpoints() == {}

@@ -25,8 +25,8 @@ from vllm_ascend.model_loader.netloader.interaction.api import (
 from vllm_ascend.model_loader.netloader.interaction.client import GroupControl
 from vllm_ascend.model_loader.netloader.interaction.server import Session
 from vllm_ascend.model_loader.netloader.port_file import PortFile
-from vllm_ascend.model_loader.netloader.serve import INSTANCE, Offer, WeightServer
-from vllm_ascend.model_loader.netloader.utils import Address, logger
+from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
+from vllm_ascend.model_loader.netloader.utils import Address, logger, process_id
 
 from .support import (
     DEVICE,
@@ -128,7 +128,11 @@ def test_a_client_of_the_same_model_gets_manifest_and_digests():
     store = store_of(assorted(), attributes={"a.scale": 0.5})
     to = server(Offer(WHO, store))
     joined = join(to)
-    assert (joined.weights, joined.epoch, joined.instance) == (store.digests.weights, 1, INSTANCE)
+    assert (joined.weights, joined.epoch, joined.instance) == (
+        store.digests.weights,
+        1,
+        process_id(),
+    )
     manifest = msgspec.json.decode(joined.manifest, type=Manifest)
     assert manifest == store.manifest
     algorithm = joined.weights.partition(":")[0]
@@ -476,15 +480,15 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     status = to.status(2)
     ranks |= {0: weights}
     assert [msgspec.structs.astuple(model) for model in status.models] == [
-        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks),
-        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}),
+        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks, {}),
+        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}, {}),
     ]
     assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
         ("192.0.2.7:1", weights, 8 * MIB),
         ("192.0.2.7:2", weights, MIB),
     ]
     assert (status.places, status.places_taken, status.bytes_sent) == (7, 2, 9 * MIB)
-    assert (status.instance, status.rank) == (INSTANCE, 0)
+    assert (status.instance, status.rank) == (process_id(), 0)
     assert msgspec.json.decode(msgspec.json.encode(status), type=type(status)) == status
     client.close()
     status = to.status(1)

@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.interaction import source_queue
 from vllm_ascend.model_loader.netloader.interaction.source_queue import SourceQueue
 from vllm_ascend.model_loader.netloader.utils import Address
 
-from .support import PATIENCE, Clock
+from .support import PATIENCE, Clock, until
 
 A, B, C = (Address("192.0.2.7", port) for port in (1, 2, 3))
 FINAL = [SourceRefused, SourceLost, TransferCorrupt, RuntimeError]
@@ -294,7 +294,77 @@ def test_whatever_sources_answer_the_load_ends_in_time_and_says_why(data):
         assert len(queue.reasons()) == 3
 
 
+# What names stand for
+
+
+def test_what_names_stand_for_is_asked_in_order_of_preference_after_addresses(world):
+    queue = world.queue([A], 300)
+    assert queue.found([(C, "c"), (B, "b"), (A, "a")], {}) == []
+    assert asked(queue, lambda address: SourceRefused("no")) == [A, C, B]
+
+
+def test_a_failed_source_is_asked_again_only_once_another_process_has_its_address(world):
+    queue = world.queue([], 300)
+    queue.found([(A, "first")], {})
+    assert queue.next() == A
+    queue.found([(B, "b"), (A, "first")], {})
+    assert queue.next() == B
+    queue.failed(A, SourceRefused("no"))
+    queue.found([(A, "first")], {})
+    waiting = queue.found([(A, "second")], {})
+    assert waiting == [] and queue.next() == A
+    queue.failed(A, SourceRefused("no"))
+    queue.failed(B, SourceRefused("no"))
+    assert queue.next() is None
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_names_that_may_bring_sources_later_are_waited_for(world, kind):
+    queue = world.queue([], 30)
+    problem = kind("dns+fleet:1: not yet")
+    assert queue.found([], {"dns+fleet:1": problem}) == [problem]
+    assert queue.next() is None
+    assert 30 <= world.clock.passed < 31
+    assert queue.reasons() == ["dns+fleet:1: not yet"]
+
+
+def test_names_that_bring_no_sources_for_good_are_not_waited_for(world):
+    queue = world.queue([], 30)
+    queue.found([], {"a": SourceRefused("other model"), "b": SourceUnreachable("not there")})
+    assert queue.next() is None
+    assert world.clock.passed == 0
+
+
+def test_names_that_cannot_be_reached_are_not_waited_for_once_a_source_has_failed(world):
+    queue = world.queue([A], 30)
+    queue.found([], {"b": SourceUnreachable("not there")})
+    assert asked(queue, lambda _: SourceRefused("no")) == [A]
+    assert world.clock.passed == 0
+
+
+def test_a_problem_is_news_once_until_it_is_another(world):
+    queue = world.queue([A], 30)
+    one, other = SourceBusy("not yet"), SourceBusy("still not")
+    assert queue.found([], {"a": one}) == [one]
+    assert queue.found([], {"a": SourceBusy("not yet")}) == []
+    assert queue.found([], {"a": other}) == [other]
+    assert queue.found([], {}) == []
+    assert queue.reasons() == []
+    assert queue.found([], {"a": one}) == [one]
+
+
 # Several threads
+
+
+def test_what_is_found_goes_to_a_thread_that_waits():
+    queue = SourceQueue([], 300)
+    queue.found([], {"a": SourceBusy("not yet")})
+    assert not queue.idle
+    thread, got = ask(queue)
+    until(lambda: queue.idle)
+    queue.found([(A, "a")], {})
+    assert joined(thread, got) == [A]
+    assert not queue.idle
 
 
 def ask(queue):

@@ -51,6 +51,7 @@ MAX_TARGET = 4 << 10  # of a request: path and query
 MAX_HEAD = 32 << 10  # of a request or an answer: its first line and its headers
 MAX_BODY = 64 << 10  # of a request or an answer, except
 MAX_JOINED = 64 << 20  # the answer to a join
+MAX_STATUS = 4 << 20  # the answer to a status request
 MAX_GROUPS = 4  # of one connection
 MAX_DIFFERENCES = 20  # between two identities that an answer names
 MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
@@ -247,6 +248,18 @@ class Noted(msgspec.Struct, frozen=True):
     """The answer to `Done`, and to `Check` if the source has these blocks as their digests say."""
 
 
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a rank listens.
+
+    Attributes:
+        address: as clients reach it.
+        instance: names the process.
+    """
+
+    address: ShortText
+    instance: ShortText
+
+
 class ModelStatus(msgspec.Struct, frozen=True):
     """How one model of an instance is.
 
@@ -259,6 +272,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
         loaded_from: `disk`, the addresses the weights came from, or the call that has changed them.
         instance_digest: digest of `ranks`, null while that is empty.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
+        endpoints: where the instance's ranks listen, by global rank, as far as known.
     """
 
     identity: ModelIdentity
@@ -269,6 +283,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     loaded_from: str
     instance_digest: str | None
     ranks: dict[int, str]
+    endpoints: dict[int, Endpoint]
 
 
 class SessionStatus(msgspec.Struct, frozen=True):

@@ -211,7 +211,7 @@ class ElasticClient:
 
     def status(self) -> Status:
         """Ask how the source is."""
-        return self._ask(api.STATUS, None, Status, self._handshake)
+        return self._ask(api.STATUS, None, Status, self._handshake, api.MAX_STATUS)
 
     def last_words(self) -> SourceError | None:
         """Return why the source has ended the connection, if it has said so.

@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,10 +36,13 @@ class _Source:
     due: float = 0.0
     attempts: int = 0
     reason: str = ""
+    instance: str = ""
 
 
 class SourceQueue:
     """The sources of one load, in order of preference, handed to the threads that ask them.
+
+    Names may stand for more of them at each look-up; see `found`.
 
     A source that says "later" is asked again as long as the load waits; one that cannot be reached
     too, unless one that could be reached has failed and none has said "later".
@@ -50,9 +53,12 @@ class SourceQueue:
     """
 
     def __init__(self, addresses: Iterable[Address], seconds: float) -> None:
-        self._sources = [_Source(address) for address in dict.fromkeys(addresses)]
+        self._listed = [*dict.fromkeys(addresses)]
+        self._sources = [_Source(address) for address in self._listed]
         self._deadline = time.monotonic() + seconds
         self._changed = threading.Condition()
+        self._problems: Mapping[str, SourceError] = {}
+        self._idle = 0
         self.over = threading.Event()
 
     def next(self) -> Address | None:
@@ -67,8 +73,51 @@ class SourceQueue:
                 if not self._may_go_on(now):
                     self._finish()
                     break
+                self._idle += 1
                 self._changed.wait(self._pause(now))
+                self._idle -= 1
             return None
+
+    @property
+    def idle(self) -> bool:
+        """Whether a thread waits for a source to ask."""
+        with self._changed:
+            return self._idle > 0
+
+    def found(
+        self, endpoints: Sequence[tuple[Address, str]], problems: Mapping[str, SourceError]
+    ) -> list[SourceError]:
+        """Take note of what names stand for now.
+
+        A source that has failed is asked again if another process has come to its address.
+
+        Args:
+            endpoints: addresses, in order of preference, with what names the process there.
+            problems: what stands in the way of further ones, by name or address.
+
+        Returns:
+            The problems that are news.
+        """
+        with self._changed:
+            known = {source.address: source for source in self._sources}
+            for address, instance in endpoints:
+                source = known.get(address)
+                if source is None:
+                    self._sources.append(_Source(address, instance=instance))
+                elif source.instance != instance and source.state is not _State.ASKED:
+                    source.state, source.attempts = _State.NEW, 0
+                    source.instance = instance
+            order = [*self._listed, *(address for address, _ in endpoints)]
+            rank = {address: -index for index, address in enumerate(reversed(order))}
+            self._sources.sort(key=lambda source: rank.get(source.address, 1))
+            news = [
+                error
+                for name, error in problems.items()
+                if str(error) != str(self._problems.get(name, ""))
+            ]
+            self._problems = dict(problems)
+            self._changed.notify_all()
+            return news
 
     def succeeded(self) -> None:
         """Ask nobody any more: the load is complete."""
@@ -115,7 +164,8 @@ class SourceQueue:
     def reasons(self) -> list[str]:
         """Return what went last wrong with each source that something went wrong with."""
         with self._changed:
-            return [source.reason for source in self._sources if source.reason]
+            reasons = [source.reason for source in self._sources if source.reason]
+            return [*reasons, *map(one_line, self._problems.values())]
 
     def _source(self, address: Address) -> _Source:
         return next(source for source in self._sources if source.address == address)
@@ -144,13 +194,17 @@ class SourceQueue:
             return True
         if now >= self._deadline:
             return False
-        if self._in(_State.LATER):
+        problems = [*self._problems.values()]
+        later = [problem for problem in problems if isinstance(problem, SourceBusy)]
+        if self._in(_State.LATER) or later:
             return True
-        return bool(self._in(_State.UNREACHABLE)) and not self._in(_State.FAILED)
+        unreached = [problem for problem in problems if isinstance(problem, SourceUnreachable)]
+        failed = self._in(_State.FAILED) or len(unreached) < len(problems)
+        return bool(self._in(_State.UNREACHABLE) or unreached) and not failed
 
     def _pause(self, now: float) -> float | None:
         """Return the seconds until something is due; None: somebody else has to act first."""
         waiting = [source.due for source in self._in(_State.LATER, _State.UNREACHABLE)]
-        if not waiting or now >= self._deadline:
+        if now >= self._deadline or not (waiting or self._problems):
             return None
-        return max(0.0, min(*waiting, self._deadline) - now)
+        return max(0.0, min([*waiting, self._deadline]) - now)

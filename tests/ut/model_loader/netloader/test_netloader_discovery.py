@@ -1,0 +1,319 @@
+"""From names to endpoints: real sources on addresses of this host, and a zone of the tests' own."""
+
+import contextlib
+import socket
+import threading
+
+import dns.flags
+import dns.message
+import dns.resolver
+import dns.rrset
+import pytest
+import torch
+
+from tests.identity import identity
+from vllm_ascend.model_loader.netloader.errors import SourceBusy, SourceRefused, SourceUnreachable
+from vllm_ascend.model_loader.netloader.interaction import discovery
+from vllm_ascend.model_loader.netloader.interaction.api import Endpoint, ModelStatus, Status
+from vllm_ascend.model_loader.netloader.interaction.discovery import Discovery, Own
+from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
+from vllm_ascend.model_loader.netloader.utils import Address, parse_name
+
+from .support import HOST, settings, store_of
+
+ONE, OTHER = "127.0.0.2", "127.0.0.3"
+WEIGHTS = {"a": torch.ones(1)}
+
+
+def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, **who):
+    names = [parse_name(name) for name in names]
+    own = own or Own("this process")
+    return Discovery(names, identity(rank=rank, **who), own, connect, handshake)
+
+
+def look_up(*names, **options):
+    return discover(*names, **options).look_up()
+
+
+def addresses(*names, **options):
+    found, problems = look_up(*names, **options)
+    assert problems == {}
+    return [address for address, _ in found]
+
+
+class Instance:
+    """Two ranks of one instance, which know where they listen."""
+
+    def __init__(self, stack, host=HOST, port=0, ranks=2):
+        self.servers, self.endpoints = [], {}
+        for rank in range(ranks):
+            server = WeightServer(settings(listen_host=host), rank, host)
+            server.process = f"process {rank} of {host}"
+            stack.callback(server.stop)
+            server.start(port + rank if port else 0)
+            self.endpoints[rank] = server.endpoint
+            server.offer(
+                Offer(identity(rank=rank), store_of(WEIGHTS), endpoints=lambda: self.endpoints)
+            )
+            self.servers.append(server)
+
+    def address(self, rank):
+        host, _, port = self.endpoints[rank].address.rpartition(":")
+        return Address(host, int(port))
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def zone(monkeypatch):
+    """Addresses of names, for this process; a number is for how long the answer takes."""
+    zone, resolve, late = {}, socket.getaddrinfo, threading.Event()
+
+    def getaddrinfo(host, port, *arguments, **options):
+        if host not in zone:
+            return resolve(host, port, *arguments, **options)
+        if zone[host] is None:
+            late.wait(60)
+        return [
+            one for each in zone[host] or () for one in resolve(each, port, type=socket.SOCK_STREAM)
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield zone
+    late.set()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_any_rank_of_an_instance_names_the_endpoints_of_all(stack, asked, rank):
+    instance = Instance(stack)
+    found, problems = look_up(str(instance.address(asked)), rank=rank)
+    assert found == [(instance.address(rank), f"process {rank} of {HOST}")]
+    assert problems == {}
+
+
+def test_a_name_has_an_instance_at_each_of_its_addresses(stack, zone):
+    one = Instance(stack, ONE)
+    port = one.address(0).port
+    other = Instance(stack, OTHER, port, ranks=1)
+    zone["fleet.test"] = [ONE, OTHER, "127.0.0.4"]
+    found, problems = look_up(f"dns+fleet.test:{port}")
+    assert {address for address, _ in found} == {one.address(0), other.address(0)}
+    [(address, problem)] = problems.items()
+    assert address == f"127.0.0.4:{port}" and isinstance(problem, SourceUnreachable)
+
+
+def test_an_endpoint_is_asked_at_the_host_that_was_reached_if_it_is_the_same_one(stack):
+    instance = Instance(stack)
+    port = instance.address(0).port
+    for rank, endpoint in instance.endpoints.items():  # as it calls itself, which is not reached
+        address = f"192.0.2.1:{endpoint.address.rpartition(':')[2]}"
+        instance.endpoints[rank] = Endpoint(address, endpoint.instance)
+    instance.servers[0].endpoint = instance.endpoints[0]
+    [address] = addresses(f"{HOST}:{port}", rank=1)
+    assert address == Address(HOST, int(instance.endpoints[1].address.rpartition(":")[2]))
+    instance.endpoints[1] = Endpoint("192.0.2.2:9", "elsewhere")
+    assert addresses(f"{HOST}:{port}", rank=1) == [Address("192.0.2.2", 9)]
+
+
+class Zone:
+    """A name server on this host that knows one SRV record."""
+
+    def __init__(self, stack, name, *records):
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((HOST, 0))
+        stack.callback(self._socket.close)
+        self._answer = dns.rrset.from_text(f"{name}.", 60, "IN", "SRV", *records)
+        self.resolver = dns.resolver.Resolver(configure=False)
+        self.resolver.nameservers = [HOST]
+        self.resolver.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                said, client = self._socket.recvfrom(4096)
+                answer = dns.message.make_response(dns.message.from_wire(said))
+                if answer.question[0].name == self._answer.name:
+                    answer.answer.append(self._answer)
+                else:
+                    answer.set_rcode(3)
+                self._socket.sendto(answer.to_wire(), client)
+
+
+def test_srv_records_name_ports_and_hosts(stack, zone, monkeypatch):
+    one, other = Instance(stack, ONE), Instance(stack, OTHER)
+    zone["one.test"], zone["other.test"] = [ONE], [OTHER]
+    records = [f"0 0 {one.address(0).port} one.test.", f"0 0 {other.address(1).port} other.test."]
+    served = Zone(stack, "_netloader._tcp.fleet.test", *records)
+    monkeypatch.setattr(dns.resolver, "default_resolver", served.resolver)
+    found = addresses("dnssrv+_netloader._tcp.fleet.test", rank=1)
+    assert {*found} == {one.address(1), other.address(1)}
+    found, problems = look_up("dnssrv+none.test")
+    assert found == [] and "does not exist" in str(problems["dnssrv+none.test"])
+    assert isinstance(problems["dnssrv+none.test"], SourceUnreachable)
+
+
+def test_files_are_those_of_any_number_of_instances(stack, tmp_path):
+    one, other = Instance(stack, ONE), Instance(stack, OTHER)
+    for name, instance in (("one", one), ("other", other)):
+        for rank in (0, 1):
+            path = tmp_path / f"weights [a]-{name}_{rank}.txt"
+            path.write_text(str(instance.address(rank)))
+    (tmp_path / "weights [a]-other_0.log").write_text("no address")
+    found = addresses(f"file+{tmp_path}/weights [a]-", rank=1)
+    assert sorted(found) == [one.address(1), other.address(1)]
+    found, problems = look_up(f"file+{tmp_path}/none-")
+    assert found == [] and "there are no such files" in str([*problems.values()])
+
+
+def test_a_file_without_an_address_is_a_problem_and_no_source(tmp_path):
+    (tmp_path / "rank_0.txt").write_text("no address")
+    found, problems = look_up(f"file+{tmp_path}/rank_")
+    assert found == [] and "no port" in str(problems[f"file+{tmp_path}/rank_"])
+
+
+def test_kinds_of_names_may_be_mixed_and_an_instance_found_twice_is_one(stack, zone, tmp_path):
+    instance = Instance(stack)
+    zone["fleet.test"] = [HOST]
+    (tmp_path / "rank_1.txt").write_text(str(instance.address(1)))
+    names = [
+        str(instance.address(0)),
+        f"dns+fleet.test:{instance.address(0).port}",
+        f"file+{tmp_path}/rank_",
+    ]
+    assert addresses(*names) == [instance.address(0)]
+
+
+def test_a_look_up_that_does_not_end_costs_its_deadline_and_no_other_name(stack, zone):
+    instance = Instance(stack)
+    zone["slow.test"] = None
+    found, problems = look_up("dns+slow.test:1", str(instance.address(0)), connect=0.2)
+    assert [address for address, _ in found] == [instance.address(0)]
+    assert "nothing in time" in str(problems["dns+slow.test:1"])
+
+
+def test_a_name_that_is_not_known_may_be_known_later(zone):
+    zone["none.test"] = []
+    names = discover("dns+none.test:1")
+    assert names.look_up() == ([], {})
+    _, problems = look_up("dns+no-such-name.invalid:1")
+    assert isinstance(problems["dns+no-such-name.invalid:1"], SourceUnreachable)
+
+
+# Who is left out
+
+
+def test_the_own_process_is_left_out(stack):
+    instance = Instance(stack)
+    own = Own(f"process 1 of {HOST}")
+    assert addresses(str(instance.address(0)), rank=1, own=own) == []
+    assert addresses(str(instance.address(0)), rank=0, own=own) == [instance.address(0)]
+
+
+def test_where_this_instance_is_to_listen_nobody_is_asked(zone):
+    zone["fleet.test"] = [HOST]
+    assert addresses("dns+fleet.test:1", own=Own(ports=[1])) == []
+    _, problems = look_up("dns+fleet.test:1", own=Own(ports=[2]))
+    assert [*problems] == [f"{HOST}:1"]
+    _, problems = look_up("dns+fleet.test:1")
+    assert [*problems] == [f"{HOST}:1"]
+
+
+def test_an_instance_that_does_not_know_its_rank_yet_is_asked_later(stack):
+    instance = Instance(stack)
+    del instance.endpoints[1]
+    _, problems = look_up(str(instance.address(0)), rank=1)
+    [problem] = problems.values()
+    assert isinstance(problem, SourceBusy) and "rank 1 listens" in str(problem)
+
+
+def test_an_instance_of_another_model_is_not_waited_for(stack):
+    instance = Instance(stack)
+    del instance.endpoints[1]
+    _, problems = look_up(str(instance.address(0)), rank=1, tp=2)
+    [problem] = problems.values()
+    assert isinstance(problem, SourceRefused) and "tp is 2" in str(problem)
+
+
+def test_an_instance_without_a_model_of_the_group_is_asked_later(stack):
+    instance = Instance(stack)
+    _, problems = look_up(str(instance.address(0)), group="netloader_draft")
+    [problem] = problems.values()
+    assert isinstance(problem, SourceBusy) and "netloader_draft" in str(problem)
+
+
+# Who comes first
+
+
+class Statuses:
+    """In the place of instances: what each says of itself."""
+
+    def __init__(self, monkeypatch, local=()):
+        self.asked, self.said = [], {}
+        monkeypatch.setattr(Discovery, "_status", self._status)
+        monkeypatch.setattr(discovery, "_is_local", lambda host: host in local)
+
+    def _status(self, address):
+        self.asked.append(address.host)
+        taken, state = self.said.get(address.host, (0, "serving"))
+        endpoint = Endpoint(str(address), f"at {address}")
+        model = ModelStatus(identity(), state, "", None, 1, "disk", None, {}, {0: endpoint})
+        return Status("0.1.0", f"at {address}", 0, [model], [], 4, taken, 0)
+
+
+def hosts(*names, **options):
+    return [address.host for address in addresses(*names, **options)]
+
+
+def test_the_same_host_comes_first_then_who_serves_then_who_has_places(monkeypatch):
+    names = [f"192.0.2.{number}:1" for number in range(1, 6)]
+    statuses = Statuses(monkeypatch, local=["192.0.2.4"])
+    statuses.said = {
+        "192.0.2.1": (3, "serving"),
+        "192.0.2.2": (0, "loading"),
+        "192.0.2.3": (1, "serving"),
+        "192.0.2.4": (4, "serving"),
+        "192.0.2.5": (2, "serving"),
+    }
+    order = ["192.0.2.4", "192.0.2.3", "192.0.2.5", "192.0.2.1", "192.0.2.2"]
+    assert hosts(*names) == order
+
+
+def test_equal_ones_come_in_the_same_order_for_one_client_and_in_others_for_others(monkeypatch):
+    Statuses(monkeypatch)
+    names = [f"192.0.2.{number}:1" for number in range(1, 9)]
+    orders = [hosts(*names, own=Own(f"client {number}")) for number in range(20)]
+    assert orders[0] == hosts(*reversed(names), own=Own("client 0"))
+    assert len({order[0] for order in orders}) >= 5
+
+
+def test_of_many_those_are_asked_that_were_not_asked_before(monkeypatch):
+    monkeypatch.setattr(discovery, "MAX_ASKED", 4)
+    statuses = Statuses(monkeypatch)
+    names = discover(*[f"192.0.2.{number}:1" for number in range(1, 9)])
+    for _ in range(2):
+        assert len(names.look_up()[0]) == 4
+    assert len({*statuses.asked}) == 8
+
+
+def test_who_takes_long_to_answer_is_not_waited_for_once_another_has(stack, monkeypatch):
+    instance = Instance(stack)
+    silent = stack.enter_context(socket.create_server((HOST, 0)))
+    monkeypatch.setattr(discovery, "_OTHERS", 0.05)
+    port = silent.getsockname()[1]
+    found, problems = look_up(str(instance.address(0)), f"{HOST}:{port}", handshake=60)
+    assert [address for address, _ in found] == [instance.address(0)]
+    [problem] = problems.values()
+    assert isinstance(problem, SourceUnreachable) and "no status yet" in str(problem)
+
+
+def test_what_is_no_instance_is_a_problem(stack):
+    server = stack.enter_context(socket.create_server((HOST, 0)))
+    threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+    found, problems = look_up(f"{HOST}:{server.getsockname()[1]}")
+    assert found == [] and len(problems) == 1

@@ -1,0 +1,288 @@
+"""From names in SOURCE to the endpoints of one rank in the instances that they stand for."""
+
+import glob
+import hashlib
+import ipaddress
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from ..errors import SourceBusy, SourceError, SourceRefused, SourceUnreachable
+from ..identity import ModelIdentity
+from ..utils import (
+    Address,
+    Lookup,
+    Name,
+    Patience,
+    one_line,
+    parse_address,
+    unmapped,
+    within,
+)
+from . import api
+from .api import Status
+from .client import ElasticClient
+
+MAX_ASKED = 32  # instances that are asked for their status in one look-up
+_OTHERS = 0.5  # seconds to wait for further answers once one has come
+_MAX_FILE = 512  # bytes of a file with an address
+_OF_RANK = ("rank", "dp_rank", "ep_rank")  # fields that ranks of one instance differ in
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Own:
+    """What is not asked, as it belongs to the instance that asks.
+
+    Attributes:
+        process: names this process.
+        ports: where the ranks of this instance listen, or will.
+    """
+
+    process: str = ""
+    ports: Container[int] = ()
+
+
+NOBODY = Own()
+
+
+class _Found(NamedTuple):
+    """An endpoint; the order is that of preference."""
+
+    elsewhere: bool  # on another host
+    later: bool  # not serving yet
+    load: float
+    hash: bytes
+    address: Address
+    instance: str
+
+
+class Discovery:
+    """Looks names up and asks the instances that it finds where the same rank listens there.
+
+    Args:
+        names: what to look up.
+        identity: of the rank that loads.
+        own: what is left out.
+        connect: seconds for each name, and again to reach an instance.
+        handshake: seconds for the answer to a status request.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[Name],
+        identity: ModelIdentity,
+        own: Own,
+        connect: float,
+        handshake: float,
+    ) -> None:
+        self._names = names
+        self._identity = identity
+        self._own = own
+        self._connect = connect
+        self._handshake = handshake
+        self._asked: Counter[Address] = Counter()
+
+    def look_up(self) -> tuple[list[tuple[Address, str]], dict[str, SourceError]]:
+        """Look everything up anew.
+
+        Returns:
+            The endpoints of this rank with what names the process there, in order of preference:
+            on the same host first, then those with most free places; a hash that differs from
+            client to client decides between equal ones. And what went wrong, by name or address.
+        """
+        problems: dict[str, SourceError] = {}
+        found: dict[Address, bool] = {}
+        looking = {name: _in_thread(self._addresses, name) for name in self._names}
+        for name, future in looking.items():
+            try:
+                found |= future.result()
+            except Exception as error:
+                problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
+        # Of many, those first that were not asked before.
+        candidates = sorted(
+            found,
+            key=lambda address: (self._asked[address], not found[address], self._hash(address)),
+        )[:MAX_ASKED]
+        self._asked.update(candidates)
+        endpoints: dict[str, _Found] = {}
+        for address, status in self._answers(candidates).items():
+            try:
+                endpoint = self._endpoint(address, found[address], status.result(0))
+            except TimeoutError:
+                problems[str(address)] = SourceUnreachable(f"{address}: no status yet")
+            except SourceError as error:
+                problems[str(address)] = error
+            except Exception as error:  # nothing that others say is to cost the load
+                problems[str(address)] = SourceRefused(f"{address}: {_reason(error)}")
+            else:
+                # One process may be found at several addresses.
+                endpoints.setdefault(endpoint.instance, endpoint)
+        endpoints.pop(self._own.process, None)
+        return [(one.address, one.instance) for one in sorted(endpoints.values())], problems
+
+    def _addresses(self, name: Name) -> Mapping[Address, bool]:
+        """Return the addresses that a name stands for, and whether they are of this host."""
+
+        def look_up() -> dict[Address, bool]:
+            found = {
+                address: _is_local(address.host)
+                for address in _LOOKUPS[name.lookup](name, self._connect)
+            }
+            # Nobody listens there yet, so only the address tells that it is this instance's own.
+            return {
+                address: local
+                for address, local in found.items()
+                if not (local and address.port in self._own.ports)
+            }
+
+        # In a thread, as nothing else bounds the time that finding a name or reading files takes.
+        return within(Patience(self._connect, lambda: False, 0.0), look_up, lambda late: None)
+
+    def _answers(self, addresses: Iterable[Address]) -> Mapping[Address, "Future[Status]"]:
+        """Ask instances for their status; one that takes longer than others is not waited for."""
+        asked = {address: _in_thread(self._status, address) for address in addresses}
+        left = {*asked.values()}
+        seconds = None
+        while left:
+            done, left = wait(left, seconds, FIRST_COMPLETED)
+            if not done:
+                break
+            if any(future.exception() is None for future in done):
+                seconds = _OTHERS
+        return asked
+
+    def _status(self, address: Address) -> Status:
+        with ElasticClient.connect(
+            address, connect=self._connect, handshake=self._handshake, progress=self._handshake
+        ) as client:
+            return client.status()
+
+    def _endpoint(self, asked: Address, local: bool, status: Status) -> _Found:
+        """Return where this rank listens in the instance that has answered.
+
+        Raises:
+            SourceBusy: it does not say so yet.
+            SourceRefused: it has no such rank.
+        """
+        identity = self._identity
+        models = {model.identity.group: model for model in status.models}
+        model = models.get(identity.group)
+        if model is None:
+            raise SourceBusy(f"{asked}: has no model of group {identity.group!r} yet")
+        there = model.endpoints.get(identity.rank)
+        if there is None:
+            differ = [
+                str(one)
+                for one in api.differences(identity, model.identity)
+                if one.field not in _OF_RANK
+            ]
+            if differ:
+                raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
+            raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
+        own = model.endpoints.get(model.identity.rank)
+        try:
+            address = parse_address(there.address)
+            if own is not None and parse_address(own.address).host == address.host:
+                # This host was reached as the name says; as it calls itself it need not be.
+                address = Address(asked.host, address.port)
+            else:
+                local = _is_local(address.host)
+        except ValueError as error:
+            raise SourceRefused(f"{asked}: {one_line(error)}") from None
+        load = status.places_taken / max(1, status.places)
+        later = model.state != "serving"
+        return _Found(not local, later, load, self._hash(address), address, there.instance)
+
+    def _hash(self, address: Address) -> bytes:
+        return hashlib.blake2b(f"{self._own.process} {address}".encode(), digest_size=8).digest()
+
+
+def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="netloader-discover", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        future.set_exception(SourceUnreachable(one_line(error)))
+    return future
+
+
+def _reason(error: Exception) -> str:
+    return one_line(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _is_local(host: str) -> bool:
+    """Return whether an IP address is one of this machine."""
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _of_host(host: str, port: int) -> list[Address]:
+    """Return all IPv4 and IPv6 addresses of a host."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [Address(unmapped(str(where[0])), port) for *_, where in found]
+
+
+def _instance(name: Name, seconds: float) -> list[Address]:
+    # One is enough, as it is one instance.
+    return _of_host(name.text, name.port)[:1]
+
+
+def _dns(name: Name, seconds: float) -> list[Address]:
+    return _of_host(name.text, name.port)
+
+
+def _srv(name: Name, seconds: float) -> list[Address]:
+    try:
+        from dns.exception import DNSException
+        from dns.resolver import resolve
+    except ImportError:
+        raise OSError("SRV records need dnspython: pip install dnspython") from None
+    try:
+        records = resolve(name.text, "SRV", lifetime=seconds, search=True)
+    except DNSException as error:
+        raise OSError(one_line(error)) from None
+    return [
+        address
+        for record in sorted(records, key=lambda record: record.priority)
+        for address in _of_host(record.target.to_text(omit_final_dot=True), record.port)
+    ]
+
+
+def _files(name: Name, seconds: float) -> list[Address]:
+    found = []
+    for path in sorted(glob.glob(f"{glob.escape(name.text)}*.txt")):
+        try:
+            with Path(path).open("rb") as file:
+                found.append(parse_address(file.read(_MAX_FILE).decode()))
+        except FileNotFoundError:  # its process has ended meanwhile
+            continue
+    if not found:
+        raise OSError("there are no such files")
+    return found
+
+
+_LOOKUPS: Mapping[Lookup, Callable[[Name, float], list[Address]]] = {
+    Lookup.INSTANCE: _instance,
+    Lookup.DNS: _dns,
+    Lookup.SRV: _srv,
+    Lookup.FILES: _files,
+}
