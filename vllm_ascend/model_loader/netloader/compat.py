@@ -568,6 +568,7 @@ def _is_attention(layer: nn.Module) -> bool:
 
 
 _WATCHED = "watched_by_netloader"
+_PROCESS = "process_weights_after_loading"
 Changing = Callable[[str | nn.Module, Change], AbstractContextManager[None]]
 
 
@@ -605,11 +606,11 @@ def watch(
     for layer in model.modules():
         quant_method = getattr(layer, "quant_method", None)
         if isinstance(quant_method, QuantizeMethodBase):
-            _replace(
-                type(quant_method),
-                "process_weights_after_loading",
-                functools.partial(_watched_processing, processing),
-            )
+            # That of a class is none of an object for which vLLM Ascend has wrapped it
+            # (multistream_overlap_shared_expert).
+            own = _PROCESS in vars(quant_method)
+            wrap = functools.partial(_watched_processing, processing, 0 if own else 1)
+            _replace(quant_method if own else type(quant_method), _PROCESS, wrap)
             layers.append(layer)
     return layers
 
@@ -664,10 +665,10 @@ def _watched_mover(changing: Changing, method: Any) -> Any:
     return watched
 
 
-def _watched_processing(processing: Callable[[nn.Module], object], method: Any) -> Any:
-    def watched(quant_method: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        processing(layer)
-        return method(quant_method, layer, *args, **kwargs)
+def _watched_processing(processing: Callable[[nn.Module], object], at: int, method: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        processing([*args, *kwargs.values()][at])
+        return method(*args, **kwargs)
 
     return watched
 

@@ -484,6 +484,15 @@ def test_a_layer_is_told_of_before_it_is_processed_again(watched):
     assert watched.told == [("layer", watched.model.layer), "process"]
 
 
+def test_a_layer_with_a_method_of_its_own_is_told_of_before_it_is_processed_again(watched):
+    layer = watched.model.layer
+    layer.quant_method.process_weights_after_loading = lambda layer: watched.told.append("process")
+    watched.watch()
+    layer.quant_method.process_weights_after_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer=layer)
+    assert watched.told == [("layer", layer), "process"] * 2
+
+
 def test_what_is_watched_already_is_told_of_once(watched):
     watched.watch()
     watched.worker.sleep(1)
