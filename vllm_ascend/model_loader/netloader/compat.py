@@ -85,9 +85,12 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
         if isinstance(value := getattr(config, field.name, None), dict | list | set)
     }
     experts_before = list(_experts_of_vllm_ascend())
+    counted = {kind: kind.moe_counter for kind in _counting_experts()}
 
     def restore() -> None:
         _experts_of_vllm_ascend()[:] = experts_before
+        for kind in _counting_experts():
+            kind.moe_counter = counted.get(kind, -1)
         for name, contents in before.items():
             container: Any = getattr(config, name)
             container.clear()
@@ -106,6 +109,16 @@ def _experts_of_vllm_ascend() -> list[nn.Module]:
         getattr(adaptor, "VllmEplbAdaptor", None), "_registered_moe_layers", []
     )
     return found
+
+
+def _counting_experts() -> list[Any]:
+    """Return the classes of vLLM Ascend that count their layers, from -1 on.
+
+    A layer's number is where its experts stand in a file that places them.
+    """
+    module = sys.modules.get("vllm_ascend.ops.fused_moe.fused_moe")
+    kinds = [kind for kind in getattr(module, "__dict__", {}).values() if isinstance(kind, type)]
+    return [kind for kind in kinds if "moe_counter" in vars(kind)]
 
 
 def identity_of(

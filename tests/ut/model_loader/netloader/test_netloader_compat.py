@@ -76,6 +76,22 @@ def test_an_adaptor_imported_while_a_model_is_made_has_no_layers_afterwards(monk
     assert layers == []
 
 
+@pytest.mark.parametrize("imported", ["before", "meanwhile"])
+def test_expert_layers_of_vllm_ascend_are_counted_as_if_there_was_one_model(imported, monkeypatch):
+    name = "vllm_ascend.ops.fused_moe.fused_moe"
+    module = types.ModuleType(name)
+    module.AscendFusedMoE = type("AscendFusedMoE", (), {"moe_counter": -1})
+    if imported == "before":
+        module.AscendFusedMoE.moe_counter = 3  # the target's
+        monkeypatch.setitem(sys.modules, name, module)
+    before = module.AscendFusedMoE.moe_counter
+    restore = remember_registrations(Config(CompilationConfig()))
+    monkeypatch.setitem(sys.modules, name, module)
+    module.AscendFusedMoE.moe_counter += 2
+    restore()
+    assert module.AscendFusedMoE.moe_counter == before
+
+
 @pytest.mark.parametrize("contents", [{}, {"VllmEplbAdaptor": type("VllmEplbAdaptor", (), {})}])
 def test_an_adaptor_of_another_version_is_left_alone(contents, monkeypatch):
     module = types.ModuleType(ADAPTOR)
