@@ -221,6 +221,17 @@ def _ranks_of_replica(vllm_config: VllmConfig) -> int:
     return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size * pcp)
 
 
+def why_weights_move(vllm_config: VllmConfig) -> str:
+    """Say why a rank's weights are not its own, if that is so.
+
+    vLLM Ascend's `layer_sharding` keeps each layer on one rank, which sends it when it is used.
+    """
+    additional = getattr(vllm_config, "additional_config", None)
+    if not isinstance(additional, dict) or not additional.get("layer_sharding"):
+        return ""
+    return "layer_sharding in --additional-config lets weights move from rank to rank"
+
+
 def why_experts_move(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
     """Say why nobody can know which expert a tensor of a model is, if that is so."""
     if not getattr(model_config, "is_moe", True):
