@@ -172,6 +172,13 @@ class VllmServer:
         logprobs = answer["choices"][0]["logprobs"]
         return Completion(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]))
 
+    def count(self, metric: str) -> float:
+        """Returns what one of vLLM's counters has come to, whatever its labels."""
+        with _open(f"http://{HOST}:{self.port}/metrics", timeout=REQUEST_SECONDS) as answer:
+            text = answer.read().decode()
+        values = re.findall(rf"^{re.escape(metric)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, values))
+
     @property
     def is_running(self) -> bool:
         """Whether the instance's first process is alive."""

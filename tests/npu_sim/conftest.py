@@ -1,5 +1,8 @@
 import pytest
 
+from tools.vllm_server import clean_up_when_interrupted
+
+from .serving import Fleet, make_models
 from .simulator import Simulator, why_not
 
 
@@ -23,3 +26,19 @@ def module_simulator(tmp_path_factory):
     made = Simulator(tmp_path_factory.mktemp("npu"))
     yield made
     made.kill_all()
+
+
+@pytest.fixture(scope="session")
+def _ends_all_instances_when_interrupted():
+    clean_up_when_interrupted()
+
+
+@pytest.fixture
+def fleet(tmp_path, _ends_all_instances_when_interrupted):
+    with Fleet(tmp_path) as instances:
+        yield instances
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))

@@ -61,7 +61,7 @@ class NpuModel:
 
 
 def make_models(folder: Path) -> dict[str, NpuModel]:
-    """Makes what models.py makes: plain, w8a8 and w8a8_dynamic."""
+    """Makes what models.py makes, by the names of its folders."""
     run([sys.executable, str(HERE / "models.py"), str(folder)])
     return {path.name: _model(path) for path in sorted(folder.iterdir())}
 
@@ -129,20 +129,39 @@ class NpuInstance(Instance):
     def say(self) -> list[Completion]:
         return [self.server.complete(prompt, TOKENS) for prompt in self.model.prompts]
 
+    def accepted(self) -> float:
+        """Returns how many of its draft's tokens an instance has said."""
+        return self.server.count("vllm:spec_decode_num_accepted_tokens_total")
+
     def addresses(self) -> dict[int, list[str]]:
         return {rank: [self.address(rank)] for rank in range(self.ranks)}
 
-    def assert_loaded_from(self, source: "NpuInstance") -> None:
-        """Both logs tell of the same bytes, rank by rank."""
+    def assert_loaded_from(self, source: "NpuInstance", models: int = 1) -> None:
+        """Both logs tell of the same bytes, rank by rank, for each of an instance's models."""
         loads = self.loads()
-        assert [load.rank for load in loads] == list(range(self.ranks))
+        assert [load.rank for load in loads] == sorted([*range(self.ranks)] * models)
         for load in loads:
             assert load.source == source.address(load.rank)
             assert load.megabytes > 0
         digests = {load.digest for load in loads}
-        assert len(digests) == self.ranks
+        assert len(digests) == self.ranks * models
         assert digests <= source.digests_sent()
         assert not self.why_from_disk()
+
+
+def assert_as_on_cpu(said: Sequence[Completion], model: NpuModel, count: int | None = None) -> None:
+    """What was said begins with what the CPU said, and is varied enough for an error to show.
+
+    Args:
+        said: after the model's prompts.
+        model: the model.
+        count: how many tokens are compared; None: all that the CPU said.
+    """
+    assert model.reference
+    for completion, reference in zip(said, model.reference, strict=True):
+        expected = reference[:count]
+        assert completion.tokens[: len(expected)] == expected
+        assert len(set(completion.tokens)) >= 8
 
 
 class Fleet:

@@ -1,8 +1,8 @@
 """NetLoader in the released vLLM Ascend, on simulated NPUs, as a user of `vllm serve` sees it.
 
-Each test looks at tokens and their log probabilities, and at log lines, never inside. Drafts are
-loaded and then not used: drafting needs `_C_ascend.npu_copy_and_expand_eagle_inputs`, one of vLLM
-Ascend's own kernels, which are not simulated.
+Each test looks at tokens and their log probabilities, and at log lines, never inside. Draft models
+are loaded and then not used: drafting needs `_C_ascend.npu_copy_and_expand_eagle_inputs`, one of
+vLLM Ascend's own kernels that are not simulated. MTP needs none, see test_experts.py.
 """
 
 import re
@@ -12,31 +12,15 @@ import sys
 import pytest
 
 from tools.netloader_view import find_sent, source_list
-from tools.vllm_server import ServerError, clean_up_when_interrupted
+from tools.vllm_server import ServerError
 
 from ..e2e.support import drafting
-from .serving import TP2, Fleet, make_llama, make_models, run
+from .serving import TP2, assert_as_on_cpu, make_llama, run
 
 pytestmark = pytest.mark.timeout(900)
 
 # A load then takes seconds, in which a test stops or kills somebody.
 SLOW = {"MAX_SEND_RATE": "640KB/s", "MAX_SESSIONS": 3, "CHUNK_MIB": 1, "PROGRESS_TIMEOUT": 15}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ends_all_instances_when_interrupted():
-    clean_up_when_interrupted()
-
-
-@pytest.fixture
-def fleet(tmp_path):
-    with Fleet(tmp_path) as instances:
-        yield instances
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -57,14 +41,6 @@ def dead_address():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{held.getsockname()[1]}"
-
-
-def assert_as_on_cpu(said, model):
-    """What was said begins with what the CPU said, and is varied enough for an error to show."""
-    assert model.reference
-    for completion, reference in zip(said, model.reference, strict=True):
-        assert completion.tokens[: len(reference)] == reference
-        assert len(set(completion.tokens)) >= 8
 
 
 def test_installed_netloader_is_the_active_one(tmp_path):

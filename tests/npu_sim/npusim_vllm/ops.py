@@ -288,22 +288,40 @@ def latent_attention(
     softmax_scale: float,
     input_layout: str,
     block_size: int,
+    actual_seq_qlen: Sequence[int] | None = None,
+    atten_mask: Any = None,
+    sparse_mode: int = 0,
     **others: Any,
 ) -> Any:
-    """MLA's attention of one new token per sequence, all heads to the same latents in blocks."""
-    assert input_layout == "BNSD_NBSD" and query.shape[2] == 1, (input_layout, query.shape)
+    """MLA's attention of the last tokens of each sequence, all heads to the same latents in blocks.
+
+    Without a draft there is one such token per sequence.
+    """
     assert num_key_value_heads == 1 and not others, (num_key_value_heads, others)
-    queries = torch.cat([query.cpu(), query_rope.cpu()], -1).transpose(1, 2)
+    queries = torch.cat([query.cpu(), query_rope.cpu()], -1)
+    if input_layout == "BNSD_NBSD":
+        assert queries.shape[2] == 1 and sparse_mode == 0, (queries.shape, sparse_mode)
+        queries, ends = queries.squeeze(2), range(1, len(queries) + 1)
+    else:
+        assert input_layout == "TND_NTD" and sparse_mode == 3, (input_layout, sparse_mode)
+        assert actual_seq_qlen is not None
+        ends = actual_seq_qlen
     table = block_table.cpu().long()
-    out = torch.empty(num_query_heads, len(queries), 1, value.shape[-1], dtype=query.dtype)
-    for i, q in enumerate(queries):
-        length = int(actual_seq_kvlen[i])
+    out = torch.zeros(num_query_heads, len(queries), value.shape[-1], dtype=query.dtype)
+    start = 0
+    for i, end in enumerate(ends):
+        end, length = min(int(end), len(queries)), int(actual_seq_kvlen[i])
         blocks = table[i, : (length + block_size - 1) // block_size]
         latents, ropes, v = (
             host(x)[blocks].reshape(-1, 1, x.shape[-1])[:length] for x in (key, key_rope, value)
         )
         k = torch.cat([latents, ropes], -1)
-        out[:, i] = _attend(q, k, v, num_query_heads, 1, softmax_scale).transpose(0, 1)
+        if end > start and length:
+            attended = _attend(queries[start:end], k, v, num_query_heads, 1, softmax_scale)
+            out[:, start:end] = attended.transpose(0, 1)
+        start = end
+    if input_layout == "BNSD_NBSD":
+        out = out.unsqueeze(2)
     return out.to(query.device), torch.empty(0, device=query.device)
 
 
@@ -384,11 +402,23 @@ def moe_gating_top_k(
     eps: float,
     bias_opt: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best experts of each token, and their shares of the softmax over all."""
-    assert (k_group, group_count) == (1, 1), (k_group, group_count)
-    assert (renorm, norm_type, out_flag) == (0, 0, False), (renorm, norm_type, out_flag)
-    assert bias_opt is None
-    weights, experts = x.float().softmax(-1).topk(k)
+    """The best experts of each token in its best groups of them, and what each contributes.
+
+    That is a share of the softmax over all, or the sigmoid. A bias counts for the choice only.
+    """
+    assert (group_select_mode, out_flag) == (1, False), (group_select_mode, out_flag)
+    assert norm_type in (0, 1), norm_type
+    scores = x.float().sigmoid() if norm_type else x.float().softmax(-1)
+    choice = scores if bias_opt is None else scores + bias_opt.float()
+    if k_group < group_count:
+        groups = choice.view(len(x), group_count, -1)
+        best = groups.topk(2)[0].sum(-1).topk(k_group)[1]
+        out = torch.ones(groups.shape[:2], dtype=torch.bool).scatter_(1, best, value=False)
+        choice = groups.masked_fill(out.unsqueeze(-1), float("-inf")).flatten(1)
+    experts = choice.topk(k)[1]
+    weights = scores.gather(1, experts)
+    if norm_type or renorm:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
     return (weights * routed_scaling_factor).to(x.dtype), experts.int(), torch.empty(0)
 
 
@@ -404,47 +434,174 @@ def npu_moe_init_routing_custom(
     active_expert_range: Sequence[int],
     quant_mode: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copies of the tokens sorted by expert, the row of each copy, and the rows of each expert."""
-    assert scale is None and quant_mode == -1, quant_mode
+    """Copies of the tokens sorted by expert, the row of each copy, and the rows of each expert.
+
+    Tokens of experts outside of the range have no copy, and -1 as row; what a device leaves in the
+    rows behind is not known, here it is zero. Each copy is quantized by its own scale if asked for.
+    """
+    assert scale is None and quant_mode in (-1, 1), quant_mode
     assert expert_tokens_num_flag and expert_tokens_num_type == 1, expert_tokens_num_type
     assert active_num == expert_idx.numel(), active_num
-    assert list(active_expert_range) == [0, expert_num], active_expert_range
+    first, end = active_expert_range
+    assert 0 <= first < end <= expert_num, (active_expert_range, expert_num)
     experts = expert_idx.flatten()
-    order = experts.argsort(stable=True)
-    copies = x[order // expert_idx.shape[1]]
-    return copies, order.argsort().int(), experts.bincount(minlength=expert_num), torch.empty(0)
+    here = (experts >= first) & (experts < end)
+    order = torch.where(here, experts, expert_num).argsort(stable=True)[: int(here.sum())]
+    copies = x.new_zeros(len(experts), x.shape[1])
+    copies[: len(order)] = x[order // expert_idx.shape[1]]
+    rows = torch.full_like(experts, -1, dtype=torch.int32)
+    rows[order] = torch.arange(len(order), dtype=torch.int32)
+    counts = (experts[here] - first).bincount(minlength=end - first)
+    if quant_mode == -1:
+        return copies, rows, counts, torch.empty(0)
+    quantized, scales = quantized_by_row(copies)
+    return quantized, rows, counts, scales
 
 
-@op("npu_grouped_matmul")
 def npu_grouped_matmul(
     x: Any,
     weight: Any,
     *,
     group_list: Any,
+    bias: Any = None,
+    scale: Any = None,
+    per_token_scale: Any = None,
     split_item: int = 0,
     group_type: int | None = None,
     group_list_type: int = 0,
+    output_dtype: Any = None,
     **others: Any,
 ) -> Any:
-    """Multiplies the rows of each expert by its matrix."""
-    assert (split_item, group_type, group_list_type) == (2, 0, 1) and not others, others
+    """Multiplies the rows of each expert by its matrix, int8 by int8 or int4 exactly.
+
+    Rows that belong to no expert come out as zero; a device leaves them as they are.
+    """
+    assert (split_item, group_type) in ((2, 0), (3, 0)) and not others, (split_item, others)
     [rows], [matrices] = x, weight
-    groups = zip(rows.split(group_list.tolist()), matrices, strict=True)
-    return [torch.cat([group.float() @ matrix.float() for group, matrix in groups]).to(rows.dtype)]
+    int4 = matrices.dtype == torch.int32
+    matrices = unpacked_int4(matrices) if int4 else matrices.cpu()
+    counts = group_list.cpu()
+    if group_list_type == 0:
+        counts = counts.diff(prepend=counts.new_zeros(1))
+    products = _products(rows.cpu(), matrices, counts, shifted=8 if int4 else 0)
+    if scale is not None:
+        factors = [scale[0].cpu(), None if bias is None else bias[0].cpu()]
+        products = _dequantized(products, counts, *factors)
+    if per_token_scale is not None:
+        products = products * per_token_scale[0].cpu().float().unsqueeze(-1)
+    if not isinstance(output_dtype, torch.dtype):
+        output_dtype = rows.dtype if output_dtype is None else SCALAR_TYPES[output_dtype]
+    return [products.to(output_dtype).to(rows.device)]
+
+
+npu.impl("npu_grouped_matmul", npu_grouped_matmul, "PrivateUse1", allow_override=True)
+
+
+def _products(
+    rows: torch.Tensor, matrices: torch.Tensor, counts: torch.Tensor, shifted: int = 0
+) -> torch.Tensor:
+    """Returns the rows of each expert times its matrix: float32 sums, or exact ones as float64."""
+    wide = torch.float64 if rows.dtype == torch.int8 else torch.float32
+    out = torch.zeros(len(rows), matrices.shape[-1], dtype=wide)
+    start = 0
+    for matrix, count in zip(matrices, counts.tolist(), strict=True):
+        end = start + count
+        out[start:end] = (rows[start:end].to(wide) - shifted) @ matrix.to(wide)
+        start = end
+    return out
+
+
+def _dequantized(
+    products: torch.Tensor, counts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns sums of integers times the scale of each column, plus what belongs to that scale."""
+    if scale.dtype == torch.int64:  # a float in the lower half
+        scale = scale.to(torch.int32).view(torch.float32)
+    experts = torch.arange(len(counts)).repeat_interleave(counts)
+    out = torch.zeros(products.shape)
+    of_row = scale.float().view(len(counts), -1)[experts]
+    out[: len(experts)] = products[: len(experts)].float() * of_row
+    if bias is not None:
+        out[: len(experts)] += bias.float().view(len(counts), -1)[experts]
+    return out
+
+
+def unpacked_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Returns int4 of which each int32 on a device has eight, as int8 on the CPU.
+
+    The device has int8 in FRACTAL_NZ, of which the int32 is a view.
+    """
+    pairs = packed.view(torch.int8).cpu()
+    low, high = pairs << 4 >> 4, pairs >> 4
+    return torch.stack([low, high], -1).flatten(-2)
+
+
+def grouped_matmul_swiglu_quant_weight_nz(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    group_list: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    swiglu_limit: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Multiplies the rows of each expert by its matrix, and gates and quantizes what comes out."""
+    assert bias is None and not swiglu_limit, (bias, swiglu_limit)
+    counts = group_list.diff(prepend=group_list.new_zeros(1))
+    sums = _dequantized(_products(x, weight, counts), counts, weight_scale, None)
+    return *gated_and_quantized(sums * x_scale.unsqueeze(-1)), torch.empty(0)
+
+
+def npu_dequant_swiglu_quant(
+    x: torch.Tensor,
+    *,
+    weight_scale: torch.Tensor,
+    activation_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    activate_left: bool = False,
+    quant_mode: int = 0,
+    swiglu_mode: int = 0,
+    clamp_limit: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates and quantizes a product of int8, of whose columns the left half is the gate.
+
+    CANN documents `swiglu_mode` 1 for columns that alternate. vLLM Ascend's own kernel gets it for
+    those of shared experts, which do not, and what else it means there is not known.
+    """
+    assert bias is None and quant_scale is None and quant_offset is None
+    assert group_index is None or group_index.tolist() == [len(x)], group_index
+    assert (activate_left, quant_mode, clamp_limit) == (True, 1, 0.0), (activate_left, quant_mode)
+    sums = x.float() * weight_scale.float() * activation_scale.float().view(-1, 1)
+    return gated_and_quantized(sums)
+
+
+def gated_and_quantized(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns SiLU of the left half times the right half as int8, and the scale of each row."""
+    return quantized_by_row(npu_swiglu(sums))
 
 
 @op("npu_moe_token_unpermute")
 def npu_moe_token_unpermute(permuted_tokens: Any, sorted_indices: Any, probs: Any) -> Any:
-    """Each token's sum of what its experts made of it."""
-    rows = permuted_tokens[sorted_indices].view(*probs.shape, -1)
-    return (rows.float() * probs.float().unsqueeze(-1)).sum(1).to(rows.dtype)
+    """Each token's sum of what its experts made of it; -1 stands for none."""
+    here = (sorted_indices >= 0).view(*probs.shape, 1)
+    rows = permuted_tokens[sorted_indices.clamp(min=0)].view(*probs.shape, -1).float()
+    return (rows * probs.float().unsqueeze(-1) * here).sum(1).to(permuted_tokens.dtype)
 
 
 def install_custom() -> None:
     """Defines those operators of vLLM Ascend's own library, which is not built here."""
     global custom
     custom = torch.library.Library("_C_ascend", "FRAGMENT")
-    for kernel in (moe_gating_top_k, npu_moe_init_routing_custom):
+    for kernel in (
+        grouped_matmul_swiglu_quant_weight_nz,
+        moe_gating_top_k,
+        npu_dequant_swiglu_quant,
+        npu_moe_init_routing_custom,
+    ):
         if not hasattr(torch.ops._C_ascend, kernel.__name__):
             schema = torch.library.infer_schema(kernel, mutates_args=())
             custom.define(kernel.__name__ + schema)
@@ -466,7 +623,12 @@ def npu_dynamic_quant(
     """Quantizes each token by its own scale."""
     assert dst_type in (None, 1, torch.int8), dst_type
     assert group_index is None and quant_mode == "pertoken", quant_mode
-    x = input.float() if smooth_scales is None else input.float() * smooth_scales.float()
+    return quantized_by_row(input if smooth_scales is None else input * smooth_scales.float())
+
+
+def quantized_by_row(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns int8, and the scale by which each row's largest number is 127."""
+    x = x.float()
     scale = x.abs().amax(-1) / 127
     quantized = (x / scale.clamp(min=1e-30).unsqueeze(-1)).round().clamp(-128, 127)
     return quantized.to(torch.int8), scale

@@ -85,9 +85,12 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
         if isinstance(value := getattr(config, field.name, None), dict | list | set)
     }
     experts_before = list(_experts_of_vllm_ascend())
+    counted = {kind: kind.moe_counter for kind in _counting_experts()}
 
     def restore() -> None:
         _experts_of_vllm_ascend()[:] = experts_before
+        for kind in _counting_experts():
+            kind.moe_counter = counted.get(kind, -1)
         for name, contents in before.items():
             container: Any = getattr(config, name)
             container.clear()
@@ -106,6 +109,16 @@ def _experts_of_vllm_ascend() -> list[nn.Module]:
         getattr(adaptor, "VllmEplbAdaptor", None), "_registered_moe_layers", []
     )
     return found
+
+
+def _counting_experts() -> list[Any]:
+    """Return the classes of vLLM Ascend that count their layers, from -1 on.
+
+    A layer's number is where its experts stand in a file that places them.
+    """
+    module = sys.modules.get("vllm_ascend.ops.fused_moe.fused_moe")
+    kinds = [kind for kind in getattr(module, "__dict__", {}).values() if isinstance(kind, type)]
+    return [kind for kind in kinds if "moe_counter" in vars(kind)]
 
 
 def identity_of(
@@ -206,6 +219,17 @@ def _ranks_of_replica(vllm_config: VllmConfig) -> int:
     parallel = vllm_config.parallel_config
     pcp = getattr(parallel, "prefill_context_parallel_size", 1)
     return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size * pcp)
+
+
+def why_weights_move(vllm_config: VllmConfig) -> str:
+    """Say why a rank's weights are not its own, if that is so.
+
+    vLLM Ascend's `layer_sharding` keeps each layer on one rank, which sends it when it is used.
+    """
+    additional = getattr(vllm_config, "additional_config", None)
+    if not isinstance(additional, dict) or not additional.get("layer_sharding"):
+        return ""
+    return "layer_sharding in --additional-config lets weights move from rank to rank"
 
 
 def why_experts_move(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
@@ -573,6 +597,7 @@ def _is_attention(layer: nn.Module) -> bool:
 
 
 _WATCHED = "watched_by_netloader"
+_PROCESS = "process_weights_after_loading"
 Changing = Callable[[str | nn.Module, Change], AbstractContextManager[None]]
 
 
@@ -612,11 +637,11 @@ def watch(
     for layer in model.modules():
         quant_method = getattr(layer, "quant_method", None)
         if isinstance(quant_method, QuantizeMethodBase):
-            _replace(
-                type(quant_method),
-                "process_weights_after_loading",
-                functools.partial(_watched_processing, processing),
-            )
+            # That of a class is none of an object for which vLLM Ascend has wrapped it
+            # (multistream_overlap_shared_expert).
+            own = _PROCESS in vars(quant_method)
+            wrap = functools.partial(_watched_processing, processing, 0 if own else 1)
+            _replace(quant_method if own else type(quant_method), _PROCESS, wrap)
             layers.append(layer)
     return layers
 
@@ -688,10 +713,10 @@ def _watched_mover(changing: Changing, method: Any) -> Any:
     return watched
 
 
-def _watched_processing(processing: Callable[[nn.Module], object], method: Any) -> Any:
-    def watched(quant_method: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        processing(layer)
-        return method(quant_method, layer, *args, **kwargs)
+def _watched_processing(processing: Callable[[nn.Module], object], at: int, method: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        processing([*args, *kwargs.values()][at])
+        return method(*args, **kwargs)
 
     return watched
 

@@ -42,6 +42,7 @@ from .compat import (
     why_experts_move,
     why_no_reload,
     why_no_reload_from_sources,
+    why_weights_move,
     worker_of,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
@@ -633,12 +634,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return identity_of(vllm_config, model_config, config.model, _rank(), layout)
 
     def _supported(self) -> bool:
+        reason = why_weights_move(self._vllm_config or get_current_vllm_config())
         try:
             self._device()
         except LayoutUnsupported as error:
-            logger.warning("NetLoader rank %d: loading from disk: %s", _rank(), error)
-            return False
-        return True
+            reason = str(error)
+        if reason:
+            logger.warning("NetLoader rank %d: loading from disk: %s", _rank(), reason)
+        return not reason
 
     def _device(self) -> Device:
         return device_of(self._device_name(), self._config.hccl_buffer_size)

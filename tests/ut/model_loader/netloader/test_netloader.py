@@ -474,6 +474,16 @@ def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none
     ]
 
 
+def test_weights_that_move_come_from_disk_and_the_model_is_made_once(monkeypatch, log):
+    reason = "layer_sharding lets weights move"
+    monkeypatch.setattr(netloader, "why_weights_move", lambda _: reason)
+    steps = Steps(monkeypatch)
+    monkeypatch.setattr(steps.loader._disk, "load_model", lambda *_: "from disk")
+    assert steps.load() == "from disk"
+    assert (steps.taken, steps.offered) == ([], [])
+    assert log == [f"NetLoader rank 0: loading from disk: {reason}"]
+
+
 def pull_from(loader):
     return lambda load, *_: loader._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
 

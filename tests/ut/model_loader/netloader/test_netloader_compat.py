@@ -76,6 +76,22 @@ def test_an_adaptor_imported_while_a_model_is_made_has_no_layers_afterwards(monk
     assert layers == []
 
 
+@pytest.mark.parametrize("imported", ["before", "meanwhile"])
+def test_expert_layers_of_vllm_ascend_are_counted_as_if_there_was_one_model(imported, monkeypatch):
+    name = "vllm_ascend.ops.fused_moe.fused_moe"
+    module = types.ModuleType(name)
+    module.AscendFusedMoE = type("AscendFusedMoE", (), {"moe_counter": -1})
+    if imported == "before":
+        module.AscendFusedMoE.moe_counter = 3  # the target's
+        monkeypatch.setitem(sys.modules, name, module)
+    before = module.AscendFusedMoE.moe_counter
+    restore = remember_registrations(Config(CompilationConfig()))
+    monkeypatch.setitem(sys.modules, name, module)
+    module.AscendFusedMoE.moe_counter += 2
+    restore()
+    assert module.AscendFusedMoE.moe_counter == before
+
+
 @pytest.mark.parametrize("contents", [{}, {"VllmEplbAdaptor": type("VllmEplbAdaptor", (), {})}])
 def test_an_adaptor_of_another_version_is_left_alone(contents, monkeypatch):
     module = types.ModuleType(ADAPTOR)
@@ -504,6 +520,15 @@ def test_a_layer_is_told_of_before_it_is_processed_again(watched):
     assert watched.layers == [watched.model.layer]
     watched.model.layer.quant_method.process_weights_after_loading(watched.model.layer)
     assert watched.told == [("layer", watched.model.layer), "process"]
+
+
+def test_a_layer_with_a_method_of_its_own_is_told_of_before_it_is_processed_again(watched):
+    layer = watched.model.layer
+    layer.quant_method.process_weights_after_loading = lambda layer: watched.told.append("process")
+    watched.watch()
+    layer.quant_method.process_weights_after_loading(layer)
+    layer.quant_method.process_weights_after_loading(layer=layer)
+    assert watched.told == [("layer", layer), "process"] * 2
 
 
 def test_what_is_watched_already_is_told_of_once(watched):

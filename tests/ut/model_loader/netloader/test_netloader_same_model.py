@@ -18,6 +18,7 @@ from vllm_ascend.model_loader.netloader.compat import (
     meaning_of,
     name_of,
     why_experts_move,
+    why_weights_move,
     worker_of,
 )
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
@@ -279,6 +280,15 @@ def test_experts_that_vllm_ascend_moves_are_a_reason_too(models, eplb):
     assert why_experts_move(config, config.model_config) == ""
     config.additional_config = {"eplb_config": eplb}
     assert why_experts_move(config, config.model_config).startswith("eplb_config in --additional")
+
+
+def test_layers_that_vllm_ascend_spreads_over_ranks_are_a_reason_without_experts_too(models):
+    config = configured(models / "llama")
+    for nothing in ({}, {"layer_sharding": None}, {"layer_sharding": []}):
+        config.additional_config = nothing
+        assert why_weights_move(config) == ""
+    config.additional_config = {"layer_sharding": ["o_proj"]}
+    assert why_weights_move(config).startswith("layer_sharding in --additional-config lets")
 
 
 # Names
