@@ -97,7 +97,7 @@ class _Load:
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
-        worker: number of this process among all workers of the instance.
+        worker: number of this process among all workers of the instance, also in the log.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -211,7 +211,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     failure = str(error)
                     logger.warning(
                         "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                        identity.rank,
+                        self._worker(),
                         failure,
                     )
             # Outside the handler: there the exception would keep the half-filled model alive.
@@ -243,7 +243,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if digests and identity.rank == ranks.all[0]:
             logger.info(
                 "NetLoader rank %d: instance digest %s, from the weights digests of %d of %d ranks",
-                identity.rank,
+                self._worker(),
                 of_instance(digests),
                 len(digests),
                 len(ranks.all),
@@ -315,7 +315,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if reason:
                 raise LayoutUnsupported(reason)
             try:
-                if from_sources and not order.disk and (sources := self._sources(identity.rank)):
+                use = from_sources and not order.disk
+                if use and (sources := self._sources(identity.rank, self._worker())):
                     load = self._new_load(identity, model_config, order)
                     renewal = self._renewal(load, model, sources)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
@@ -325,7 +326,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 failure = str(error)
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                    identity.rank,
+                    self._worker(),
                     failure,
                 )
             return Attempt(None)
@@ -395,7 +396,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         In the processed layout `load_weights` has left the model empty. It has been post-processed
         since, so that its tensors are those that inference uses, and they are filled now.
         """
-        sources = self._sources(load.identity.rank)
+        sources = self._sources(load.identity.rank, load.worker)
         if not sources:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
         if load.identity.layout == RAW:
@@ -455,7 +456,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         logger.info(
             "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from disk",
-            load.identity.rank,
+            load.worker,
             len(tensors),
             size(nbytes),
             seconds,
@@ -485,6 +486,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.identity,
                 config,
                 load.device,
+                worker=load.worker,
                 wanted=load.wanted,
                 meaning=meaning,
                 made=made,
@@ -502,7 +504,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _finish(self, load: _Load, model: nn.Module) -> None:
         """Make the store that others can pull from, once the model is as inference uses it."""
-        rank, pinned = load.identity.rank, self._config.weights_digest
+        pinned = self._config.weights_digest
         with load.preparing_to_serve():
             if load.identity.layout == PROCESSED:
                 if load.store is None and (load.serving or (load.hashing and not load.weights)):
@@ -519,7 +521,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if None not in (load.weights, pinned) and load.weights != pinned:
             logger.warning(
                 "NetLoader rank %d: the weights from disk are %s and WEIGHTS_DIGEST is %s",
-                rank,
+                load.worker,
                 load.weights,
                 pinned,
             )
@@ -529,11 +531,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
     ) -> None:
         """Let others pull the model if they can, and know it as one in use from now on."""
         vllm_config = self._vllm_config or get_current_vllm_config()
-        store, rank = load.store, load.identity.rank
+        store = load.store
         if load.unserved:
             store = None
             logger.warning(
-                "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
+                "NetLoader rank %d: this model cannot be a source: %s", load.worker, load.unserved
             )
         known = registry.in_use(model)
         # The processes of all ranks make their instances in the same order.
@@ -546,7 +548,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if known is not None:
             registry.offer_again(model, offer, watched)
             return
-        ranks.publish(agreed.get(rank))
+        ranks.publish(agreed.get(load.identity.rank))
         registry.put_in_use(
             model,
             model_config.model,
@@ -563,7 +565,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _of_rank(self, rank: int) -> Sources:
         return self._config.source.get(rank, Sources())
 
-    def _sources(self, rank: int) -> Sequence[Address]:
+    def _sources(self, rank: int, worker: int) -> Sequence[Address]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
 
         Raises:
@@ -572,17 +574,18 @@ class ModelNetLoaderElastic(BaseModelLoader):
         sources = self._of_rank(rank)
         malformed = _malformed(sources)
         for reason in malformed:
-            logger.warning("NetLoader rank %d: %s", rank, reason)
+            logger.warning("NetLoader rank %d: %s", worker, reason)
         if malformed and not sources.addresses:
             raise LoadFailed("; ".join(malformed))
         if not sources.addresses and rank in self._config.source:
             logger.warning(
-                "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank", rank
+                "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank",
+                worker,
             )
         elif not sources.addresses and self._config.source:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
-                rank,
+                worker,
                 ", ".join(map(str, sorted(self._config.source))),
             )
         return sources.addresses
@@ -591,7 +594,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self, identity: ModelIdentity, model_config: ModelConfig, order: Order = AS_CONFIGURED
     ) -> _Load:
         vllm_config = self._vllm_config or get_current_vllm_config()
-        worker = worker_of(vllm_config, _rank())
+        worker = self._worker()
         unserved = why_experts_move(vllm_config, model_config)
         serving = not unserved and self._config.port_for(worker) is not None
         # A rank that reads the disk is compared with those that have other sources.
@@ -606,6 +609,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             unserved=unserved,
         )
 
+    def _worker(self) -> int:
+        return worker_of(self._vllm_config or get_current_vllm_config(), _rank())
+
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
         config = self._config.with_model(name_of(model_config))
@@ -617,7 +623,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         try:
             self._device()
         except LayoutUnsupported as error:
-            logger.warning("NetLoader rank %d: loading from disk: %s", _rank(), error)
+            logger.warning("NetLoader rank %d: loading from disk: %s", self._worker(), error)
             return False
         return True
 
