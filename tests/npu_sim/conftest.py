@@ -1,5 +1,10 @@
+import socket
+
 import pytest
 
+from tools.vllm_server import clean_up_when_interrupted
+
+from .serving import Fleet, make_models
 from .simulator import Simulator, why_not
 
 
@@ -23,3 +28,30 @@ def module_simulator(tmp_path_factory):
     made = Simulator(tmp_path_factory.mktemp("npu"))
     yield made
     made.kill_all()
+
+
+# Instances
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ends_all_instances_when_interrupted():
+    clean_up_when_interrupted()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    with Fleet(tmp_path) as instances:
+        yield instances
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def dead_address():
+    """An address that refuses connections for as long as the tests run."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"

@@ -6,37 +6,20 @@ Ascend's own kernels, which are not simulated.
 """
 
 import re
-import socket
 import sys
 
 import pytest
 
 from tools.netloader_view import find_sent, source_list
-from tools.vllm_server import ServerError, clean_up_when_interrupted
+from tools.vllm_server import ServerError
 
 from ..e2e.support import drafting
-from .serving import TP2, Fleet, make_llama, make_models, run
+from .serving import TP2, assert_as_on_cpu, make_llama, run
 
 pytestmark = pytest.mark.timeout(900)
 
 # A load then takes seconds, in which a test stops or kills somebody.
 SLOW = {"MAX_SEND_RATE": "640KB/s", "MAX_SESSIONS": 3, "CHUNK_MIB": 1, "PROGRESS_TIMEOUT": 15}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ends_all_instances_when_interrupted():
-    clean_up_when_interrupted()
-
-
-@pytest.fixture
-def fleet(tmp_path):
-    with Fleet(tmp_path) as instances:
-        yield instances
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -49,22 +32,6 @@ def llama(tmp_path_factory):
 def other_llama(tmp_path_factory):
     """Differs in its weights."""
     return make_llama(tmp_path_factory.mktemp("other") / "llama", seed=1)
-
-
-@pytest.fixture(scope="session")
-def dead_address():
-    """An address that refuses connections for as long as the tests run."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{held.getsockname()[1]}"
-
-
-def assert_as_on_cpu(said, model):
-    """What was said begins with what the CPU said, and is varied enough for an error to show."""
-    assert model.reference
-    for completion, reference in zip(said, model.reference, strict=True):
-        assert completion.tokens[: len(reference)] == reference
-        assert len(set(completion.tokens)) >= 8
 
 
 def test_installed_netloader_is_the_active_one(tmp_path):
@@ -135,19 +102,6 @@ def test_client_of_mla_and_experts_says_what_seed_and_cpu_say(fleet, models):
     client = fleet.start("client", model, config, bare=True).wait()
     assert client.say() == said
     client.assert_loaded_from(seed)
-
-
-def test_with_all_sources_dead_it_loads_from_disk(fleet, models, dead_address):
-    """The model is made twice: once for the sources, and anew for the disk."""
-    config = {"SOURCE": source_list({0: [dead_address]})}
-    client = fleet.start("client", models["plain"], config).wait()
-    assert_as_on_cpu(client.say(), models["plain"])
-    assert not client.loads()
-    [warning] = [
-        line for line in client.server.read_log().splitlines() if "trying the disk" in line
-    ]
-    assert "WARNING" in warning
-    assert f"{dead_address}: " in warning
 
 
 def test_without_source_and_disk_the_error_names_both(fleet, models, dead_address):

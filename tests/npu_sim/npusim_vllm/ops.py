@@ -404,15 +404,21 @@ def npu_moe_init_routing_custom(
     active_expert_range: Sequence[int],
     quant_mode: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Copies of the tokens sorted by expert, the row of each copy, and the rows of each expert."""
+    """Copies of the tokens sorted by expert, the row of each copy, and the rows of each expert.
+
+    Those of experts outside of the range come last, which belongs to no expert.
+    """
     assert scale is None and quant_mode == -1, quant_mode
     assert expert_tokens_num_flag and expert_tokens_num_type == 1, expert_tokens_num_type
     assert active_num == expert_idx.numel(), active_num
-    assert list(active_expert_range) == [0, expert_num], active_expert_range
+    first, end = active_expert_range
+    assert 0 <= first < end <= expert_num, (active_expert_range, expert_num)
     experts = expert_idx.flatten()
-    order = experts.argsort(stable=True)
+    here = (first <= experts) & (experts < end)
+    order = torch.where(here, experts, expert_num).argsort(stable=True)
     copies = x[order // expert_idx.shape[1]]
-    return copies, order.argsort().int(), experts.bincount(minlength=expert_num), torch.empty(0)
+    counts = (experts[here] - first).bincount(minlength=end - first)
+    return copies, order.argsort().int(), counts, torch.empty(0)
 
 
 @op("npu_grouped_matmul")
@@ -426,11 +432,16 @@ def npu_grouped_matmul(
     group_list_type: int = 0,
     **others: Any,
 ) -> Any:
-    """Multiplies the rows of each expert by its matrix."""
+    """Multiplies the rows of each expert by its matrix; those behind belong to none."""
     assert (split_item, group_type, group_list_type) == (2, 0, 1) and not others, others
     [rows], [matrices] = x, weight
-    groups = zip(rows.split(group_list.tolist()), matrices, strict=True)
-    return [torch.cat([group.float() @ matrix.float() for group, matrix in groups]).to(rows.dtype)]
+    out = rows.new_zeros(len(rows), matrices.shape[-1])
+    start = 0
+    for matrix, count in zip(matrices, group_list.tolist(), strict=True):
+        end = start + count
+        out[start:end] = rows[start:end].float() @ matrix.float()
+        start = end
+    return [out]
 
 
 @op("npu_moe_token_unpermute")
