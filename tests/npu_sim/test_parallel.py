@@ -146,7 +146,10 @@ def folders(tmp_path):
 
 
 def test_experts_spread_over_two_engines_come_from_where_they_are(fleet, models, folders):
-    """The file has vLLM Ascend's own places: with others, its tokens are wrong here, see below."""
+    """The places are those that vLLM Ascend takes without a file.
+
+    With others its all-gather, which few ranks use, looks up physical experts among logical ones.
+    """
     model = models["mla_moe"]
     ours = [placed(folder, [0, 1], [2, 3]) for folder in folders[:2]]
     seed = fleet.start("seed", model, arguments=ours[0]).wait()
