@@ -57,9 +57,13 @@ COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 \
     pip_install --no-build-isolation --no-binary vllm-ascend "vllm-ascend==$vllm_ascend" ||
     fail "pip could not install vLLM Ascend $vllm_ascend; the reason is above"
 
+# "make overlay-npu" puts another NetLoader over that of vLLM Ascend, and tests let the two meet.
+site_packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir "$venv/released"
+cp -r "$site_packages/vllm_ascend/model_loader/netloader" "$venv/released/netloader"
+
 # Every Python process of "vllm serve" needs the hooks, before anything imports torch_npu. A link,
 # not a copy, so that a change in the hooks needs no installation.
-site_packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 ln -s "$sim/npusim_vllm" "$site_packages/npusim_vllm"
 echo "import os; os.environ.get('NPUSIM_LIB') and __import__('npusim_vllm.boot')" \
     >"$site_packages/npusim_vllm.pth"

@@ -99,7 +99,7 @@ class VllmServer:
     ) -> None:
         self.model = model
         self.log = log
-        self.port = _free_port()
+        self.port = free_port()
         self._command = [
             *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
             *(f"--host={HOST}", f"--port={self.port}", f"--load-format={load_format}"),
@@ -108,8 +108,10 @@ class VllmServer:
         ]
         if extra_config is not None:
             self._command.append(f"--model-loader-extra-config={json.dumps(extra_config)}")
-        # Where its ranks meet; vLLM's own choice is a port that others may be given meanwhile.
-        meeting = {"VLLM_PORT": str(_free_port())}
+        # Where its ranks meet; vLLM's own choice is a port that others may be given meanwhile. Of
+        # replicas each would choose the same one.
+        replicas = any("data-parallel" in argument for argument in arguments)
+        meeting = {} if replicas else {"VLLM_PORT": str(free_port())}
         self._environment = os.environ | ENVIRONMENT | meeting | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -154,10 +156,13 @@ class VllmServer:
         """Returns all that the instance has printed so far."""
         return self.log.read_text(errors="replace")
 
-    def complete(self, prompt: str | Sequence[int], max_tokens: int = 32) -> Completion:
+    def complete(
+        self, prompt: str | Sequence[int], max_tokens: int = 32, replica: int | None = None
+    ) -> Completion:
         """Generates at temperature 0 and to full length, whatever the tokens are.
 
-        A prompt is text, or the numbers of its tokens.
+        A prompt is text, or the numbers of its tokens. A replica is asked for by its data-parallel
+        rank; None: vLLM chooses.
         """
         answer = self._post(
             "/v1/completions",
@@ -168,6 +173,7 @@ class VllmServer:
                 "logprobs": 1,
                 "ignore_eos": True,
             },
+            {} if replica is None else {"X-data-parallel-rank": str(replica)},
         )
         logprobs = answer["choices"][0]["logprobs"]
         return Completion(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]))
@@ -270,11 +276,11 @@ class VllmServer:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def _post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
         request = urllib.request.Request(
             f"http://{HOST}:{self.port}{path}",
             data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **headers},
         )
         try:
             with _open(request, timeout=REQUEST_SECONDS) as answer:
@@ -303,18 +309,23 @@ def clean_up_when_interrupted() -> None:
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
-def _free_port() -> int:
-    """Returns a port that nobody listens on, outside the range that systems hand out themselves.
+def free_port(count: int = 1) -> int:
+    """Returns the first of ports that nobody listens on, outside those that systems hand out.
 
     vLLM takes its port seconds later, and its gloo groups open dozens of system-chosen ones
     meanwhile.
     """
     while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
+        first = random.randrange(20000, 32000)
+        if all(map(_is_free, range(first, first + count))):
+            return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True

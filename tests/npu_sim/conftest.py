@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from tools.vllm_server import clean_up_when_interrupted
@@ -28,6 +30,9 @@ def module_simulator(tmp_path_factory):
     made.kill_all()
 
 
+# Instances
+
+
 @pytest.fixture(scope="session")
 def _ends_all_instances_when_interrupted():
     clean_up_when_interrupted()
@@ -42,3 +47,11 @@ def fleet(tmp_path, _ends_all_instances_when_interrupted):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def dead_address():
+    """An address that refuses connections for as long as the tests run."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"

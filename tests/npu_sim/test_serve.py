@@ -6,7 +6,6 @@ vLLM Ascend's own kernels that are not simulated. MTP needs none, see test_exper
 """
 
 import re
-import socket
 import sys
 
 import pytest
@@ -33,14 +32,6 @@ def llama(tmp_path_factory):
 def other_llama(tmp_path_factory):
     """Differs in its weights."""
     return make_llama(tmp_path_factory.mktemp("other") / "llama", seed=1)
-
-
-@pytest.fixture(scope="session")
-def dead_address():
-    """An address that refuses connections for as long as the tests run."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
 def test_installed_netloader_is_the_active_one(tmp_path):
@@ -111,19 +102,6 @@ def test_client_of_mla_and_experts_says_what_seed_and_cpu_say(fleet, models):
     client = fleet.start("client", model, config, bare=True).wait()
     assert client.say() == said
     client.assert_loaded_from(seed)
-
-
-def test_with_all_sources_dead_it_loads_from_disk(fleet, models, dead_address):
-    """The model is made twice: once for the sources, and anew for the disk."""
-    config = {"SOURCE": source_list({0: [dead_address]})}
-    client = fleet.start("client", models["plain"], config).wait()
-    assert_as_on_cpu(client.say(), models["plain"])
-    assert not client.loads()
-    [warning] = [
-        line for line in client.server.read_log().splitlines() if "trying the disk" in line
-    ]
-    assert "WARNING" in warning
-    assert f"{dead_address}: " in warning
 
 
 def test_without_source_and_disk_the_error_names_both(fleet, models, dead_address):

@@ -141,6 +141,7 @@ class Ranks:
         group: names the model.
         store: where they tell each other; not used by one rank alone.
         instance: tells instances of the same processes apart, once they have loaded.
+        worker: number of this process among all workers of the instance, for the log.
     """
 
     rank: int
@@ -148,6 +149,7 @@ class Ranks:
     group: str
     store: Store | None = None
     instance: int = 0
+    worker: int = 0
 
     @property
     def several(self) -> bool:
@@ -238,7 +240,7 @@ class Ranks:
                 said = now
                 logger.info(
                     "NetLoader rank %d: waiting for rank %s, to compare weights digests",
-                    self.rank,
+                    self.worker,
                     ", ".join(map(str, missing)),
                 )
             time.sleep(pause)
@@ -292,7 +294,7 @@ def load_together(
             logger.warning(
                 "NetLoader rank %d: the ranks of this instance have different weights: %s; this "
                 "rank loads again %s",
-                ranks.rank,
+                ranks.worker,
                 "; ".join(map(str, reports)),
                 order,
             )

@@ -243,7 +243,7 @@ def why_experts_move(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
         setting = "--enable-elastic-ep"
     elif getattr(parallel, "enable_eplb", False):
         setting = "--enable-eplb"
-    elif of_ascend.get("dynamic_eplb") or of_ascend.get("expert_map_path"):
+    elif of_ascend.get("dynamic_eplb") or of_ascend.get("expert_map_record_path"):
         setting = "eplb_config in --additional-config"
     else:
         return ""
@@ -404,7 +404,8 @@ def ranks_of(vllm_config: VllmConfig, loaded: ModelIdentity) -> Ranks:
         # Only the last pipeline stage has the draft; ranks count by replica, then by stage.
         before = parallel.world_size - parallel.world_size // parallel.pipeline_parallel_size
         ranks = [rank for rank in ranks if rank % parallel.world_size >= before]
-    return Ranks(loaded.rank, ranks, loaded.group, group.get_group_store())
+    worker = worker_of(vllm_config, loaded.rank)
+    return Ranks(loaded.rank, ranks, loaded.group, group.get_group_store(), worker=worker)
 
 
 def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:
@@ -764,8 +765,12 @@ _CHANGES: dict[str, Callable[..., Change | None]] = {
 }
 # Module, class and method of what moves experts while an instance runs. The modules have been
 # imported where that is so.
+_ASCEND_EPLB = ("vllm_ascend.eplb.adaptor.vllm_adaptor", "VllmEplbAdaptor")
 _MOVING_EXPERTS = (
     ("vllm.distributed.eplb.eplb_state", "EplbState", "rearrange"),
-    ("vllm_ascend.eplb.adaptor.vllm_adaptor", "VllmEplbAdaptor", "do_update_expert_weight"),
+    # A layer's maps change before its weights do.
+    (*_ASCEND_EPLB, "do_update_expert_map"),
+    (*_ASCEND_EPLB, "do_update_log2phy_map"),
+    (*_ASCEND_EPLB, "do_update_expert_weight"),
 )
 _moving_experts: set[str] = set()  # the instances in this process

@@ -76,6 +76,7 @@ def elastic_load(
     config: NetLoaderConfig,
     device: Device,
     *,
+    worker: int = 0,
     wanted: str | None = None,
     meaning: Mapping[str, str] = NO_MEANING,
     made: Mapping[str, Sample] | None = None,
@@ -96,6 +97,7 @@ def elastic_load(
         identity: what the sources must be.
         config: chunk size, deadlines, verification.
         device: where the tensors are.
+        worker: number of this process among all workers of the instance, for the log.
         wanted: the weights that go with those of the instance's other ranks; None: not known.
         meaning: what decided what the tensors are; see `Manifest`.
         made: samples of what the model has made itself; None: they are not compared.
@@ -110,7 +112,7 @@ def elastic_load(
     names = [source for source in sources if isinstance(source, Name)]
     queue = SourceQueue(addresses, config.source_wait)
     target = _Target(tensors, required, identity, config, device, meaning, made)
-    sessions = _Sessions(queue, target, identity, config, device, wanted)
+    sessions = _Sessions(queue, target, identity, config, device, worker, wanted)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
         for index in range(config.max_sources if names else min(config.max_sources, len(sources)))
@@ -147,7 +149,7 @@ def elastic_load(
     seconds = time.monotonic() - started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s",
-        identity.rank,
+        worker,
         len(store.tensors),
         size(store.blocks.nbytes),
         seconds,
@@ -352,6 +354,7 @@ class _Sessions:
         identity: ModelIdentity,
         config: NetLoaderConfig,
         device: Device,
+        worker: int,
         wanted: str | None,
     ) -> None:
         self._queue = queue
@@ -359,6 +362,7 @@ class _Sessions:
         self._identity = identity
         self._config = config
         self._device = device
+        self._worker = worker
         self._wanted = wanted
         self._lock = threading.Lock()
         # By source and weights digest: those that go on, and the bytes of those that are over.
@@ -411,7 +415,7 @@ class _Sessions:
             self._queue.succeeded()
         except _Postponed as error:
             self._queue.postpone(address, str(error))
-            logger.info("NetLoader rank %d: source %s", self._identity.rank, error)
+            logger.info("NetLoader rank %d: source %s", self._worker, error)
         except Exception as error:
             # Whatever goes wrong with a source must not cost the start: there is the next one.
             self._note(address, _blamed(address, error))
@@ -427,7 +431,7 @@ class _Sessions:
         wait = f"; asking again for up to SOURCE_WAIT {self._config.source_wait:g} s"
         logger.warning(
             "NetLoader rank %d: source %s%s",
-            self._identity.rank,
+            self._worker,
             one_line(error),
             wait if again and self._config.source_wait else "",
         )
@@ -506,7 +510,7 @@ class _Sessions:
             logger.warning(
                 "NetLoader rank %d: source %s has commit %s of the model, which is commit %s here; "
                 "without --revision the source's is taken",
-                self._identity.rank,
+                self._worker,
                 address,
                 shortened(str(there.name)),
                 here.name,
@@ -523,7 +527,7 @@ class _Sessions:
                 logger.warning(
                     "NetLoader rank %d: source %s: no process group, so the weights come over "
                     "HTTP: %s",
-                    self._identity.rank,
+                    self._worker,
                     address,
                     one_line(error),
                 )

@@ -99,7 +99,7 @@ class _Load:
         copies: of raw tensors that post-processing may change.
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
-        worker: number of this process among all workers of the instance.
+        worker: number of this process among all workers of the instance, also in the log.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -213,7 +213,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     failure = str(error)
                     logger.warning(
                         "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                        identity.rank,
+                        self._worker(),
                         failure,
                     )
             # Outside the handler: there the exception would keep the half-filled model alive.
@@ -246,7 +246,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if digests and identity.rank == ranks.all[0]:
             logger.info(
                 "NetLoader rank %d: instance digest %s, from the weights digests of %d of %d ranks",
-                identity.rank,
+                self._worker(),
                 of_instance(digests),
                 len(digests),
                 len(ranks.all),
@@ -316,7 +316,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if reason:
                 raise LayoutUnsupported(reason)
             try:
-                if same_path and not order.disk and (sources := self._sources(identity.rank)):
+                use = same_path and not order.disk
+                if use and (sources := self._sources(identity.rank, self._worker())):
                     if unable := why_no_reload_from_sources(self._device_name()):
                         raise LayoutUnsupported(unable)
                     load = self._new_load(identity, model_config, order)
@@ -328,7 +329,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 failure = str(error)
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
-                    identity.rank,
+                    self._worker(),
                     failure,
                 )
             return Attempt(None)
@@ -400,7 +401,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         In the processed layout `load_weights` has left the model empty. It has been post-processed
         since, so that its tensors are those that inference uses, and they are filled now.
         """
-        sources = self._sources(load.identity.rank)
+        sources = self._sources(load.identity.rank, load.worker)
         if not sources:
             return self._follow_vllm(load, vllm_config, model_config, prefix)
         if load.identity.layout == RAW:
@@ -460,7 +461,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         logger.info(
             "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from disk",
-            load.identity.rank,
+            load.worker,
             len(tensors),
             size(nbytes),
             seconds,
@@ -490,6 +491,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.identity,
                 config,
                 load.device,
+                worker=load.worker,
                 wanted=load.wanted,
                 meaning=meaning,
                 made=made,
@@ -529,7 +531,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return
         logger.warning(
             "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
-            load.identity.rank,
+            load.worker,
             load.weights,
             of_instance(agreed),
             ", ".join(pinned or ()),
@@ -540,11 +542,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
     ) -> None:
         """Let others pull the model if they can, and know it as one in use from now on."""
         vllm_config = self._vllm_config or get_current_vllm_config()
-        store, rank = load.store, load.identity.rank
+        store = load.store
         if load.unserved:
             store = None
             logger.warning(
-                "NetLoader rank %d: this model cannot be a source: %s", rank, load.unserved
+                "NetLoader rank %d: this model cannot be a source: %s", load.worker, load.unserved
             )
         known = registry.in_use(model)
         # The processes of all ranks make their instances in the same order.
@@ -559,7 +561,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if known is not None:
             registry.offer_again(model, offer, watched)
             return
-        ranks.publish(agreed.get(rank))
+        ranks.publish(agreed.get(load.identity.rank))
         registry.put_in_use(
             model,
             model_config.model,
@@ -582,7 +584,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _of_rank(self, rank: int) -> Sources:
         return self._config.sources_of(rank)
 
-    def _sources(self, rank: int) -> Sequence[Address | Name]:
+    def _sources(self, rank: int, worker: int) -> Sequence[Address | Name]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
 
         Raises:
@@ -591,18 +593,19 @@ class ModelNetLoaderElastic(BaseModelLoader):
         sources = self._of_rank(rank)
         malformed = _malformed(sources)
         for reason in malformed:
-            logger.warning("NetLoader rank %d: %s", rank, reason)
+            logger.warning("NetLoader rank %d: %s", worker, reason)
         if malformed and not sources.addresses:
             raise LoadFailed("; ".join(malformed))
         listed = {listed for listed in self._config.source if listed is not None}
         if not sources.addresses and rank in listed:
             logger.warning(
-                "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank", rank
+                "NetLoader rank %d: loading from disk, as SOURCE has no sources for this rank",
+                worker,
             )
         elif not sources.addresses and listed:
             logger.warning(
                 "NetLoader rank %d: loading from disk, as SOURCE has entries for rank %s only",
-                rank,
+                worker,
                 ", ".join(map(str, sorted(listed))),
             )
         return sources.addresses
@@ -611,7 +614,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self, identity: ModelIdentity, model_config: ModelConfig, order: Order = AS_CONFIGURED
     ) -> _Load:
         vllm_config = self._vllm_config or get_current_vllm_config()
-        worker = worker_of(vllm_config, _rank())
+        worker = self._worker()
         unserved = why_experts_move(vllm_config, model_config)
         serving = not unserved and self._config.port_for(worker) is not None
         # A rank that reads the disk is compared with those that have other sources.
@@ -625,6 +628,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             worker=worker,
             unserved=unserved,
         )
+
+    def _worker(self) -> int:
+        return worker_of(self._vllm_config or get_current_vllm_config(), _rank())
 
     def _identify(self, model_config: ModelConfig) -> ModelIdentity:
         vllm_config = self._vllm_config or get_current_vllm_config()
@@ -640,7 +646,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         except LayoutUnsupported as error:
             reason = str(error)
         if reason:
-            logger.warning("NetLoader rank %d: loading from disk: %s", _rank(), reason)
+            logger.warning("NetLoader rank %d: loading from disk: %s", self._worker(), reason)
         return not reason
 
     def _device(self) -> Device:

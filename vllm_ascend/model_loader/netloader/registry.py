@@ -249,7 +249,7 @@ def _renew(
         reason = one_line(error)
         server.withdraw(identity.group, Code.CANNOT_SERVE, reason)
         logger.warning(
-            "NetLoader rank %d: no longer a source since %s: %s", identity.rank, change, reason
+            "NetLoader rank %d: no longer a source since %s: %s", server.rank, change, reason
         )
         return
     if stop.is_set():
@@ -264,7 +264,7 @@ def _renew(
     epoch = server.offer(offer)
     logger.info(
         "NetLoader rank %d: a source of the weights %s since %s, epoch %d",
-        identity.rank,
+        server.rank,
         now.digests.weights,
         change,
         epoch,
@@ -296,7 +296,7 @@ def _serve(
     if config.port_for(worker) is None:
         logger.info(
             "NetLoader rank %d: this instance is no source, as LISTEN_PORT is %s",
-            identity.rank,
+            worker,
             config.listen_port,
         )
         return None

@@ -197,7 +197,7 @@ def sources(*texts, rank=0):
 def test_a_malformed_address_is_one_warning_at_the_rank_whose_it_is(log):
     loader = make(SOURCE=[*sources("tcp://a:1", "b:2"), *sources("c", rank=1)])
     assert log == []
-    assert loader._sources(0) == (Address("b", 2),)
+    assert loader._sources(0, 0) == (Address("b", 2),)
     [line] = log
     assert line.startswith("NetLoader rank 0: malformed source 'tcp://a:1': ")
 
@@ -205,7 +205,7 @@ def test_a_malformed_address_is_one_warning_at_the_rank_whose_it_is(log):
 def test_without_a_good_address_the_reasons_for_going_to_disk_are_the_malformed_ones(log):
     loader = make(SOURCE=sources("a", "b:0"))
     with pytest.raises(LoadFailed) as failed:
-        loader._sources(0)
+        loader._sources(0, 0)
     assert str(failed.value) == "; ".join(line.partition("rank 0: ")[2] for line in log)
     assert len(log) == 2
 
@@ -231,8 +231,8 @@ def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed
     ],
 )
 def test_a_rank_for_which_source_names_nothing_says_so(given, why, log):
-    make(SOURCE=given)._sources(0)
-    assert log == ([] if why is None else [f"NetLoader rank 0: loading from disk, as {why}"])
+    make(SOURCE=given)._sources(0, 2)
+    assert log == ([] if why is None else [f"NetLoader rank 2: loading from disk, as {why}"])
 
 
 class NoDisk(DummyModelLoader):
@@ -482,6 +482,24 @@ def test_weights_that_move_come_from_disk_and_the_model_is_made_once(monkeypatch
     assert steps.load() == "from disk"
     assert (steps.taken, steps.offered) == ([], [])
     assert log == [f"NetLoader rank 0: loading from disk: {reason}"]
+
+
+def test_a_worker_of_a_replica_has_its_own_number_in_the_log_and_asks_as_its_rank(monkeypatch, log):
+    address = closed_port()
+    steps = Steps(monkeypatch, SOURCE=sources(str(address)), SOURCE_WAIT=0)
+    replica = types.SimpleNamespace(**vars(ON_CPU.parallel_config) | {"data_parallel_index": 3})
+    config = types.SimpleNamespace(**vars(ON_CPU) | {"parallel_config": replica})
+    loader = steps.loader
+    monkeypatch.setattr(
+        loader,
+        "_load_from_sources",
+        lambda load, *_: loader._pull(load, {}, (), loader._sources(0, load.worker), {}),
+    )
+    loader.load_model(config, types.SimpleNamespace(model="m"))
+    assert [line.partition(f"{address}: cannot connect")[0] for line in log] == [
+        "NetLoader rank 3: source ",
+        "NetLoader rank 3: trying the disk, as no source gave the weights: ",
+    ]
 
 
 def pull_from(loader):

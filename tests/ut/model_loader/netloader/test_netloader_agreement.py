@@ -35,7 +35,8 @@ def list_of(checkpoint, count=2):
 
 
 def ranks(rank, count, store):
-    return Ranks(rank, range(count), "netloader", store)
+    # Of the second replica, whose workers are numbered on.
+    return Ranks(rank, range(count), "netloader", store, worker=count + rank)
 
 
 def together(attempts, **options):
@@ -189,7 +190,7 @@ def test_a_rank_with_other_weights_tries_the_sources_of_the_list_again(log):
     assert each[0].orders == [AS_CONFIGURED]
     [line] = log
     assert line == (
-        "NetLoader rank 1: the ranks of this instance have different weights: rank 0 has "
+        "NetLoader rank 3: the ranks of this instance have different weights: rank 0 has "
         f"{told[0]} of 10.0.0.1:1; rank 1 has {digest('b', 1)} of disk; this rank loads again from "
         "sources that have the weights of other ranks"
     )
@@ -276,7 +277,7 @@ def test_a_rank_that_never_reports_is_named_in_the_log_and_in_the_error(monkeypa
         load_together(
             ranks(0, 2, HashStore()), Rank(0, [], "a", True), sources=False, fallback=True
         )
-    assert log[0] == "NetLoader rank 0: waiting for rank 1, to compare weights digests"
+    assert log[0] == "NetLoader rank 2: waiting for rank 1, to compare weights digests"
 
 
 def test_a_store_that_is_gone_is_a_failed_load():

@@ -386,7 +386,13 @@ class Watched:
                 return self.call("rearrange")
 
         class Adaptor:
-            def do_update_expert_weight(state, *_):
+            def do_update_expert_map(adaptor, *_):
+                return self.call("do_update_expert_map")
+
+            def do_update_log2phy_map(adaptor, *_):
+                return self.call("do_update_log2phy_map")
+
+            def do_update_expert_weight(adaptor, *_):
                 return self.call("do_update_expert_weight")
 
         class Method(QuantizeMethodBase):
@@ -510,9 +516,11 @@ def test_a_runner_that_reloads_is_told_of_and_has_its_configuration(watched, mon
 
 def test_moved_experts_are_told_of_in_vllm_and_in_vllm_ascend(watched):
     watched.state.rearrange()
+    watched.adaptor.do_update_expert_map(0, 1)
+    watched.adaptor.do_update_log2phy_map(0, 1)
     watched.adaptor.do_update_expert_weight(0, 1, 2)
     changes = [one for one in watched.told if isinstance(one, tuple)]
-    expected = [(watched.name, After.MOVED)] * 2
+    expected = [(watched.name, After.MOVED)] * 4
     assert [(whose, change.after) for whose, change in changes] == expected
 
 

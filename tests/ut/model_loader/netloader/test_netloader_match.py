@@ -219,6 +219,11 @@ def test_what_tensors_were_made_for_travels_with_them_and_is_part_of_their_name(
             {"x": "2", "y": "1", "z": "\x1b" * 999},
             ["x is 1 here and 2 there", f"z is 1 here and {' ' * 120}... there"],
         ),
+        (
+            {"x": f"{'0' * 999}1{'2' * 999}"},
+            {"x": f"{'0' * 999}3"},
+            [f"x is ...{'0' * 60}1{'2' * 59}... here and ...{'0' * 60}3 there"],
+        ),
     ],
 )
 def test_tensors_that_were_made_for_something_else_are_refused_with_both_values(here, there, lines):

@@ -273,10 +273,12 @@ def test_experts_that_move_are_a_reason_not_to_exchange_weights(models, setting,
     assert why_experts_move(dense, dense.model_config) == ""
 
 
-@pytest.mark.parametrize("eplb", [{"dynamic_eplb": True}, {"expert_map_path": "map.json"}])
+@pytest.mark.parametrize(
+    "eplb", [{"dynamic_eplb": True}, {"expert_map_record_path": "map.json", "dynamic_eplb": False}]
+)
 def test_experts_that_vllm_ascend_moves_are_a_reason_too(models, eplb):
     config = configured(models / "moe")
-    config.additional_config = {"eplb_config": {"num_redundant_experts": 0}}
+    config.additional_config = {"eplb_config": {"expert_map_path": "map.json"}}
     assert why_experts_move(config, config.model_config) == ""
     config.additional_config = {"eplb_config": eplb}
     assert why_experts_move(config, config.model_config).startswith("eplb_config in --additional")

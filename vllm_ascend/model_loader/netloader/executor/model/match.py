@@ -136,15 +136,24 @@ def match(
 
 
 def _different_meaning(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-    return [
-        f"{field} is {_value(here.get(field))} here and {_value(there.get(field))} there"
-        for field in sorted(here.keys() | there.keys())
-        if here.get(field) != there.get(field)
-    ]
+    differences = []
+    for field in sorted(here.keys() | there.keys()):
+        one, other = here.get(field), there.get(field)
+        if one != other:
+            # Tables of experts are long; what differs has to be among what is shown.
+            pairs = zip(one or "", other or "", strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            begin = max(0, same - _MAX_VALUE // 2)
+            differences.append(
+                f"{field} is {_value(one, begin)} here and {_value(other, begin)} there"
+            )
+    return differences
 
 
-def _value(text: str | None) -> str:
-    return "nothing" if text is None else shortened(text, _MAX_VALUE)
+def _value(text: str | None, begin: int) -> str:
+    if text is None:
+        return "nothing"
+    return "..." * (begin > 0) + shortened(text[begin:], _MAX_VALUE)
 
 
 def sample_of(tensor: torch.Tensor) -> Sample:
