@@ -377,7 +377,8 @@ class _Sessions:
 
     def look_up(self, discovery: Discovery) -> None:
         """Let the sources that names stand for now be asked as well."""
-        for problem in self._queue.found(*discovery.look_up()):
+        news = self._queue.found(*discovery.look_up())
+        for problem in [] if self._queue.over.is_set() else news:
             self._warn(problem, isinstance(problem, SourceBusy | SourceUnreachable))
 
     def keep_looking(self, discovery: Discovery) -> None:

@@ -117,8 +117,7 @@ def put_in_use(
         ranks: see `InUse`.
     """
     server = _serve(config, host, offer, to_come, worker, instance)
-    if ranks is not None and server is not None and server.endpoint is not None:
-        ranks.publish_endpoint(server.endpoint)
+    _publish_endpoint(server, ranks)
     _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
     if server is None:
         return
@@ -182,6 +181,11 @@ def wait_for_renewal() -> None:
         instance.wait()
 
 
+def _publish_endpoint(server: WeightServer | None, ranks: Ranks | None) -> None:
+    if ranks is not None and server is not None and server.endpoint is not None:
+        ranks.publish_endpoint(server.endpoint)
+
+
 def _note(model: nn.Module, offer: Offer, watched: Collection[nn.Module]) -> None:
     if offer.store is not None:
         _offered[model] = _Offered(offer, Renewal(model, offer.store, watched))
@@ -193,6 +197,7 @@ def _offer_pending(model: nn.Module, server: WeightServer) -> None:
         _in_use[model].publish(offer.store.digests.weights)
     server.offer(offer)
     _open(server, _in_use[model].instance)
+    _publish_endpoint(server, _in_use[model].ranks)
     _note(model, offer, watched)
 
 

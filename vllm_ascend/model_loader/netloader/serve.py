@@ -288,22 +288,24 @@ class WeightServer:
     def status(self, sessions: int) -> api.Status:
         """Say how this instance is."""
         with self._lock:
-            models = [
-                api.ModelStatus(
-                    offer.identity,
-                    "serving" if offer.store is not None else offer.code.text,
-                    offer.reason,
-                    offer.store.digests.weights if offer.store is not None else None,
-                    self._epochs[group],
-                    offer.loaded_from,
-                    of_instance(ranks) if (ranks := offer.instance()) else None,
-                    ranks,
-                    self._endpoints(offer),
-                )
-                for group, offer in self._offers.items()
-            ]
+            offers = [(offer, self._epochs[group]) for group, offer in self._offers.items()]
             served = [*self._served.values()]
             bytes_sent = self._bytes_sent + sum(one.bytes_sent for one in served)
+        # What other ranks have and where they listen takes asking, for which nobody is to wait.
+        models = [
+            api.ModelStatus(
+                offer.identity,
+                "serving" if offer.store is not None else offer.code.text,
+                offer.reason,
+                offer.store.digests.weights if offer.store is not None else None,
+                epoch,
+                offer.loaded_from,
+                of_instance(ranks) if (ranks := offer.instance()) else None,
+                ranks,
+                self._endpoints(offer),
+            )
+            for offer, epoch in offers
+        ]
         return api.Status(
             version=__version__,
             instance=self.process,

@@ -118,6 +118,26 @@ def test_an_endpoint_is_asked_at_the_host_that_was_reached_if_it_is_the_same_one
     assert address == Address(HOST, int(instance.endpoints[1].address.rpartition(":")[2]))
     instance.endpoints[1] = Endpoint("192.0.2.2:9", "elsewhere")
     assert addresses(f"{HOST}:{port}", rank=1) == [Address("192.0.2.2", 9)]
+    instance.endpoints[1] = Endpoint("localhost:9", "elsewhere")
+    _, problems = look_up(f"{HOST}:{port}", rank=1)
+    [problem] = problems.values()
+    assert isinstance(problem, SourceRefused) and "localhost" in str(problem)
+
+
+def test_who_was_asked_listens_where_it_was_asked_as_ports_may_be_mapped(stack):
+    instance = Instance(stack)
+    asked = instance.address(0)
+    said = Endpoint("192.0.2.1:9", instance.endpoints[0].instance)
+    instance.endpoints[0] = instance.servers[0].endpoint = said
+    assert addresses(str(asked)) == [asked]
+
+
+def test_two_processes_that_say_that_they_are_at_one_address_are_one_source(stack):
+    one, other = Instance(stack, ONE), Instance(stack, OTHER)
+    for instance in (one, other):
+        instance.endpoints[1] = Endpoint("192.0.2.1:9", f"of {instance.address(0)}")
+    found = addresses(str(one.address(0)), str(other.address(0)), rank=1)
+    assert found == [Address("192.0.2.1", 9)]
 
 
 class Zone:
@@ -175,6 +195,27 @@ def test_a_file_without_an_address_is_a_problem_and_no_source(tmp_path):
     (tmp_path / "rank_0.txt").write_text("no address")
     found, problems = look_up(f"file+{tmp_path}/rank_")
     assert found == [] and "no port" in str(problems[f"file+{tmp_path}/rank_"])
+
+
+def test_a_bad_file_and_a_record_of_no_host_cost_nobody_else(stack, zone, monkeypatch, tmp_path):
+    instance = Instance(stack)
+    (tmp_path / "rank_0.txt").write_bytes(b"\xff")
+    (tmp_path / "rank_1.txt").write_text(str(instance.address(1)))
+    (tmp_path / "rank_2.txt").mkdir()
+    assert addresses(f"file+{tmp_path}/rank_") == [instance.address(0)]
+    zone["one.test"] = [HOST]
+    records = ["0 0 1 no-such-host.invalid.", f"0 0 {instance.address(0).port} one.test."]
+    served = Zone(stack, "fleet.test", *records)
+    monkeypatch.setattr(dns.resolver, "default_resolver", served.resolver)
+    assert addresses("dnssrv+fleet.test") == [instance.address(0)]
+
+
+def test_all_addresses_of_one_instances_host_are_tried(stack, zone):
+    instance = Instance(stack, ONE)
+    port = instance.address(1).port
+    zone["one.test"] = ["127.0.0.4", ONE]
+    assert addresses(f"one.test:{port}", rank=1) == [Address("one.test", port)]
+    assert addresses(f"one.test:{port}", rank=0) == [Address("one.test", instance.address(0).port)]
 
 
 def test_kinds_of_names_may_be_mixed_and_an_instance_found_twice_is_one(stack, zone, tmp_path):
@@ -240,11 +281,24 @@ def test_an_instance_of_another_model_is_not_waited_for(stack):
     assert isinstance(problem, SourceRefused) and "tp is 2" in str(problem)
 
 
-def test_an_instance_without_a_model_of_the_group_is_asked_later(stack):
+def test_an_instance_without_a_model_is_asked_later(stack):
     instance = Instance(stack)
-    _, problems = look_up(str(instance.address(0)), group="netloader_draft")
+    instance.servers[0].forget("netloader")
+    _, problems = look_up(str(instance.address(0)))
     [problem] = problems.values()
-    assert isinstance(problem, SourceBusy) and "netloader_draft" in str(problem)
+    assert isinstance(problem, SourceBusy) and "no model of group 'netloader'" in str(problem)
+
+
+# Of pipeline stages only the last one has a draft, and an instance's own has none yet.
+def test_a_draft_is_where_its_rank_has_the_target(stack):
+    instance = Instance(stack)
+    asked = str(instance.address(0))
+    draft = {"group": "netloader_draft", "model": "of the draft"}
+    assert addresses(asked, rank=1, **draft) == [instance.address(1)]
+    assert addresses(asked, rank=1, own=Own(f"process 1 of {HOST}"), **draft) == []
+    _, problems = look_up(asked, rank=2, **draft)
+    [problem] = problems.values()
+    assert isinstance(problem, SourceBusy) and "rank 2 listens" in str(problem)
 
 
 # Who comes first

@@ -128,6 +128,21 @@ def test_nothing_is_written_after_the_group_was_left(pair):
     assert (received == 0).all()
 
 
+def test_messages_count_as_under_way_until_the_device_has_dropped_them(pair, monkeypatch):
+    device, seen = pair.devices[CLIENT], []
+    close = device.close
+
+    def closing(group, unfinished):
+        seen.append((pair.client.in_flight, len(unfinished)))
+        close(group, unfinished)
+
+    monkeypatch.setattr(device, "close", closing)
+    pair.client.receive(torch.zeros(10, dtype=torch.uint8))
+    pair.client.close()
+    assert seen == [(1, 1)]
+    assert pair.client.in_flight == 0
+
+
 def test_leaving_twice_is_leaving_once(pair):
     pair.client.close()
     with pair.client:

@@ -527,6 +527,16 @@ def test_where_a_rank_listens_is_told_to_the_others_and_to_whoever_asks(config):
     assert registry.in_use(models[0]).ranks.endpoints() == endpoints
 
 
+def test_a_rank_that_listens_only_after_a_reload_tells_where(config):
+    ranks = Ranks(0, range(2), TARGET, HashStore())
+    model = nn.Linear(1, 1)
+    nothing = offer(declined="no copy")
+    registry.put_in_use(model, "path", config(), HOST, nothing, (), ranks=ranks)
+    assert ranks.endpoints() == {}
+    registry.offer_again(model, offer())
+    assert ranks.endpoints() == {0: server_of(model).endpoint}
+
+
 def test_a_rank_that_is_no_source_tells_nothing(config):
     store = HashStore()
     ranks = Ranks(0, range(2), TARGET, store)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -494,6 +495,15 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     status = to.status(1)
     assert [one.peer for one in status.sessions] == ["192.0.2.7:2"]
     assert status.bytes_sent == 9 * MIB
+
+
+def test_nobody_waits_while_the_status_asks_other_ranks():
+    def ask():
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: to.expect("another") or {}).result(PATIENCE)
+
+    to = server(offer(ranks=ask, endpoints=ask))
+    assert to.status(0).models[0].ranks == {}
 
 
 # The end of a session

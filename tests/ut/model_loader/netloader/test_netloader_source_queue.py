@@ -318,6 +318,24 @@ def test_a_failed_source_is_asked_again_only_once_another_process_has_its_addres
     assert queue.next() is None
 
 
+def test_two_that_are_found_at_one_address_are_asked_as_one(world):
+    queue = world.queue([], 30)
+    queue.found([(A, "one"), (A, "other")], {})
+    assert asked(queue, lambda _: SourceRefused("no")) == [A]
+
+
+def test_nothing_is_looked_up_any_more_once_the_load_does_not_wait():
+    queue = SourceQueue([A], 0.2)
+    assert queue.next() == A
+    thread = threading.Thread(target=queue.next)
+    thread.start()
+    assert until(lambda: queue.idle)
+    assert until(lambda: not queue.idle)
+    assert thread.is_alive()
+    queue.succeeded()
+    thread.join(PATIENCE)
+
+
 @pytest.mark.parametrize("kind", LATER)
 def test_names_that_may_bring_sources_later_are_waited_for(world, kind):
     queue = world.queue([], 30)

@@ -9,8 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+import psutil
 
 from ..errors import SourceBusy, SourceError, SourceRefused, SourceUnreachable
 from ..identity import ModelIdentity
@@ -21,6 +24,7 @@ from ..utils import (
     Patience,
     one_line,
     parse_address,
+    shortened,
     unmapped,
     within,
 )
@@ -111,7 +115,7 @@ class Discovery:
             key=lambda address: (self._asked[address], not found[address], self._hash(address)),
         )[:MAX_ASKED]
         self._asked.update(candidates)
-        endpoints: dict[str, _Found] = {}
+        endpoints: dict[object, _Found] = {}
         for address, status in self._answers(candidates).items():
             try:
                 endpoint = self._endpoint(address, found[address], status.result(0))
@@ -122,10 +126,14 @@ class Discovery:
             except Exception as error:  # nothing that others say is to cost the load
                 problems[str(address)] = SourceRefused(f"{address}: {_reason(error)}")
             else:
-                # One process may be found at several addresses.
-                endpoints.setdefault(endpoint.instance, endpoint)
-        endpoints.pop(self._own.process, None)
-        return [(one.address, one.instance) for one in sorted(endpoints.values())], problems
+                # A process may be found at several addresses, and several may say that they are
+                # at one.
+                if endpoint.instance != self._own.process:
+                    endpoints.setdefault((endpoint.instance, endpoint.address.port), endpoint)
+        distinct: dict[Address, str] = {}
+        for one in sorted(endpoints.values()):
+            distinct.setdefault(one.address, one.instance)
+        return [*distinct.items()], problems
 
     def _addresses(self, name: Name) -> Mapping[Address, bool]:
         """Return the addresses that a name stands for, and whether they are of this host."""
@@ -173,7 +181,8 @@ class Discovery:
         """
         identity = self._identity
         models = {model.identity.group: model for model in status.models}
-        model = models.get(identity.group)
+        # A rank's models are all at its port, but not every rank has a draft.
+        model = models.get(identity.group) or models.get(api.TARGET_GROUP)
         if model is None:
             raise SourceBusy(f"{asked}: has no model of group {identity.group!r} yet")
         there = model.endpoints.get(identity.rank)
@@ -183,19 +192,22 @@ class Discovery:
                 for one in api.differences(identity, model.identity)
                 if one.field not in _OF_RANK
             ]
-            if differ:
+            if differ and model.identity.group == identity.group:
                 raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
             raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
         own = model.endpoints.get(model.identity.rank)
         try:
             address = parse_address(there.address)
-            if own is not None and parse_address(own.address).host == address.host:
-                # This host was reached as the name says; as it calls itself it need not be.
+            if there.instance == status.instance:
+                # It was reached as the name says; as it calls itself it need not be.
+                address = asked
+            elif own is not None and parse_address(own.address).host == address.host:
                 address = Address(asked.host, address.port)
             else:
+                ipaddress.ip_address(address.host)  # no name that somebody else has chosen
                 local = _is_local(address.host)
         except ValueError as error:
-            raise SourceRefused(f"{asked}: {one_line(error)}") from None
+            raise SourceRefused(f"{asked}: {shortened(str(error), 300)}") from None
         load = status.places_taken / max(1, status.places)
         later = model.state != "serving"
         return _Found(not local, later, load, self._hash(address), address, there.instance)
@@ -221,18 +233,19 @@ def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
 
 
 def _reason(error: Exception) -> str:
-    return one_line(getattr(error, "strerror", None) or error or type(error).__name__)
+    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__, 300)
 
 
 def _is_local(host: str) -> bool:
-    """Return whether an IP address is one of this machine."""
+    """Return whether an IP address, or one that a name stands for, is one of this machine."""
     try:
-        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.bind((host, 0))
-    except (OSError, ValueError):
+        hosts = {address.host for address in _of_host(host, 0)}
+    except OSError:
         return False
-    return True
+    here = {own.address for each in psutil.net_if_addrs().values() for own in each}
+    return not here.isdisjoint(hosts) or any(
+        ipaddress.ip_address(host).is_loopback for host in hosts
+    )
 
 
 def _of_host(host: str, port: int) -> list[Address]:
@@ -242,8 +255,8 @@ def _of_host(host: str, port: int) -> list[Address]:
 
 
 def _instance(name: Name, seconds: float) -> list[Address]:
-    # One is enough, as it is one instance.
-    return _of_host(name.text, name.port)[:1]
+    # Whoever connects tries all addresses of the host.
+    return [Address(name.text, name.port)]
 
 
 def _dns(name: Name, seconds: float) -> list[Address]:
@@ -260,23 +273,39 @@ def _srv(name: Name, seconds: float) -> list[Address]:
         records = resolve(name.text, "SRV", lifetime=seconds, search=True)
     except DNSException as error:
         raise OSError(one_line(error)) from None
-    return [
-        address
-        for record in sorted(records, key=lambda record: record.priority)
-        for address in _of_host(record.target.to_text(omit_final_dot=True), record.port)
-    ]
+    return _all_of(
+        partial(_of_host, record.target.to_text(omit_final_dot=True), record.port)
+        for record in records
+    )
 
 
 def _files(name: Name, seconds: float) -> list[Address]:
-    found = []
-    for path in sorted(glob.glob(f"{glob.escape(name.text)}*.txt")):
-        try:
-            with Path(path).open("rb") as file:
-                found.append(parse_address(file.read(_MAX_FILE).decode()))
-        except FileNotFoundError:  # its process has ended meanwhile
-            continue
-    if not found:
+    def read(path: str) -> list[Address]:
+        with Path(path).open("rb") as file:
+            return [parse_address(file.read(_MAX_FILE).decode())]
+
+    paths = sorted(glob.glob(f"{glob.escape(name.text)}*.txt"))
+    if not paths:
         raise OSError("there are no such files")
+    return _all_of(partial(read, path) for path in paths)
+
+
+def _all_of(parts: Iterable[Callable[[], list[Address]]]) -> list[Address]:
+    """Return the addresses of all parts; one that fails costs no other.
+
+    Raises:
+        OSError: all failed.
+        ValueError: all failed.
+    """
+    found: list[Address] = []
+    failure: OSError | ValueError | None = None
+    for part in parts:
+        try:
+            found += part()
+        except (OSError, ValueError) as error:
+            failure = error
+    if failure is not None and not found:
+        raise failure
     return found
 
 

@@ -80,9 +80,9 @@ class SourceQueue:
 
     @property
     def idle(self) -> bool:
-        """Whether a thread waits for a source to ask."""
+        """Whether a thread waits for a source to ask, and the load for sources."""
         with self._changed:
-            return self._idle > 0
+            return self._idle > 0 and time.monotonic() < self._deadline
 
     def found(
         self, endpoints: Sequence[tuple[Address, str]], problems: Mapping[str, SourceError]
@@ -103,7 +103,8 @@ class SourceQueue:
             for address, instance in endpoints:
                 source = known.get(address)
                 if source is None:
-                    self._sources.append(_Source(address, instance=instance))
+                    source = known[address] = _Source(address, instance=instance)
+                    self._sources.append(source)
                 elif source.instance != instance and source.state is not _State.ASKED:
                     source.state, source.attempts = _State.NEW, 0
                     source.instance = instance

@@ -102,10 +102,9 @@ class TransferGroup:
     def close(self) -> None:
         """Leave the group; no byte is written to any tensor after this."""
         group, self._group = self._group, None
-        unfinished = list(self._started)
-        self._started.clear()
         if group is not None:
-            self._accelerator.close(group, unfinished)
+            self._accelerator.close(group, list(self._started))
+        self._started.clear()  # now that none is on its way any more: see `in_flight`
 
 
 class _Staging:
