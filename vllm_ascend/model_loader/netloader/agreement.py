@@ -52,6 +52,7 @@ _MOST_LISTS = 4
 # died ends the instance before, and one that reads a slow disk is to be waited for.
 _DEADLINE, _NEWS = 4 * 3600.0, 60.0
 _NOTHING = "-"  # in the place of a digest
+_ENDPOINT = "/endpoint"
 
 RankWeights = Mapping[int, str]
 T = TypeVar("T")
@@ -184,9 +185,7 @@ class Ranks:
 
     def publish(self, weights: str | None) -> None:
         """Tell what this rank has from now on; None: its weights are changing, or not known."""
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):  # of the store: its process may have ended
-                self.store.set(self._present(self.rank), weights or _NOTHING)
+        self._tell("", (weights or _NOTHING).encode())
 
     def present(self, agreed: RankWeights) -> RankWeights:
         """Return what the ranks have now, as far as it is known.
@@ -194,37 +193,35 @@ class Ranks:
         Args:
             agreed: what they had when they loaded.
         """
-        now = dict(agreed)
-        if self.store is None:
-            return now
-        with contextlib.suppress(RuntimeError):
-            for rank in self.all:
-                if self.store.check([self._present(rank)]):
-                    now[rank] = self.store.get(self._present(rank)).decode()
+        told = {rank: weights.decode() for rank, weights in self._told("").items()}
+        now = {**agreed, **told}
         return {rank: weights for rank, weights in now.items() if weights != _NOTHING}
 
     def publish_endpoint(self, endpoint: Endpoint) -> None:
         """Tell where this rank listens from now on."""
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):
-                self.store.set(self._endpoint(self.rank), msgspec.json.encode(endpoint))
+        self._tell(_ENDPOINT, msgspec.json.encode(endpoint))
 
     def endpoints(self) -> Mapping[int, Endpoint]:
         """Return where the ranks listen, as far as it is known."""
-        known: dict[int, Endpoint] = {}
+        said = self._told(_ENDPOINT)
+        return {rank: msgspec.json.decode(one, type=Endpoint) for rank, one in said.items()}
+
+    def _tell(self, what: str, value: bytes) -> None:
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # of the store: its process may have ended
+                self.store.set(self._lasting(what, self.rank), value)
+
+    def _told(self, what: str) -> dict[int, bytes]:
+        told: dict[int, bytes] = {}
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 for rank in self.all:
-                    if self.store.check([self._endpoint(rank)]):
-                        said = self.store.get(self._endpoint(rank))
-                        known[rank] = msgspec.json.decode(said, type=Endpoint)
-        return known
+                    if self.store.check([key := self._lasting(what, rank)]):
+                        told[rank] = self.store.get(key)
+        return told
 
-    def _endpoint(self, rank: int) -> str:
-        return f"{self._present(rank)}/endpoint"
-
-    def _present(self, rank: int) -> str:
-        return f"netloader/{self.group}/instance {self.instance}/{rank}"
+    def _lasting(self, what: str, rank: int) -> str:
+        return f"netloader/{self.group}/instance {self.instance}/{rank}{what}"
 
     def _wait(self, number: int) -> None:
         assert self.store is not None

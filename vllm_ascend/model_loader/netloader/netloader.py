@@ -240,7 +240,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         loaded, digests = load_together(
             ranks,
             attempt,
-            sources=bool(self._of_rank(identity.rank).addresses),
+            sources=bool(self._config.sources_of(identity.rank).addresses),
             fallback=self._config.fallback,
         )
         if digests and identity.rank == ranks.all[0]:
@@ -266,7 +266,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 finalize_layerwise_reload(model, model_config)
             return
         load = self._load or self._new_load(self._identify(model_config), model_config)
-        sources = () if load.from_disk else self._of_rank(load.identity.rank).addresses
+        sources = () if load.from_disk else self._config.sources_of(load.identity.rank).addresses
         if load.identity.layout == PROCESSED:
             load.scalars, load.to_fill = scalars(model), bool(sources)
             if not sources:
@@ -499,7 +499,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
-            malformed = _malformed(self._of_rank(rank))
+            malformed = _malformed(self._config.sources_of(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None
         load.loaded_from, load.lists = loaded.sources, loaded.lists
         store = loaded.store
@@ -581,16 +581,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
         ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
         return [port for port in ports if port]
 
-    def _of_rank(self, rank: int) -> Sources:
-        return self._config.sources_of(rank)
-
     def _sources(self, rank: int, worker: int) -> Sequence[Address | Name]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
 
         Raises:
             LoadFailed: there are malformed addresses only.
         """
-        sources = self._of_rank(rank)
+        sources = self._config.sources_of(rank)
         malformed = _malformed(sources)
         for reason in malformed:
             logger.warning("NetLoader rank %d: %s", worker, reason)
