@@ -213,10 +213,16 @@ def _alias_of(
     seen: dict[object, str],
 ) -> str | None:
     """Return which of the tensors seen before has the same memory entirely, and note this one."""
-    if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
-        raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
-    address = tensor.data_ptr()
-    if not address or (first := seen.setdefault(address, name)) == name:
+    try:
+        address = tensor.data_ptr()
+    except (RuntimeError, ValueError):
+        address = 0
+    if not address:
+        # Asked of each of a hundred thousand tensors, this would take as long as all the rest.
+        if tensor.is_meta or isinstance(tensor, UninitializedTensorMixin):
+            raise LayoutUnsupported(f"{name} has no memory before its weights are loaded")
+        return None
+    if (first := seen.setdefault(address, name)) == name:
         return None
     # Rare: views that begin at the same place, or empty ones, of which nothing is shared.
     if tensor.numel() == 0:
