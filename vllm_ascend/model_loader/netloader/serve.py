@@ -354,6 +354,8 @@ class WeightServer:
             return served
         if served is None:
             session.on_close(lambda: self._over(session))
+        elif served.groups:  # whose messages nobody would wait for any more
+            raise Refusal(Code.BAD_REQUEST, "the groups of this connection are for other weights")
         else:
             self._end(served)
         served = self._served[session] = _Served(session, store, self._limiter)

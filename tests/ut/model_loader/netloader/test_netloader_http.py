@@ -851,6 +851,25 @@ def test_running_out_of_descriptors_or_threads_does_not_end_the_server(monkeypat
     assert len([line for line in log if "cannot serve a connection: can't start" in line]) == 1
 
 
+def test_without_a_thread_to_accept_in_there_is_an_error_and_no_port(monkeypatch):
+    def failing_start(thread):
+        raise RuntimeError("can't start new thread")
+
+    server = ElasticServer(
+        Service(), max_sessions=1, handshake_timeout=1, progress_timeout=1, idle_timeout=1
+    )
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", failing_start)
+        with pytest.raises(OSError, match="can't start new thread"):
+            server.start(HOST, port)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOST, port))
+    server.stop()
+
+
 def test_nothing_is_left_of_200_failed_sessions(source):
     def failed_session(number):
         with source.dial() as sock:

@@ -694,6 +694,18 @@ def test_the_end_of_a_session_is_that_of_its_group(grouped):
     assert to.status(0).sessions == []
 
 
+def test_a_session_with_a_group_gets_no_other_weights_as_its_messages_are_waited_for():
+    to, store, _ = on_accelerator(handshake_timeout=0.1)
+    draft = offer(DRAFT)
+    to.offer(draft)
+    client = session()
+    to.open_group(client, store.digests.weights)
+    assert refusal(join, to, DRAFT, None, client)[0] == "bad_request"
+    assert refusal(to.blocks, client, draft.store.digests.weights, 0, 0)[0] == "bad_request"
+    join(to, identity(layout=PROCESSED), by=client)
+    client.close()
+
+
 def test_a_session_that_ends_while_its_group_is_formed_leaves_no_thread():
     to, store, _ = on_accelerator(handshake_timeout=PATIENCE)
     client = session()

@@ -170,13 +170,19 @@ class ElasticServer:
             The port.
 
         Raises:
-            OSError: the port is taken, or the address is not one of this machine.
+            OSError: the port is taken, the address is not one of this machine, or there are no more
+                threads.
         """
         self._listener = _listen(host, port)
-        self._accepting = threading.Thread(
+        accepting = threading.Thread(
             target=self._accept, args=(self._listener,), name="netloader-accept", daemon=True
         )
-        self._accepting.start()
+        try:
+            accepting.start()
+        except RuntimeError as error:  # no more threads
+            self._listener.close()
+            raise OSError(str(error)) from None
+        self._accepting = accepting
         return int(self._listener.getsockname()[1])
 
     def stop(self, timeout: float = 5.0) -> None:
