@@ -162,4 +162,4 @@ def test_strangers_at_hccls_ports_end_no_process_and_spoil_no_byte(way, started)
     assert not outcome.said("over HTTP"), outcome.log
     source.call(wait_for_no_sessions)
     for process in (source, client):
-        process.call(rest)
+        process.call(rest, 0)
