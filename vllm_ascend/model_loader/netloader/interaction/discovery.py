@@ -21,12 +21,10 @@ from ..utils import (
     Address,
     Lookup,
     Name,
-    Patience,
     one_line,
     parse_address,
     shortened,
     unmapped,
-    within,
 )
 from . import api
 from .api import Status
@@ -103,10 +101,14 @@ class Discovery:
         """
         problems: dict[str, SourceError] = {}
         found: dict[Address, bool] = {}
+        # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
+        wait(looking.values(), self._connect)
         for name, future in looking.items():
             try:
-                found |= future.result()
+                found |= future.result(0)
+            except TimeoutError:
+                problems[str(name)] = SourceUnreachable(f"{name}: nothing in time")
             except Exception as error:
                 problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
         # Of many, those first that were not asked before.
@@ -137,21 +139,16 @@ class Discovery:
 
     def _addresses(self, name: Name) -> Mapping[Address, bool]:
         """Return the addresses that a name stands for, and whether they are of this host."""
-
-        def look_up() -> dict[Address, bool]:
-            found = {
-                address: _is_local(address.host)
-                for address in _LOOKUPS[name.lookup](name, self._connect)
-            }
-            # Nobody listens there yet, so only the address tells that it is this instance's own.
-            return {
-                address: local
-                for address, local in found.items()
-                if not (local and address.port in self._own.ports)
-            }
-
-        # In a thread, as nothing else bounds the time that finding a name or reading files takes.
-        return within(Patience(self._connect, lambda: False, 0.0), look_up, lambda late: None)
+        found = {
+            address: _is_local(address.host)
+            for address in _LOOKUPS[name.lookup](name, self._connect)
+        }
+        # Nobody listens there yet, so only the address tells that it is this instance's own.
+        return {
+            address: local
+            for address, local in found.items()
+            if not (local and address.port in self._own.ports)
+        }
 
     def _answers(self, addresses: Iterable[Address]) -> Mapping[Address, "Future[Status]"]:
         """Ask instances for their status; one that takes longer than others is not waited for."""
