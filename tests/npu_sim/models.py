@@ -48,22 +48,27 @@ WEIGHTS = "model.safetensors"
 DESCRIPTION = "quant_model_description.json"
 REFERENCE = "reference.json"
 
+# What all these models have in common.
+_SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+}
+
 
 def make_plain(folder: Path, seed: int = SEED) -> None:
     """Writes a bfloat16 Llama of two layers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
+        **_SMALL,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
     )
     save(LlamaForCausalLM(config), folder)
 
@@ -72,12 +77,10 @@ def make_mla_moe(folder: Path, seed: int = MLA_MOE_SEED) -> None:
     """Writes a bfloat16 DeepSeek V2 of three layers, the last two of which have experts."""
     torch.manual_seed(seed)
     config = DeepseekV2Config(
-        vocab_size=512,
-        hidden_size=128,
+        **_SMALL,
         intermediate_size=256,
         moe_intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=4,
         q_lora_rank=None,
         kv_lora_rank=64,
         qk_nope_head_dim=32,
@@ -91,11 +94,6 @@ def make_mla_moe(folder: Path, seed: int = MLA_MOE_SEED) -> None:
         routed_scaling_factor=4.0,
         n_group=1,
         topk_group=1,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
     )
     save(with_norms(DeepseekV2ForCausalLM(config)), folder)
 
@@ -104,22 +102,15 @@ def make_qwen3_moe(folder: Path) -> None:
     """Writes a bfloat16 Qwen3 of two layers of experts."""
     torch.manual_seed(QWEN3_MOE_SEED)
     config = Qwen3MoeConfig(
-        vocab_size=512,
-        hidden_size=128,
+        **_SMALL,
         intermediate_size=256,
         moe_intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
     )
     model = with_norms(Qwen3MoeForCausalLM(config))
     for layer in model.model.layers:
@@ -130,13 +121,11 @@ def make_qwen3_moe(folder: Path) -> None:
 def deepseek_v3_config(**changes: Any) -> DeepseekV3Config:
     """Returns a configuration of two layers, the last of which has experts in groups."""
     settings = {
-        "vocab_size": 512,
-        "hidden_size": 128,
+        **_SMALL,
         "intermediate_size": 256,
         "moe_intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_nextn_predict_layers": 1,
-        "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "q_lora_rank": 64,
         "kv_lora_rank": 64,
@@ -152,11 +141,6 @@ def deepseek_v3_config(**changes: Any) -> DeepseekV3Config:
         "topk_group": 1,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
-        "max_position_embeddings": 256,
-        "initializer_range": 0.08,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "dtype": "bfloat16",
     }
     return DeepseekV3Config(**settings | changes)
 
