@@ -28,7 +28,6 @@ from .sides import (
     load_here,
     serve,
     source,
-    until,
     wait_for_no_sessions,
 )
 from .test_peers import at_call, inferring, signal_self
@@ -513,9 +512,7 @@ def test_a_process_loads_serves_and_infers_at_once(way, started):
 
 # Endurance
 
-WARM_UP, TIMES = 10, 40
-# Sessions that overlap for a moment have a stream more, for which memory is kept.
-A_FEW_STREAMS = 48 << 20
+WARM_UP, TIMES = 10, 15
 
 
 def used_here():
@@ -533,10 +530,9 @@ def settled(process):
     return now
 
 
-def nothing_has_grown(process, before):
-    now = process.call(used_here)
-    slack = {"device_memory": A_FEW_STREAMS}
-    return all(now[name] <= before[name] + slack.get(name, 0) for name in now)
+def grown(before, now):
+    """What there is more of: name, then, now."""
+    return [(name, before[name], now[name]) for name in now if now[name] > before[name]]
 
 
 LEAK_FAULTS = [
@@ -552,16 +548,26 @@ def test_loads_in_a_row_leave_nothing_behind(way, two, faults):
     deadlines = {"handshake_timeout": 1.0, "progress_timeout": 0.3} if failing else {}
     source, client = two()
     address = source.call(serve, WAY, models.packed, **deadlines)
-    before = []
-    for number in range(WARM_UP + (12 if failing else TIMES)):
-        if number == WARM_UP:
-            before = [settled(source), settled(client)]
-        for process, spec in zip((source, client), faults[number % len(faults)], strict=True):
-            process.call(set_fault, "clear")
-            process.call(set_fault, spec)
-        outcome = loads(client, address, models.packed, **deadlines)
-        outcome.check_failed() if failing else outcome.check()
-        source.call(wait_for_no_sessions)
-    for process, then in zip((source, client), before, strict=True):
-        assert then["communicators"] == then["pending"] == 0, then
-        until(lambda process=process, then=then: nothing_has_grown(process, then), 10)
+
+    def load_often(times):
+        for number in range(times):
+            for process, spec in zip((source, client), faults[number % len(faults)], strict=True):
+                process.call(set_fault, "clear")
+                process.call(set_fault, spec)
+            outcome = loads(client, address, models.packed, **deadlines)
+            outcome.check_failed() if failing else outcome.check()
+            source.call(wait_for_no_sessions)
+        return [settled(source), settled(client)]
+
+    before = load_often(WARM_UP)
+    # The sessions of two loads overlap for a moment on a busy machine, and memory is kept for each
+    # stream. There are few, so it ends; a leak grows every time.
+    for _ in range(3):
+        now = load_often(TIMES)
+        more = [grown(*pair) for pair in zip(before, now, strict=True)]
+        if not any(more):
+            break
+        before = now
+    assert not any(more), more
+    for used in now:
+        assert used["communicators"] == used["pending"] == 0, used
