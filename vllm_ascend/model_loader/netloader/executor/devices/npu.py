@@ -210,11 +210,15 @@ class NpuDevice(StreamDevice):
                 raise LayoutUnsupported(
                     f"a FRACTAL_NZ tensor of shape {list(tensor.shape)} shares memory with another"
                 )
+        kinds = [(_packed(tensor).shape, _packed(tensor).dtype) for tensor in cast]
         for tensor in cast:
-            dtype, stored = tensor.dtype, _packed(tensor).dtype
-            shape = _packed(tensor).shape
-            tensor.data = torch.empty(0, dtype=dtype, device=self.device)  # frees it first
-            tensor.data = torch.empty(shape, dtype=stored, device=self.device).view(dtype)
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        if cast:
+            # torch keeps what was freed for the stream that it was made on, which is another one.
+            self.empty_cache()
+        for tensor, (shape, stored) in zip(cast, kinds, strict=True):
+            made = torch.empty(shape, dtype=stored, device=self.device)
+            tensor.data = made.view(tensor.dtype)
 
         def restore() -> None:
             for tensor in cast:
