@@ -379,6 +379,22 @@ def test_a_fault_of_hccl_is_survived(way, two, started, name):
         check_next(source, client, address, communicators=int(infers))
 
 
+def multiply():
+    ones = torch.ones(8, 8, device="npu")
+    return (ones @ ones).cpu().sum().item()
+
+
+def test_a_send_that_fails_on_its_stream_ends_inference_where_that_stops_the_device(way, two):
+    source, client = two(NPU_SIM_ON_FAILURE="device")
+    address = source.call(serve, WAY)
+    assert source.call(multiply) == 8 * 8 * 8
+    source.call(set_fault, "send:async_error@9")
+    loads(client, address).check_failed(str(address))
+    with pytest.raises(AssertionError, match="process exits for this inner error"):
+        source.call(multiply)
+    assert client.call(multiply) == 8 * 8 * 8
+
+
 HANGS = 16  # seconds that a communicator hangs: longer than the deadline of a handshake
 
 
