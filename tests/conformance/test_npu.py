@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import os
 import signal
 import threading
 import time
@@ -377,6 +378,22 @@ def test_a_fault_of_hccl_is_survived(way, two, started, name):
             assert outcome.said("so the weights come over HTTP") == (end == HTTP)
             assert end == HTTP or sent == end
         check_next(source, client, address, communicators=int(infers))
+
+
+def set_rank_table(path):
+    os.environ["RANK_TABLE_FILE"] = path
+
+
+def test_with_a_rank_table_at_either_side_the_weights_come_over_http(way, two):
+    source, client = two()
+    address = source.call(serve, WAY)
+    for with_table, without in ((source, client), (client, source)):
+        with_table.call(set_rank_table, __file__)
+        without.call(set_rank_table, "")
+        outcome = loads(client, address).check()
+        assert outcome.said("so the weights come over HTTP")
+        assert outcome.seconds < LONGEST
+    assert outcome.said("RANK_TABLE_FILE is set")
 
 
 def multiply():

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -55,6 +56,9 @@ class NpuDevice(StreamDevice):
         The watchdog ends the process when an operation fails or takes too long, and with it an
         instance that serves. Here the session looks after its peer.
         """
+        if os.environ.get("RANK_TABLE_FILE"):
+            # torch_npu would take the two for ranks 0 and 1 of this instance's own world.
+            raise RuntimeError("RANK_TABLE_FILE is set, which knows no ranks of other instances")
         return self.connect(timeout, gone, lambda: self._connected(store, rank, timeout, gone))
 
     def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
