@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import os
 import signal
 import threading
 import time
@@ -376,6 +377,38 @@ def test_a_fault_of_hccl_is_survived(way, two, started, name):
             assert outcome.said("so the weights come over HTTP") == (end == HTTP)
             assert end == HTTP or sent == end
         check_next(source, client, address, communicators=int(infers))
+
+
+def set_rank_table(path):
+    os.environ["RANK_TABLE_FILE"] = path
+
+
+def test_with_a_rank_table_at_either_side_the_weights_come_over_http(way, two):
+    source, client = two()
+    address = source.call(serve, WAY)
+    for with_table, without in ((source, client), (client, source)):
+        with_table.call(set_rank_table, __file__)
+        without.call(set_rank_table, "")
+        outcome = loads(client, address).check()
+        assert outcome.said("so the weights come over HTTP")
+        assert outcome.seconds < LONGEST
+    assert outcome.said("RANK_TABLE_FILE is set")
+
+
+def multiply():
+    ones = torch.ones(8, 8, device="npu")
+    return (ones @ ones).cpu().sum().item()
+
+
+def test_a_send_that_fails_on_its_stream_ends_inference_where_that_stops_the_device(way, two):
+    source, client = two(NPU_SIM_ON_FAILURE="device")
+    address = source.call(serve, WAY)
+    assert source.call(multiply) == 8 * 8 * 8
+    source.call(set_fault, "send:async_error@9")
+    loads(client, address).check_failed(str(address))
+    with pytest.raises(AssertionError, match="process exits for this inner error"):
+        source.call(multiply)
+    assert client.call(multiply) == 8 * 8 * 8
 
 
 HANGS = 16  # seconds that a communicator hangs: longer than the deadline of a handshake

@@ -1,4 +1,4 @@
-// A stand-in for HCCL (libhccl.so), with communicators over loopback TCP. An operation runs on the
+// A stand-in for HCCL (libhccl.so), with communicators over TCP. An operation runs on the
 // thread of its stream; faults.cpp decides which point-to-point operations go wrong.
 #include "npusim.h"
 
@@ -6,6 +6,7 @@
 #include <hccl/hccl.h>
 
 #include <arpa/inet.h>
+#include <ifaddrs.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
@@ -31,6 +32,7 @@ using npusim::env_long;
 using npusim::env_str;
 
 constexpr uint32_t kMagic = 0x4e505553;
+constexpr int kBasePorts = 16;  // that CANN documents for HCCL_IF_BASE_PORT
 enum Kind : uint32_t { kPointToPoint = 1, kCollective = 2 };
 
 std::atomic<long> g_communicators{0}, g_p2p{0}, g_p2p_pending{0};
@@ -75,12 +77,39 @@ using CommunicatorPtr = std::shared_ptr<Communicator>;
 CommunicatorPtr get(HcclComm handle) { return *(CommunicatorPtr *)handle; }
 
 // ------------------------------------------------------------------------------------ sockets
-int listen_anywhere(uint16_t *port, uint32_t *address) {
+// As in CANN, HCCL_IF_IP is this host's address, or else that of the interface that
+// HCCL_SOCKET_IFNAME begins the name of. Without them CANN looks for one, and this is the loopback.
+bool own_address(in_addr *out) {
+  if (const char *ip = env_str("HCCL_IF_IP", nullptr)) return inet_pton(AF_INET, ip, out) == 1;
+  out->s_addr = htonl(INADDR_LOOPBACK);
+  const char *wanted = env_str("HCCL_SOCKET_IFNAME", nullptr);
+  if (!wanted) return true;
+  bool exact = *wanted == '=', found = false;
+  wanted += exact;
+  ifaddrs *all = nullptr;
+  if (getifaddrs(&all)) return false;
+  for (auto *i = all; i && !found; i = i->ifa_next) {
+    if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET) continue;
+    found = exact ? !strcmp(i->ifa_name, wanted) : !strncmp(i->ifa_name, wanted, strlen(wanted));
+    if (found) *out = ((sockaddr_in *)i->ifa_addr)->sin_addr;
+  }
+  freeifaddrs(all);
+  return found;
+}
+
+// Listens at the first free port of as many; of one, which is 0, at any.
+int listen_here(uint16_t *port, uint32_t *address, int first = 0, int count = 1) {
   int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
   sockaddr_in local{};
   local.sin_family = AF_INET;
-  local.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  if (bind(fd, (sockaddr *)&local, sizeof local) || listen(fd, 64)) {
+  int one = 1;  // also after earlier connections to the port
+  setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+  bool listens = false, known = own_address(&local.sin_addr);
+  for (int i = 0; known && !listens && i < count; i++) {
+    local.sin_port = htons((uint16_t)(first + i));
+    listens = !bind(fd, (sockaddr *)&local, sizeof local) && !listen(fd, 64);
+  }
+  if (!listens) {
     close(fd);
     return -1;
   }
@@ -451,7 +480,7 @@ bool gather_endpoints(const RootInfo &root, const Endpoint &own, std::vector<End
 
 bool connect_all(Communicator &c, const RootInfo &root, Clock::time_point deadline) {
   Endpoint own{c.rank, 0, 0};
-  int listener = listen_anywhere(&own.port, &own.address);
+  int listener = listen_here(&own.port, &own.address);
   if (listener < 0) return false;
   std::vector<Endpoint> all(c.ranks);
   bool good = gather_endpoints(root, own, all, deadline);
@@ -534,8 +563,12 @@ HcclCounts hccl_counts() { return {g_communicators, g_p2p, g_p2p_pending}; }
 
 API HcclResult HcclGetRootInfo(HcclRootInfo *out) {
   RootInfo root{kMagic, 0, 0};
-  int listener = listen_anywhere(&root.port, &root.address);
-  if (listener < 0) return HCCL_E_TCP_CONNECT;
+  long first = env_long("HCCL_IF_BASE_PORT", 0);
+  int listener = listen_here(&root.port, &root.address, (int)first, first ? kBasePorts : 1);
+  if (listener < 0) {
+    npusim::set_error("HCCL has no port to listen at");
+    return HCCL_E_TCP_CONNECT;
+  }
   memset(out, 0, sizeof *out);
   memcpy(out, &root, sizeof root);
   std::lock_guard<std::mutex> lock(roots_mutex());
@@ -549,6 +582,14 @@ API HcclResult HcclCommInitRootInfo(uint32_t ranks, const HcclRootInfo *root, ui
 API HcclResult HcclCommInitRootInfoConfig(uint32_t ranks, const HcclRootInfo *root, uint32_t rank,
                                           const HcclCommConfig *config, HcclComm *out) {
   return start(ranks, root, rank, config, out);
+}
+// What torch_npu calls where RANK_TABLE_FILE is a file.
+API HcclResult HcclCommInitClusterInfoConfig(const char *, uint32_t, HcclCommConfig *, HcclComm *) {
+  npusim::missing("HcclCommInitClusterInfoConfig");
+}
+API HcclResult HcclCreateSubCommConfig(HcclComm *, uint32_t, uint32_t *, uint64_t, uint32_t,
+                                       HcclCommConfig *, HcclComm *) {
+  npusim::missing("HcclCreateSubCommConfig");
 }
 API HcclResult HcclCommDestroy(HcclComm handle) {
   auto *c = (CommunicatorPtr *)handle;

@@ -85,7 +85,7 @@ IMMORTAL(Blocks, blocks)
 // Addresses for virtual memory, with their sizes. What of them is mapped is among the blocks.
 using Reserved = std::map<uintptr_t, size_t>;
 IMMORTAL(Reserved, reserved)
-size_t g_used[kMaxDevices];
+size_t g_used[kMaxDevices], g_most[kMaxDevices];
 size_t g_host_used;
 
 size_t memory_per_device() {
@@ -113,6 +113,7 @@ bool take_locked(int device, size_t size) {
     return false;
   }
   g_used[device] += size;
+  g_most[device] = std::max(g_most[device], g_used[device]);
   return true;
 }
 
@@ -288,6 +289,24 @@ Stream *as_stream(aclrtStream handle) {
   return stream;
 }
 
+// ------------------------------------------------------------------------------------ graphs
+// A captured graph is the work of one stream, to be done again in the same order.
+struct Graph {
+  Stream *stream;  // nullptr when it has been captured
+  std::vector<std::function<int()>> work;
+};
+IMMORTAL(std::mutex, graphs_mutex)
+IMMORTAL(std::set<Graph *>, captures)
+Graph *capture_of(Stream *stream) {  // with graphs_mutex held
+  for (auto *graph : captures())
+    if (graph->stream == stream) return graph;
+  return nullptr;
+}
+bool is_captured(Stream *stream) {
+  std::lock_guard<std::mutex> lock(graphs_mutex());
+  return capture_of(stream);
+}
+
 // ------------------------------------------------------------------------------------ events
 struct EventState {
   std::mutex mutex;
@@ -348,6 +367,13 @@ int submit(void *stream, std::function<int()> work) {
   if (int stopped = g_stopped[s->device]) {
     set_error("device %d takes no more work after a failed task", s->device);
     return stopped;
+  }
+  {
+    std::lock_guard<std::mutex> lock(graphs_mutex());
+    if (auto *graph = capture_of(s)) {
+      graph->work.push_back(std::move(work));
+      return ACL_SUCCESS;
+    }
   }
   s->push(std::move(work));
   return ACL_SUCCESS;
@@ -419,6 +445,8 @@ API const char *npusim_counts() {
   {
     std::lock_guard<std::mutex> lock(memory_mutex());
     for (int i = 0; i < device_count(); i++) json += (i ? ", " : "") + std::to_string(g_used[i]);
+    json += "], \"most_device_memory\": [";
+    for (int i = 0; i < device_count(); i++) json += (i ? ", " : "") + std::to_string(g_most[i]);
     json += "], \"host_memory\": " + std::to_string(g_host_used);
   }
   {
@@ -431,6 +459,12 @@ API const char *npusim_counts() {
           ", \"p2p\": " + std::to_string(hccl.p2p) +
           ", \"p2p_pending\": " + std::to_string(hccl.p2p_pending) + "}";
   return json.c_str();
+}
+
+// From now on, "most_device_memory" is counted anew.
+API void npusim_forget_most() {
+  std::lock_guard<std::mutex> lock(memory_mutex());
+  std::copy(std::begin(g_used), std::end(g_used), std::begin(g_most));
 }
 
 // ------------------------------------------------------------------------------------ device API
@@ -673,6 +707,10 @@ API aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode) {
   as_stream(stream)->stop_on_failure = mode == ACL_STOP_ON_FAILURE;
   return ACL_SUCCESS;
 }
+// torch_npu asks for names of what is captured, and for nothing else.
+API aclError aclrtSetStreamAttribute(aclrtStream, aclrtStreamAttr, aclrtStreamAttrValue *) {
+  return ACL_SUCCESS;
+}
 API aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout_ms) {
   return as_stream(stream)->wait(timeout_ms);
 }
@@ -750,6 +788,7 @@ API aclError aclrtDestroyEvent(aclrtEvent handle) {
 }
 API aclError aclrtResetEvent(aclrtEvent, aclrtStream) { return ACL_SUCCESS; }
 API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
+  if (is_captured(as_stream(stream))) return ACL_SUCCESS;  // its work is in order anyway
   Event event = as_event(handle);
   uint64_t record;
   {
@@ -772,6 +811,7 @@ API aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
   return ACL_SUCCESS;
 }
 API aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
+  if (is_captured(as_stream(stream))) return ACL_SUCCESS;
   Event event = as_event(handle);
   auto wait = [event, record = last_recorded(event)] {
     wait_on_stream(event, record);
@@ -806,6 +846,40 @@ API aclError aclrtEventElapsedTime(float *ms, aclrtEvent from, aclrtEvent to) {
 API aclError aclrtEventGetTimestamp(aclrtEvent handle, uint64_t *us) {
   auto since = as_event(handle)->at.time_since_epoch();
   *us = std::chrono::duration_cast<std::chrono::microseconds>(since).count();
+  return ACL_SUCCESS;
+}
+
+// ------------------------------------------------------------------------------------ graph API
+API aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode) {
+  std::lock_guard<std::mutex> lock(graphs_mutex());
+  captures().insert(new Graph{as_stream(stream), {}});
+  return ACL_SUCCESS;
+}
+API aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus *status,
+                                    aclmdlRI *graph) {
+  std::lock_guard<std::mutex> lock(graphs_mutex());
+  auto *found = capture_of(as_stream(stream));
+  *status = found ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE : ACL_MODEL_RI_CAPTURE_STATUS_NONE;
+  if (graph) *graph = found;
+  return ACL_SUCCESS;
+}
+API aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *graph) {
+  std::lock_guard<std::mutex> lock(graphs_mutex());
+  auto *found = capture_of(as_stream(stream));
+  if (!found) return ACL_ERROR_INVALID_PARAM;
+  captures().erase(found);
+  found->stream = nullptr;
+  *graph = found;
+  return ACL_SUCCESS;
+}
+API aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *) { return ACL_SUCCESS; }
+API aclError aclmdlRIExecuteAsync(aclmdlRI graph, aclrtStream stream) {
+  for (auto &work : ((Graph *)graph)->work)
+    if (int error = npusim::submit(stream, work)) return error;
+  return ACL_SUCCESS;
+}
+API aclError aclmdlRIDestroy(aclmdlRI graph) {
+  delete (Graph *)graph;
   return ACL_SUCCESS;
 }
 

@@ -25,7 +25,12 @@ def fault(spec: str) -> None:
         raise ValueError(f"{spec!r} is no fault; the reason is on stderr")
 
 
+def forget_most() -> None:
+    """Lets `most_device_memory` be counted anew from now on."""
+    _library().npusim_forget_most()
+
+
 def counts() -> dict[str, Any]:
-    """Returns what of the simulated devices this process uses now."""
+    """Returns what of the simulated devices this process uses now, and the most it has used."""
     counted: dict[str, Any] = json.loads(_library().npusim_counts())
     return counted

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -55,6 +56,9 @@ class NpuDevice(StreamDevice):
         The watchdog ends the process when an operation fails or takes too long, and with it an
         instance that serves. Here the session looks after its peer.
         """
+        if os.environ.get("RANK_TABLE_FILE"):
+            # torch_npu would take the two for ranks 0 and 1 of this instance's own world.
+            raise RuntimeError("RANK_TABLE_FILE is set, which knows no ranks of other instances")
         return self.connect(timeout, gone, lambda: self._connected(store, rank, timeout, gone))
 
     def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -210,11 +214,15 @@ class NpuDevice(StreamDevice):
                 raise LayoutUnsupported(
                     f"a FRACTAL_NZ tensor of shape {list(tensor.shape)} shares memory with another"
                 )
+        kinds = [(_packed(tensor).shape, _packed(tensor).dtype) for tensor in cast]
         for tensor in cast:
-            dtype, stored = tensor.dtype, _packed(tensor).dtype
-            shape = _packed(tensor).shape
-            tensor.data = torch.empty(0, dtype=dtype, device=self.device)  # frees it first
-            tensor.data = torch.empty(shape, dtype=stored, device=self.device).view(dtype)
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        if cast:
+            # torch keeps what was freed for the stream that it was made on, which is another one.
+            self.empty_cache()
+        for tensor, (shape, stored) in zip(cast, kinds, strict=True):
+            made = torch.empty(shape, dtype=stored, device=self.device)
+            tensor.data = made.view(tensor.dtype)
 
         def restore() -> None:
             for tensor in cast:
