@@ -237,6 +237,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Load until the instance's ranks have weights that belong together."""
         vllm_config = self._vllm_config or get_current_vllm_config()
         ranks = ranks_of(vllm_config, identity)
+        ranks.publish_host(self._host())
         loaded, digests = load_together(
             ranks,
             attempt,
@@ -495,7 +496,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 wanted=load.wanted,
                 meaning=meaning,
                 made=made,
-                own=Own(process_id(), self._own_ports(load)),
+                own=self._own(load),
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -566,7 +567,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             model,
             model_config.model,
             self._config,
-            self._config.announced_host or get_ip(),
+            self._host(),
             offer,
             groups_to_come(vllm_config, load.identity),
             worker=load.worker,
@@ -575,11 +576,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ranks=ranks,
         )
 
-    def _own_ports(self, load: _Load) -> list[int]:
-        """Return the ports of this instance's ranks, if they are known before they listen."""
+    def _own(self, load: _Load) -> Own:
+        """Return what belongs to this instance, as far as it is known before its ranks listen."""
+        vllm_config = self._vllm_config or get_current_vllm_config()
         first = load.worker - load.identity.rank
         ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
-        return [port for port in ports if port]
+        hosts = ranks_of(vllm_config, load.identity).hosts
+        return Own(process_id(), [port for port in ports if port], hosts)
+
+    def _host(self) -> str:
+        """Return the address of this machine that others reach."""
+        return self._config.announced_host or get_ip()
 
     def _sources(self, rank: int, worker: int) -> Sequence[Address | Name]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
