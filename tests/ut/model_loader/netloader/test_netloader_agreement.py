@@ -377,6 +377,7 @@ def test_each_rank_knows_where_those_listen_that_have_told():
 def test_each_rank_knows_the_hosts_of_those_that_have_told():
     store = HashStore()
     one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    other.publish(digest("a", 1))
     assert one.hosts() == []
     other.publish_host("10.0.0.2")
     assert one.hosts() == ["10.0.0.2"]
