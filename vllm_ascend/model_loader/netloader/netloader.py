@@ -100,6 +100,7 @@ class _Load:
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
         worker: number of this process among all workers of the instance, also in the log.
+        hosts: see `Own`.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -113,6 +114,7 @@ class _Load:
     from_disk: bool = False
     wanted: str | None = None
     worker: int = 0
+    hosts: Callable[[], Iterable[str]] = tuple
     store: BlockStore | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
@@ -578,11 +580,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _own(self, load: _Load) -> Own:
         """Return what belongs to this instance, as far as it is known before its ranks listen."""
-        vllm_config = self._vllm_config or get_current_vllm_config()
         first = load.worker - load.identity.rank
         ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
-        hosts = ranks_of(vllm_config, load.identity).hosts
-        return Own(process_id(), [port for port in ports if port], hosts)
+        return Own(process_id(), [port for port in ports if port], load.hosts)
 
     def _host(self) -> str:
         """Return the address of this machine that others reach."""
@@ -630,6 +630,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             hashing=self._config.weights_digest is not None or compared,
             wanted=order.weights[identity.rank] if order.weights is not None else None,
             worker=worker,
+            hosts=ranks_of(vllm_config, identity).hosts,
             unserved=unserved,
         )
 
