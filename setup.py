@@ -42,6 +42,7 @@ plain = {
     "extras_require": {
         "dev": [
             "hypothesis==6.170.15",
+            "kubernetes-validate==1.37.0",
             "mypy==2.4.1",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

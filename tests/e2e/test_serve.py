@@ -5,17 +5,20 @@ Those marked `core` also run on the older supported vLLM.
 """
 
 import json
+import os
+import re
 import time
 from contextlib import ExitStack
 
 import pytest
 
-from tools.netloader_view import source_list
-from tools.vllm_server import ServerError
+from tests.name_server import name_server
+from tools.netloader_view import find_loads, source_list
+from tools.vllm_server import ServerError, VllmServer, free_port
 
 from .killing_proxy import killing_proxy
 from .ranks import Pair
-from .support import drafting, running
+from .support import PROMPTS, TOKENS, drafting, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -112,6 +115,51 @@ def pair_said(pair, said):
     # Sums are split among ranks, so rounding may turn a later token; the first stands.
     assert [each.tokens[0] for each in completions] == [each.tokens[0] for each in said]
     return completions
+
+
+# Python runs it at the start of each process, before anything asks for an address.
+_RESOLVER = """
+import dns.resolver
+dns.resolver.default_resolver = dns.resolver.Resolver(configure=False)
+dns.resolver.default_resolver.nameservers = ["127.0.0.1"]
+dns.resolver.default_resolver.port = {port}
+"""
+
+
+def test_instances_started_at_once_with_one_name_get_the_weights_of_the_one_that_has_them(
+    tmp_path, llama, said
+):
+    ports = [free_port() for _ in range(3)]
+    records = [f"0 1 {port} localhost." for port in ports]
+    with name_server("fleet.test", *records) as port, ExitStack() as stack:
+        (tmp_path / "sitecustomize.py").write_text(_RESOLVER.format(port=port))
+        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        instances = []
+        for index, listen in enumerate(ports):
+            config = {"MODEL": "llama", "SOURCE": "dnssrv+fleet.test", "LISTEN_PORT": listen}
+            instances.append(
+                VllmServer(
+                    llama.bare if index else llama.full,
+                    tmp_path / f"{index}.txt",
+                    # Nobody else has the weights that the first one would wait for.
+                    extra_config=config | {"SOURCE_WAIT": 240 if index else 0},
+                    environment={"PYTHONPATH": path},
+                )
+            )
+            stack.callback(instances[-1].kill)
+            instances[-1].start()
+        for instance in instances:
+            instance.wait_until_ready()
+        assert [[one.complete(prompt, TOKENS) for prompt in PROMPTS] for one in instances] == [
+            said
+        ] * 3
+        seed, *clients = [instance.read_log() for instance in instances]
+        assert not find_loads(seed)
+        for client in clients:
+            [load] = find_loads(client)
+            assert {*map(int, re.findall(r":(\d+)\b", load.source))} <= {*ports}
+        weights = r"instance digest (instance:\S+), "
+        assert len({one.search_log(weights)[1] for one in instances}) == 1
 
 
 @pytest.mark.core

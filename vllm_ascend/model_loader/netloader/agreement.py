@@ -52,7 +52,7 @@ _MOST_LISTS = 4
 # died ends the instance before, and one that reads a slow disk is to be waited for.
 _DEADLINE, _NEWS = 4 * 3600.0, 60.0
 _NOTHING = "-"  # in the place of a digest
-_ENDPOINT = "/endpoint"
+_ENDPOINT, _HOST = "/endpoint", "/host"
 
 RankWeights = Mapping[int, str]
 T = TypeVar("T")
@@ -206,19 +206,29 @@ class Ranks:
         said = self._told(_ENDPOINT)
         return {rank: msgspec.json.decode(one, type=Endpoint) for rank, one in said.items()}
 
+    def publish_host(self, host: str) -> None:
+        """Tell on which host this rank is, before it listens there."""
+        self._tell(_HOST, host.encode())
+
+    def hosts(self) -> list[str]:
+        """Return the hosts of the ranks, as far as they are known."""
+        return [host.decode() for host in self._told(_HOST).values()]
+
     def _tell(self, what: str, value: bytes) -> None:
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # of the store: its process may have ended
                 self.store.set(self._lasting(what, self.rank), value)
 
     def _told(self, what: str) -> dict[int, bytes]:
-        told: dict[int, bytes] = {}
-        if self.store is not None:
-            with contextlib.suppress(RuntimeError):
-                for rank in self.all:
-                    if self.store.check([key := self._lasting(what, rank)]):
-                        told[rank] = self.store.get(key)
-        return told
+        if self.store is None:
+            return {}
+        keys = {rank: self._lasting(what, rank) for rank in self.all}
+        with contextlib.suppress(RuntimeError):
+            if not self.store.check([*keys.values()]):  # not all of them have told
+                keys = {rank: key for rank, key in keys.items() if self.store.check([key])}
+            if keys:
+                return dict(zip(keys, self.store.multi_get([*keys.values()]), strict=True))
+        return {}
 
     def _lasting(self, what: str, rank: int) -> str:
         return f"netloader/{self.group}/instance {self.instance}/{rank}{what}"

@@ -100,6 +100,7 @@ class _Load:
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
         worker: number of this process among all workers of the instance, also in the log.
+        hosts: see `Own`.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -113,6 +114,7 @@ class _Load:
     from_disk: bool = False
     wanted: str | None = None
     worker: int = 0
+    hosts: Callable[[], Iterable[str]] = tuple
     store: BlockStore | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
@@ -237,6 +239,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Load until the instance's ranks have weights that belong together."""
         vllm_config = self._vllm_config or get_current_vllm_config()
         ranks = ranks_of(vllm_config, identity)
+        ranks.publish_host(self._host())
         loaded, digests = load_together(
             ranks,
             attempt,
@@ -495,7 +498,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 wanted=load.wanted,
                 meaning=meaning,
                 made=made,
-                own=Own(process_id(), self._own_ports(load)),
+                own=self._own(load),
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -566,7 +569,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             model,
             model_config.model,
             self._config,
-            self._config.announced_host or get_ip(),
+            self._host(),
             offer,
             groups_to_come(vllm_config, load.identity),
             worker=load.worker,
@@ -575,11 +578,15 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ranks=ranks,
         )
 
-    def _own_ports(self, load: _Load) -> list[int]:
-        """Return the ports of this instance's ranks, if they are known before they listen."""
+    def _own(self, load: _Load) -> Own:
+        """Return what belongs to this instance, as far as it is known before its ranks listen."""
         first = load.worker - load.identity.rank
         ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
-        return [port for port in ports if port]
+        return Own(process_id(), [port for port in ports if port], load.hosts)
+
+    def _host(self) -> str:
+        """Return the address of this machine that others reach."""
+        return self._config.announced_host or get_ip()
 
     def _sources(self, rank: int, worker: int) -> Sequence[Address | Name]:
         """Return where a rank can get its weights, and warn of what SOURCE lacks for it.
@@ -623,6 +630,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             hashing=self._config.weights_digest is not None or compared,
             wanted=order.weights[identity.rank] if order.weights is not None else None,
             worker=worker,
+            hosts=ranks_of(vllm_config, identity).hosts,
             unserved=unserved,
         )
 

@@ -547,8 +547,9 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
     monkeypatch.setattr(netloader, "_world_size", lambda: 2)
     loader = make(SOURCE="dns+fleet:28000", LISTEN_PORT=port)
     # The second rank of the second data-parallel replica.
-    load = netloader._Load(identity(rank=1), DEVICE, serving=False, worker=3)
+    load = netloader._Load(identity(rank=1), DEVICE, False, worker=3, hosts=lambda: ["10.0.0.1"])
     loader._pull(load, {}, (), loader._sources(1, 3), {})
+    assert asked["own"].hosts() == ["10.0.0.1"]
     assert asked["sources"] == (Name(Lookup.DNS, "fleet", 28000),)
     assert (asked["own"].process, asked["own"].ports) == (process_id(), ports)
 

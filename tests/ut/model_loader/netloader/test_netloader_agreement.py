@@ -372,3 +372,36 @@ def test_each_rank_knows_where_those_listen_that_have_told():
     alone = Ranks(3, [3], "netloader")
     alone.publish_endpoint(first)
     assert alone.endpoints() == {}
+
+
+def test_each_rank_knows_the_hosts_of_those_that_have_told():
+    store = HashStore()
+    one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    other.publish(digest("a", 1))
+    assert one.hosts() == []
+    other.publish_host("10.0.0.2")
+    assert one.hosts() == ["10.0.0.2"]
+    one.publish_host("10.0.0.1")
+    assert other.hosts() == ["10.0.0.1", "10.0.0.2"]
+    assert Ranks(0, [0], "netloader").hosts() == []
+
+
+class CountingStore:
+    """Counts what is asked of a store."""
+
+    def __init__(self):
+        self.store, self.asked = HashStore(), 0
+
+    def __getattr__(self, name):
+        self.asked += 1
+        return getattr(self.store, name)
+
+
+def test_what_many_ranks_have_told_costs_two_questions():
+    store = CountingStore()
+    many = [ranks(rank, 64, store) for rank in range(64)]
+    for rank, each in enumerate(many):
+        each.publish(digest("a", rank))
+    store.asked = 0
+    assert many[0].present({}) == {rank: digest("a", rank) for rank in range(64)}
+    assert store.asked == 2

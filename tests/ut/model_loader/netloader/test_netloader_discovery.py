@@ -4,14 +4,12 @@ import contextlib
 import socket
 import threading
 
-import dns.flags
-import dns.message
 import dns.resolver
-import dns.rrset
 import pytest
 import torch
 
 from tests.identity import identity
+from tests.name_server import name_server, resolver_at
 from vllm_ascend.model_loader.netloader.errors import SourceBusy, SourceRefused, SourceUnreachable
 from vllm_ascend.model_loader.netloader.interaction import discovery
 from vllm_ascend.model_loader.netloader.interaction.api import Endpoint, ModelStatus, Status
@@ -140,37 +138,17 @@ def test_two_processes_that_say_that_they_are_at_one_address_are_one_source(stac
     assert found == [Address("192.0.2.1", 9)]
 
 
-class Zone:
-    """A name server on this host that knows one SRV record."""
-
-    def __init__(self, stack, name, *records):
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((HOST, 0))
-        stack.callback(self._socket.close)
-        self._answer = dns.rrset.from_text(f"{name}.", 60, "IN", "SRV", *records)
-        self.resolver = dns.resolver.Resolver(configure=False)
-        self.resolver.nameservers = [HOST]
-        self.resolver.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self):
-        with contextlib.suppress(OSError):
-            while True:
-                said, client = self._socket.recvfrom(4096)
-                answer = dns.message.make_response(dns.message.from_wire(said))
-                if answer.question[0].name == self._answer.name:
-                    answer.answer.append(self._answer)
-                else:
-                    answer.set_rcode(3)
-                self._socket.sendto(answer.to_wire(), client)
+def serve(stack, monkeypatch, name, *records):
+    """Let this process ask a name server that knows these SRV records."""
+    resolver = resolver_at(stack.enter_context(name_server(name, *records)))
+    monkeypatch.setattr(dns.resolver, "default_resolver", resolver)
 
 
 def test_srv_records_name_ports_and_hosts(stack, zone, monkeypatch):
     one, other = Instance(stack, ONE), Instance(stack, OTHER)
     zone["one.test"], zone["other.test"] = [ONE], [OTHER]
     records = [f"0 0 {one.address(0).port} one.test.", f"0 0 {other.address(1).port} other.test."]
-    served = Zone(stack, "_netloader._tcp.fleet.test", *records)
-    monkeypatch.setattr(dns.resolver, "default_resolver", served.resolver)
+    serve(stack, monkeypatch, "_netloader._tcp.fleet.test", *records)
     found = addresses("dnssrv+_netloader._tcp.fleet.test", rank=1)
     assert {*found} == {one.address(1), other.address(1)}
     found, problems = look_up("dnssrv+none.test")
@@ -205,8 +183,7 @@ def test_a_bad_file_and_a_record_of_no_host_cost_nobody_else(stack, zone, monkey
     assert addresses(f"file+{tmp_path}/rank_") == [instance.address(0)]
     zone["one.test"] = [HOST]
     records = ["0 0 1 no-such-host.invalid.", f"0 0 {instance.address(0).port} one.test."]
-    served = Zone(stack, "fleet.test", *records)
-    monkeypatch.setattr(dns.resolver, "default_resolver", served.resolver)
+    serve(stack, monkeypatch, "fleet.test", *records)
     assert addresses("dnssrv+fleet.test") == [instance.address(0)]
 
 
@@ -263,6 +240,20 @@ def test_where_this_instance_is_to_listen_nobody_is_asked(zone):
     assert [*problems] == [f"{HOST}:1"]
     _, problems = look_up("dns+fleet.test:1")
     assert [*problems] == [f"{HOST}:1"]
+
+
+def test_where_a_rank_of_this_instance_is_to_listen_on_another_host_nobody_is_asked(zone):
+    zone["fleet.test"] = ["192.0.2.1"]
+    told = []
+    own = Own(ports=[1], hosts=lambda: told)
+    _, problems = look_up("dns+fleet.test:1", own=own, connect=0.1)
+    assert [*problems] == ["192.0.2.1:1"]
+    zone["rank-1.test"] = ["192.0.2.1"]
+    for host in ("192.0.2.1", "rank-1.test"):
+        told = [host]
+        assert addresses("dns+fleet.test:1", "rank-1.test:1", own=own) == []
+        _, problems = look_up("dns+fleet.test:2", own=own, connect=0.1)
+        assert [*problems] == ["192.0.2.1:2"]
 
 
 def test_an_instance_that_does_not_know_its_rank_yet_is_asked_later(stack):
@@ -336,6 +327,33 @@ def test_the_same_host_comes_first_then_who_serves_then_who_has_places(monkeypat
     }
     order = ["192.0.2.4", "192.0.2.3", "192.0.2.5", "192.0.2.1", "192.0.2.2"]
     assert hosts(*names) == order
+
+
+def test_the_priority_of_srv_records_comes_before_all_that(stack, zone, monkeypatch):
+    zone |= {f"{number}.test": [f"192.0.2.{number}"] for number in (1, 2, 3)}
+    statuses = Statuses(monkeypatch, local=["192.0.2.3"])
+    statuses.said["192.0.2.1"] = (3, "loading")
+    serve(stack, monkeypatch, "fleet.test", "1 1 1 1.test.", "2 1 1 3.test.", "3 9 1 2.test.")
+    assert hosts("dnssrv+fleet.test") == ["192.0.2.1", "192.0.2.3", "192.0.2.2"]
+    monkeypatch.setattr(discovery, "MAX_ASKED", 1)
+    assert hosts("dnssrv+fleet.test") == ["192.0.2.1"]
+
+
+def test_the_weight_of_srv_records_says_how_often_one_of_several_equal_ones_is_the_first(
+    stack, zone, monkeypatch
+):
+    zone |= {f"{number}.test": [f"192.0.2.{number}"] for number in (1, 2, 3)}
+    Statuses(monkeypatch)
+    serve(stack, monkeypatch, "fleet.test", "0 1 1 1.test.", "0 3 1 2.test.", "0 0 1 3.test.")
+    orders = [hosts("dnssrv+fleet.test", own=Own(f"client {number}")) for number in range(100)]
+    first = [order[0] for order in orders]
+    assert 65 <= first.count("192.0.2.2") <= 85
+    assert first.count("192.0.2.3") <= 1
+    # Of four equal ones each is the first for a quarter.
+    monkeypatch.setitem(zone, "3.test", [f"192.0.2.{number}" for number in (3, 4, 5, 6)])
+    serve(stack, monkeypatch, "fleet.test", "0 7 1 3.test.")
+    orders = [hosts("dnssrv+fleet.test", own=Own(f"client {number}")) for number in range(100)]
+    assert 15 <= [order[0] for order in orders].count("192.0.2.3") <= 35
 
 
 def test_equal_ones_come_in_the_same_order_for_one_client_and_in_others_for_others(monkeypatch):

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import ipaddress
+import math
 import socket
 import threading
 from collections import Counter
@@ -45,22 +46,41 @@ class Own:
     Attributes:
         process: names this process.
         ports: where the ranks of this instance listen, or will.
+        hosts: returns where these ranks are, as far as it is known; this host is not needed.
     """
 
     process: str = ""
     ports: Container[int] = ()
+    hosts: Callable[[], Iterable[str]] = tuple
 
 
 NOBODY = Own()
 
 
+class _Record(NamedTuple):
+    """An address that a name stands for, with priority and weight as RFC 2782 has them."""
+
+    address: Address
+    priority: int = 0  # the least comes first
+    weight: int = 1
+
+
+class _Place(NamedTuple):
+    """How an address is preferred before it is asked; the order is that of preference."""
+
+    priority: int
+    elsewhere: bool  # on another host
+    turn: float
+
+
 class _Found(NamedTuple):
     """An endpoint; the order is that of preference."""
 
+    priority: int
     elsewhere: bool  # on another host
     later: bool  # not serving yet
     load: float
-    hash: bytes
+    turn: float
     address: Address
     instance: str
 
@@ -96,11 +116,12 @@ class Discovery:
 
         Returns:
             The endpoints of this rank with what names the process there, in order of preference:
-            on the same host first, then those with most free places; a hash that differs from
-            client to client decides between equal ones. And what went wrong, by name or address.
+            the priority of SRV records, then those on the same host, then those with most free
+            places. Between equal ones a hash decides that differs from client to client, with the
+            weight of SRV records. And what went wrong, by name or address.
         """
         problems: dict[str, SourceError] = {}
-        found: dict[Address, bool] = {}
+        found: dict[Address, _Place] = {}
         # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
         wait(looking.values(), self._connect)
@@ -112,10 +133,8 @@ class Discovery:
             except Exception as error:
                 problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
         # Of many, those first that were not asked before.
-        candidates = sorted(
-            found,
-            key=lambda address: (self._asked[address], not found[address], self._hash(address)),
-        )[:MAX_ASKED]
+        candidates = sorted(found, key=lambda address: (self._asked[address], found[address]))
+        candidates = candidates[:MAX_ASKED]
         self._asked.update(candidates)
         endpoints: dict[object, _Found] = {}
         for address, status in self._answers(candidates).items():
@@ -137,18 +156,17 @@ class Discovery:
             distinct.setdefault(one.address, one.instance)
         return [*distinct.items()], problems
 
-    def _addresses(self, name: Name) -> Mapping[Address, bool]:
-        """Return the addresses that a name stands for, and whether they are of this host."""
-        found = {
-            address: _is_local(address.host)
-            for address in _LOOKUPS[name.lookup](name, self._connect)
-        }
-        # Nobody listens there yet, so only the address tells that it is this instance's own.
-        return {
-            address: local
-            for address, local in found.items()
-            if not (local and address.port in self._own.ports)
-        }
+    def _addresses(self, name: Name) -> Mapping[Address, _Place]:
+        """Return the addresses that a name stands for, but for those of this instance."""
+        own = {ip for host in {*self._own.hosts()} for ip in _ips(host)}
+        found: dict[Address, _Place] = {}
+        for address, priority, weight in _LOOKUPS[name.lookup](name, self._connect):
+            local = _is_local(address.host)
+            # Nobody listens there yet, so only the address tells that it is this instance's own.
+            if address.port in self._own.ports and (local or own & _ips(address.host)):
+                continue
+            found[address] = _Place(priority, not local, self._turn(address, weight))
+        return found
 
     def _answers(self, addresses: Iterable[Address]) -> Mapping[Address, "Future[Status]"]:
         """Ask instances for their status; one that takes longer than others is not waited for."""
@@ -169,7 +187,7 @@ class Discovery:
         ) as client:
             return client.status()
 
-    def _endpoint(self, asked: Address, local: bool, status: Status) -> _Found:
+    def _endpoint(self, asked: Address, place: _Place, status: Status) -> _Found:
         """Return where this rank listens in the instance that has answered.
 
         Raises:
@@ -193,6 +211,7 @@ class Discovery:
                 raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
             raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
         own = model.endpoints.get(model.identity.rank)
+        elsewhere = place.elsewhere
         try:
             address = parse_address(there.address)
             if there.instance == status.instance:
@@ -202,15 +221,22 @@ class Discovery:
                 address = Address(asked.host, address.port)
             else:
                 ipaddress.ip_address(address.host)  # no name that somebody else has chosen
-                local = _is_local(address.host)
+                elsewhere = not _is_local(address.host)
         except ValueError as error:
             raise SourceRefused(f"{asked}: {shortened(str(error), 300)}") from None
         load = status.places_taken / max(1, status.places)
         later = model.state != "serving"
-        return _Found(not local, later, load, self._hash(address), address, there.instance)
+        return _Found(place.priority, elsewhere, later, load, place.turn, address, there.instance)
 
-    def _hash(self, address: Address) -> bytes:
-        return hashlib.blake2b(f"{self._own.process} {address}".encode(), digest_size=8).digest()
+    def _turn(self, address: Address, weight: int) -> float:
+        """Return a number by which the least is the first as often as its weight says.
+
+        It is as if drawn from an exponential distribution, and the same for each look-up.
+        """
+        said = f"{self._own.process} {address}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) / 2**64
+        # A weight of 0 is to have a very small chance.
+        return -math.log1p(-drawn) / (weight or 0.001)
 
 
 def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
@@ -233,34 +259,41 @@ def _reason(error: Exception) -> str:
     return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__, 300)
 
 
+def _ips(host: str) -> set[str]:
+    """Return the IP addresses of a host, if any are known."""
+    try:
+        return {record.address.host for record in _of_host(host, 0)}
+    except OSError:
+        return set()
+
+
 def _is_local(host: str) -> bool:
     """Return whether an IP address, or one that a name stands for, is one of this machine."""
-    try:
-        hosts = {address.host for address in _of_host(host, 0)}
-    except OSError:
-        return False
+    hosts = _ips(host)
     here = {own.address for each in psutil.net_if_addrs().values() for own in each}
     return not here.isdisjoint(hosts) or any(
         ipaddress.ip_address(host).is_loopback for host in hosts
     )
 
 
-def _of_host(host: str, port: int) -> list[Address]:
+def _of_host(host: str, port: int, priority: int = 0, weight: int = 1) -> list[_Record]:
     """Return all IPv4 and IPv6 addresses of a host."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [Address(unmapped(str(where[0])), port) for *_, where in found]
+    return [
+        _Record(Address(unmapped(str(where[0])), port), priority, weight) for *_, where in found
+    ]
 
 
-def _instance(name: Name, seconds: float) -> list[Address]:
+def _instance(name: Name, seconds: float) -> list[_Record]:
     # Whoever connects tries all addresses of the host.
-    return [Address(name.text, name.port)]
+    return [_Record(Address(name.text, name.port))]
 
 
-def _dns(name: Name, seconds: float) -> list[Address]:
+def _dns(name: Name, seconds: float) -> list[_Record]:
     return _of_host(name.text, name.port)
 
 
-def _srv(name: Name, seconds: float) -> list[Address]:
+def _srv(name: Name, seconds: float) -> list[_Record]:
     try:
         from dns.exception import DNSException
         from dns.resolver import resolve
@@ -271,15 +304,21 @@ def _srv(name: Name, seconds: float) -> list[Address]:
     except DNSException as error:
         raise OSError(one_line(error)) from None
     return _all_of(
-        partial(_of_host, record.target.to_text(omit_final_dot=True), record.port)
+        partial(
+            _of_host,
+            record.target.to_text(omit_final_dot=True),
+            record.port,
+            record.priority,
+            record.weight,
+        )
         for record in records
     )
 
 
-def _files(name: Name, seconds: float) -> list[Address]:
-    def read(path: str) -> list[Address]:
+def _files(name: Name, seconds: float) -> list[_Record]:
+    def read(path: str) -> list[_Record]:
         with Path(path).open("rb") as file:
-            return [parse_address(file.read(_MAX_FILE).decode())]
+            return [_Record(parse_address(file.read(_MAX_FILE).decode()))]
 
     paths = sorted(glob.glob(f"{glob.escape(name.text)}*.txt"))
     if not paths:
@@ -287,14 +326,14 @@ def _files(name: Name, seconds: float) -> list[Address]:
     return _all_of(partial(read, path) for path in paths)
 
 
-def _all_of(parts: Iterable[Callable[[], list[Address]]]) -> list[Address]:
-    """Return the addresses of all parts; one that fails costs no other.
+def _all_of(parts: Iterable[Callable[[], list[_Record]]]) -> list[_Record]:
+    """Return the records of all parts; one that fails costs no other.
 
     Raises:
         OSError: all failed.
         ValueError: all failed.
     """
-    found: list[Address] = []
+    found: list[_Record] = []
     failure: OSError | ValueError | None = None
     for part in parts:
         try:
@@ -306,7 +345,7 @@ def _all_of(parts: Iterable[Callable[[], list[Address]]]) -> list[Address]:
     return found
 
 
-_LOOKUPS: Mapping[Lookup, Callable[[Name, float], list[Address]]] = {
+_LOOKUPS: Mapping[Lookup, Callable[[Name, float], list[_Record]]] = {
     Lookup.INSTANCE: _instance,
     Lookup.DNS: _dns,
     Lookup.SRV: _srv,
