@@ -79,6 +79,20 @@ class Completion:
         return "".join(self.tokens)
 
 
+def launch(command: list[str], environment: dict[str, str], log: Path) -> psutil.Process:
+    """Starts a program as the first process of a group of its own."""
+    with log.open("wb") as output:
+        return psutil.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # A Ctrl-C in the terminal reaches only us, and we can end the group as a whole.
+            start_new_session=True,
+        )
+
+
 class VllmServer:
     """One `vllm serve` with all its processes.
 
@@ -96,6 +110,7 @@ class VllmServer:
         extra_config: Mapping[str, Any] | None = None,
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        launch: Callable[[list[str], dict[str, str], Path], psutil.Process] = launch,
     ) -> None:
         self.model = model
         self.log = log
@@ -113,21 +128,12 @@ class VllmServer:
         replicas = any("data-parallel" in argument for argument in arguments)
         meeting = {} if replicas else {"VLLM_PORT": str(free_port())}
         self._environment = os.environ | ENVIRONMENT | meeting | (environment or {})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._launch = launch
+        self._process: psutil.Process | None = None
 
     def start(self) -> None:
         """Starts the processes and returns at once."""
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Its own process group: a Ctrl-C in the terminal reaches only us, and we can end
-                # the group as a whole.
-                start_new_session=True,
-            )
+        self._process = self._launch(self._command, self._environment, self.log)
 
     def wait_until_ready(self, timeout: float = START_SECONDS) -> None:
         """Waits until the instance answers requests.
@@ -188,13 +194,18 @@ class VllmServer:
     @property
     def is_running(self) -> bool:
         """Whether the instance's first process is alive."""
-        return self._process is not None and self._process.poll() is None
+        if self._process is None:
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
+        return False
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """Lets the instance end as a service manager would, and kills what is left of it."""
         if self._process is not None:
-            self._process.terminate()
             try:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._process.terminate()
                 self._process.wait(timeout)
             finally:
                 self.kill()

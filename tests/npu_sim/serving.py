@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.vllm_server import Completion, VllmServer
+import psutil
+
+from tools import vllm_server
+from tools.vllm_server import Completion, VllmServer, launch
 
 from ..e2e.support import Instance
 from .cann.build import SITE_PACKAGES
-from .simulator import CACHE, HERE, environment
+from .simulator import CACHE, CHILDREN, HERE, environment
 
 # Of a machine that others use as well; alone it takes 12 s.
 START_SECONDS = 300.0
@@ -191,6 +195,36 @@ def released_vllm_ascend(folder: Path) -> Path:
     return folder
 
 
+def _visible(first: int) -> str:
+    return ",".join(str(first + rank) for rank in range(MOST_RANKS))
+
+
+@functools.cache
+def _parent() -> subprocess.Popen[str]:
+    """Starts the parent of instances, which ends when this process does."""
+    return subprocess.Popen(
+        [sys.executable, str(CHILDREN / "forks.py")],
+        # vLLM's import fixes the number of devices, so that it is the same for each instance.
+        env=os.environ
+        | vllm_server.ENVIRONMENT
+        | npu_environment()
+        | {"ASCEND_RT_VISIBLE_DEVICES": _visible(0)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def fork(command: list[str], environment: dict[str, str], log: Path) -> psutil.Process:
+    """Does what tools.vllm_server.launch does, with all of vLLM imported already."""
+    parent = _parent()
+    assert parent.stdin
+    assert parent.stdout
+    print(json.dumps([command, environment, str(log)]), file=parent.stdin, flush=True)
+    return psutil.Process(int(parent.stdout.readline()))
+
+
 class Fleet:
     """Starts instances, each in a folder and on devices of its own, and ends them all."""
 
@@ -218,14 +252,13 @@ class Fleet:
             config: NetLoader's.
             bare: whether it has no weight file.
             arguments: of `vllm serve`.
-            environment: changes of it.
+            environment: changes of it. Without any, the instance is forked from a process that has
+                imported vLLM, which saves most of its start.
         """
         folder = self._folder / name
         folder.mkdir()
         sizes = re.findall(r"(?:tensor|pipeline|data)-parallel-size=(\d+)", " ".join(arguments))
         ranks = math.prod(map(int, sizes))
-        device = next(self._devices)
-        devices = ",".join(str(device + rank) for rank in range(ranks))
         prefix = folder / "rank"
         server = VllmServer(
             model.bare if bare else model.full,
@@ -234,8 +267,9 @@ class Fleet:
             | dict(config or {}),
             arguments=(*model.arguments, *arguments),
             environment=npu_environment()
-            | {"ASCEND_RT_VISIBLE_DEVICES": devices}
+            | {"ASCEND_RT_VISIBLE_DEVICES": _visible(next(self._devices))}
             | dict(environment or {}),
+            launch=launch if environment else fork,
         )
         self._exit.callback(server.kill)
         server.start()

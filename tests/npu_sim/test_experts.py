@@ -38,10 +38,10 @@ class Chain:
 # experts divided in both ways. Without a cache the client post-processes an empty model, which is
 # where the shared experts that are overlapped are checked.
 CHAINS = (
-    Chain("qwen3_moe", ("no", "no"), TP2),
-    Chain("qwen3_moe", ("hbm", "dram"), TP2_EP),
+    Chain("qwen3_moe", ("no", "no", "no"), TP2),
+    Chain("qwen3_moe", ("hbm", "dram", "hbm"), TP2_EP),
     Chain("deepseek_v3", ("no", "no", "no"), (DRAFTING, OVERLAPPED)),
-    Chain("deepseek_v3", ("dram", "hbm"), (*TP2_EP, DRAFTING)),
+    Chain("deepseek_v3", ("dram", "hbm", "dram"), (*TP2_EP, DRAFTING)),
     Chain("deepseek_w4a8", ("no", "no")),
 )
 

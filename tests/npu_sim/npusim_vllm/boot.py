@@ -79,6 +79,11 @@ def after_block_table(module: ModuleType) -> None:
     module._compute_slot_mapping_kernel = ops.SlotMapping()  # type: ignore[attr-defined]
 
 
+def after_shm_broadcast(module: ModuleType) -> None:
+    """Lets ranks sleep until they are told something, as there are more of them than cores."""
+    module.SpinCondition.__init__.__defaults__ = (0,)
+
+
 def after_camem(module: ModuleType) -> None:
     """Gives sleep mode the memory that vLLM Ascend's own library would give it."""
     from . import sleep
@@ -100,6 +105,7 @@ BEFORE = {
 AFTER = {
     "torch_npu": after_torch_npu,
     "torch_npu.op_plugin.atb._atb_ops": after_atb,
+    "vllm.distributed.device_communicators.shm_broadcast": after_shm_broadcast,
     "vllm_ascend.device.device_op": after_device_op,
     "vllm_ascend.device_allocator.camem": after_camem,
     "vllm_ascend.worker.block_table": after_block_table,

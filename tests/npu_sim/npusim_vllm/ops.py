@@ -164,7 +164,6 @@ def npu_scatter_pa_kv_cache(
 npu.impl("npu_scatter_pa_kv_cache", npu_scatter_pa_kv_cache, "PrivateUse1", allow_override=True)
 
 
-@op("npu_fused_infer_attention_score")
 def attention(
     query: Any,
     key: Any,
@@ -209,6 +208,23 @@ def attention(
     # MLA asks for the sums in case that a prefill comes in parts, and such a one is not simulated.
     lse = torch.full((*query.shape[:-1], 1), torch.nan) if softmax_lse_flag else torch.zeros(1)
     return out, lse
+
+
+def npu_fused_infer_attention_score(
+    query: Any, key: Any, value: Any, *, block_table: Any = None, **more: Any
+) -> Any:
+    """Reads a cache where it is, as copying all of it takes longer than the rest."""
+    if block_table is not None:
+        key, value = host(key), host(value)
+    return on_cpu(attention)(query, key, value, block_table=block_table, **more)
+
+
+npu.impl(
+    "npu_fused_infer_attention_score",
+    npu_fused_infer_attention_score,
+    "PrivateUse1",
+    allow_override=True,
+)
 
 
 def _attend(q: Any, k: Any, v: Any, heads: int, kv_heads: int, scale: float) -> Any:
