@@ -16,7 +16,7 @@ RELEASE = "0.23.0.post1"
 NAME = f"vllm_ascend-{RELEASE}"
 # All of them take minutes and run in "make test-ut": these are some that import much, and some with
 # the modules that have other names there.
-SOME = ("api", "compat", "config", "identity", "registry", "same_model", "store")
+SOME = ("api", "compat", "config", "identity", "registry", "store")
 
 
 def run(*arguments, cwd, **changes):
