@@ -14,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs/source/user_guide/feature_guide"
 README, GUIDE = ROOT / "README.md", PAGES / "netloader.md"
 OPERATIONS, PROTOCOL = PAGES / "netloader_operations.md", PAGES / "netloader_protocol.md"
+ASCEND = PAGES / "netloader_ascend.md"
 sys.path.insert(0, str(ROOT))
 
+from tests.npu_sim import matrix  # noqa: E402
 from vllm_ascend.model_loader.netloader import config, identity  # noqa: E402
 from vllm_ascend.model_loader.netloader.config import _PARSERS, NetLoaderConfig  # noqa: E402
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceBusy  # noqa: E402
@@ -41,6 +43,7 @@ def main() -> int:
         *(f"the code says nothing like {line}" for line in lines if not is_said(line, texts)),
         *(f"the code logs nothing like {line}" for line in samples if not is_logged(line, texts)),
         *wrong_in_protocol(),
+        *wrong_in_matrix(rows_of(ASCEND, "matrix")),
     ]
     checked = f"{len(table)} keys, {len(lines)} log lines, {len(samples)} samples, the protocol"
     print(*problems, f"{checked}: {len(problems)} problems", sep="\n")
@@ -195,6 +198,14 @@ def _longest_lists() -> Iterable[tuple[str, float]]:
             limit = getattr(field.type, "max_length", None)
             if limit is not None and isinstance(field.type, msgspec.inspect.ListType):
                 yield f"{kind.__name__}.{field.name}", limit
+
+
+def wrong_in_matrix(page: list[list[str]]) -> Iterator[str]:
+    """Say where the table of models is not that of the tests."""
+    expected = matrix.table()
+    for row in page + expected:
+        if row not in page or row not in expected:
+            yield f"{ASCEND.name} or python -m tests.npu_sim.matrix has {row}, but not both"
 
 
 def _accepts(key: str, value: object) -> bool:

@@ -378,6 +378,8 @@ def python(*arguments, **options):
     """Start a Python process that sees the same code as this one."""
     folders = [str(Path(vllm_ascend.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    # Its lines would go to stdout, if something has vLLM configure them.
+    environment["VLLM_CONFIGURE_LOGGING"] = "0"
     environment |= options.pop("env", {})
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],

@@ -549,7 +549,7 @@ def test_what_is_watched_already_is_told_of_once(watched):
 def test_vllms_own_worker_has_what_is_watched():
     from vllm.v1.worker.gpu_worker import Worker
 
-    newer = {"discard", "reset_weights"}
+    newer = {"discard", "reset_weights", "start_draft_weight_update"}
     assert {name for name in compat._CHANGES if not hasattr(Worker, name)} <= newer
 
 
