@@ -53,11 +53,11 @@ def _on(test: str, *row: str, caches: tuple[str, ...] = (), run: str = SIMULATOR
 
 
 _NO, _NO3, _RAWS = ("no", "no"), ("no", "no", "no"), ("hbm", "dram", "hbm")
-_DRAFT, _V3 = "DeepSeek V3 with MTP draft", "W8A8_DYNAMIC"
+_DRAFT, _DYNAMIC = "DeepSeek V3 with MTP draft", "W8A8_DYNAMIC"
 ROWS = (
     _on(f"{_SERVE}[one-rank]", "Llama", "bf16", "one rank"),
     _on(f"{_SERVE}[two-ranks]", "Llama", "bf16", "TP 2"),
-    _on(_STAGES, "Llama", "bf16", "TP 2, PP 2"),
+    _on(f"{_STAGES}[plain]", "Llama", "bf16", "TP 2, PP 2"),
     _on(_REPLICAS, "Llama", "bf16", "DP 2"),
     _on(f"{_INT8}[w8a8-no-no]", "Llama", "W8A8", "one rank", caches=_NO),
     _on(f"{_INT8}[w8a8-hbm-dram-hbm]", "Llama", "W8A8", "one rank", caches=_RAWS),
@@ -65,21 +65,24 @@ ROWS = (
     _on(f"{_INT8}[w8a8_dynamic-hbm-dram-hbm]", "Llama", "W8A8_DYNAMIC", "one rank", caches=_RAWS),
     _on(_MLA, "DeepSeek V2", "bf16", "one rank", caches=_NO),
     _on(_SPREAD, "DeepSeek V2", "bf16", "DP 2, EP"),
-    _on(f"{_EXPERTS}[qwen3_moe-tp2-no-no]", "Qwen3-MoE", "W8A8_DYNAMIC", "TP 2", caches=_NO),
+    _on(f"{_EXPERTS}[qwen3_moe-tp2-no-no-no]", "Qwen3-MoE", _DYNAMIC, "TP 2", caches=_NO3),
     _on(
-        f"{_EXPERTS}[qwen3_moe-tp2-ep-hbm-dram]",
-        *("Qwen3-MoE", "W8A8_DYNAMIC", "TP 2, EP"),
-        caches=("hbm", "dram"),
+        f"{_EXPERTS}[qwen3_moe-tp2-ep-hbm-dram-hbm]",
+        "Qwen3-MoE",
+        _DYNAMIC,
+        "TP 2, EP",
+        caches=_RAWS,
     ),
+    _on(f"{_STAGES}[qwen3_moe]", "Qwen3-MoE", _DYNAMIC, "TP 2, PP 2"),
     _on(
         f"{_EXPERTS}[deepseek_v3-draft-overlapped-no-no-no]",
-        *(_DRAFT, _V3, "one rank"),
+        *(_DRAFT, _DYNAMIC, "one rank"),
         caches=_NO3,
     ),
     _on(
-        f"{_EXPERTS}[deepseek_v3-tp2-ep-draft-dram-hbm]",
-        *(_DRAFT, _V3, "TP 2, EP"),
-        caches=("dram", "hbm"),
+        f"{_EXPERTS}[deepseek_v3-tp2-ep-draft-dram-hbm-dram]",
+        *(_DRAFT, _DYNAMIC, "TP 2, EP"),
+        caches=("dram", "hbm", "dram"),
     ),
     _on(f"{_EXPERTS}[deepseek_w4a8-no-no]", "DeepSeek V3", "W4A8_DYNAMIC", "one rank", caches=_NO),
     Row(
