@@ -31,6 +31,7 @@ COPIED = {
     f"{UNIT_TESTS}/*.py": UNIT_TESTS,
     "tests/conftest.py": "tests/ut/model_loader",
     "tests/identity.py": UNIT_TESTS,
+    "tests/name_server.py": UNIT_TESTS,
     "tools/make_model.py": UNIT_TESTS,
     **{
         f"tests/conformance/{name}.py": f"{UNIT_TESTS}/conformance"
@@ -55,6 +56,7 @@ OWN = (PACKAGE, UNIT_TESTS)
 # Modules of the tests that have another name there.
 MODULES = {
     "tests.identity": "tests.ut.model_loader.netloader.identity",
+    "tests.name_server": "tests.ut.model_loader.netloader.name_server",
     "tests.conformance": "tests.ut.model_loader.netloader.conformance",
     "tests.e2e": "tests.e2e.pull_request.two_card.netloader",
     "tools.make_model": "tests.ut.model_loader.netloader.make_model",
@@ -71,7 +73,10 @@ LINES = (
     (
         f"{GUIDE}/index.md",
         "netloader",
-        ("netloader_ascend", "netloader_operations", "netloader_protocol"),
+        (
+            *("netloader_scale_out", "netloader_ascend"),
+            *("netloader_operations", "netloader_protocol"),
+        ),
     ),
 )
 REGISTERS = "from .model_loader.netloader import register_netloader"
