@@ -84,7 +84,13 @@ ROWS = (
         *(_DRAFT, _DYNAMIC, "TP 2, EP"),
         caches=("dram", "hbm", "dram"),
     ),
-    _on(f"{_EXPERTS}[deepseek_w4a8-no-no]", "DeepSeek V3", "W4A8_DYNAMIC", "one rank", caches=_NO),
+    _on(
+        f"{_EXPERTS}[deepseek_w4a8-no-no-no]",
+        "DeepSeek V3",
+        "W4A8_DYNAMIC",
+        "one rank",
+        caches=_NO3,
+    ),
     Row(
         "linear layers, experts, MLA",
         "W8A8, W8A8_DYNAMIC, W4A8",

@@ -42,7 +42,7 @@ CHAINS = (
     Chain("qwen3_moe", ("hbm", "dram", "hbm"), TP2_EP),
     Chain("deepseek_v3", ("no", "no", "no"), (DRAFTING, OVERLAPPED)),
     Chain("deepseek_v3", ("dram", "hbm", "dram"), (*TP2_EP, DRAFTING)),
-    Chain("deepseek_w4a8", ("no", "no")),
+    Chain("deepseek_w4a8", ("no", "no", "no")),
 )
 
 

@@ -34,10 +34,13 @@ def test_stages_of_a_pipeline_load_from_the_same_stages(fleet, models, name):
     said = seed.say_little()
     # As two ranks quantize the halves of what the CPU quantizes as a whole.
     assert_as_on_cpu(said, model, 1 if model.arguments else None)
-    config = {"SOURCE": source_list(seed.addresses())}
-    client = fleet.start("client", model, config, bare=True, arguments=STAGES).wait()
-    assert client.say_little() == said
-    client.assert_loaded_from(seed)
+    source = seed
+    for place in ("client", "third"):
+        config = {"SOURCE": source_list(source.addresses())}
+        client = fleet.start(place, model, config, bare=True, arguments=STAGES).wait()
+        assert client.say_little() == said
+        client.assert_loaded_from(source)
+        source = client
 
 
 # Replicas of a dense model, and the NetLoader that vLLM Ascend ships
