@@ -46,10 +46,11 @@ def tree(tmp_path_factory):
 
 
 def files_in(tree):
+    """All but what Python and hypothesis leave where tests ran."""
     return {
         path.relative_to(tree).as_posix(): path.read_bytes()
         for path in tree.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", ".hypothesis"} & {*path.parts}
     }
 
 
