@@ -49,8 +49,6 @@ COPIED = {
     f"{GUIDE}/netloader*.md": GUIDE,
     f"{CHINESE}/netloader*.po": CHINESE,
 }
-# Makes configurations of vLLM's own platforms, which vLLM Ascend's does not take.
-NOT_COPIED = "test_netloader_same_model.py"
 # Whole folders that are NetLoader's there, too: what is left of the old one is removed.
 OWN = (PACKAGE, UNIT_TESTS)
 # Modules of the tests that have another name there.
@@ -203,7 +201,7 @@ def _placed() -> Iterator[tuple[str, bytes]]:
     """Yields where a file goes, and its bytes there."""
     names = re.compile(rf"\b({'|'.join(map(re.escape, MODULES))})\b")
     for pattern, folder in COPIED.items():
-        files = sorted(f for f in PROJECT.glob(pattern) if f.name != NOT_COPIED)
+        files = sorted(PROJECT.glob(pattern))
         if not files:
             raise PatchError(f"{PROJECT} has no {pattern}")
         base = PROJECT / pattern.partition("/*")[0]
