@@ -41,7 +41,7 @@ LOGGING = {
     "handlers": {"out": {"class": "logging.StreamHandler", "formatter": "stamped"}},
     "loggers": {"vllm": {"handlers": ["out"], "level": "INFO", "propagate": False}},
 }
-_HELD, _PAGE = 8 << 30, 4096
+_HELD = 8 << 30  # bytes in use until a load begins: more than it takes
 # The last line before a worker makes its model, and the first one after the model is complete.
 BEGIN, END = "Starting to load model", "KV cache size"
 
@@ -130,7 +130,7 @@ def _holding_memory(nbytes: int) -> Iterator[None]:
     """
     with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
-        memory[::_PAGE] = bytes(len(range(0, nbytes, _PAGE)))
+        memory[:: mmap.PAGESIZE] = bytes(len(range(0, nbytes, mmap.PAGESIZE)))
         yield
 
 
