@@ -155,6 +155,8 @@ def wrong_in_protocol() -> Iterator[str]:
 
 
 def _what_the_client_does(code: api.Code) -> str:
+    if code is api.Code.ASK_OTHERS:
+        return "other blocks"
     return "asks again later" if code.error is SourceBusy else "next source"
 
 

@@ -276,7 +276,7 @@ def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_p
     assert_same(renewed.model, model)
 
 
-def test_a_reload_opens_the_port_of_an_instance_that_could_not_be_a_source_before(
+def test_a_reload_makes_a_source_of_an_instance_that_could_not_be_one_before(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed = Seed(on_disk(models, "llama"), tmp_path / "seed_")
@@ -292,11 +292,12 @@ def test_a_reload_opens_the_port_of_an_instance_that_could_not_be_a_source_befor
         patched.setattr(netloader, "after_processing", refuse)
         model = load(config)
     port_file = Path(f"{prefix}0.txt")
-    assert not port_file.exists()
+    source = [{"device_id": 0, "sources": [port_file.read_text()]}]
+    with pytest.raises(LoadFailed, match="cannot_serve: no copy was kept"):
+        load(make_config(bare, MODEL="m", SOURCE=source, FALLBACK=False, **NO_SERVER))
     with worker(config) as loader:
         loader.load_weights(model, config.model_config)
     registry.wait_for_renewal()
-    source = [{"device_id": 0, "sources": [port_file.read_text()]}]
     assert_same(seed.model, load(make_config(bare, MODEL="m", SOURCE=source, **NO_SERVER)))
 
 

@@ -1,5 +1,7 @@
 """What can go wrong in NetLoader, one exception type for each meaning."""
 
+from collections.abc import Mapping
+
 
 class NetLoaderError(Exception):
     """Anything NetLoader reports; the message says where, which rank and why."""
@@ -15,16 +17,29 @@ class SourceError(NetLoaderError):
     Attributes:
         code: what the source answered with (`interaction.api.Code`), empty if it did not.
         retry_after: seconds after which the source wants to be asked again.
-        peers: addresses, as text, of others that have or get the same weights.
+        peers: others that have or get the same weights: address and name of the process.
+        weights: digest of these weights, as far as the source has said.
+        instance: names the source's process, as far as it has said.
+        ranks: weights digests of the ranks of an instance that has `weights`, as far as known.
     """
 
     def __init__(
-        self, message: str, code: str = "", retry_after: float = 0.0, peers: tuple[str, ...] = ()
+        self,
+        message: str,
+        code: str = "",
+        retry_after: float = 0.0,
+        peers: tuple[tuple[str, str], ...] = (),
+        weights: str | None = None,
+        instance: str = "",
+        ranks: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.retry_after = retry_after
         self.peers = peers
+        self.weights = weights
+        self.instance = instance
+        self.ranks = ranks or {}
 
 
 class ProtocolError(SourceError):
@@ -41,6 +56,10 @@ class SourceBusy(SourceError):
 
 class BlocksNotHere(SourceError):
     """The source serves, but does not have these blocks (yet)."""
+
+
+class AskOthers(SourceError):
+    """The source has sent these blocks to others: ask those, and this one for other blocks."""
 
 
 class SourceLost(SourceError):
@@ -63,6 +82,10 @@ class TransferCorrupt(SourceError):
 
 class Withdrawn(NetLoaderError):
     """Weights that were offered are not any more, as their memory changes or goes away."""
+
+
+class Preparing(Withdrawn):
+    """Weights that have come from elsewhere are being made ready for inference."""
 
 
 class Gone(Withdrawn):

@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -28,29 +29,35 @@ from .errors import (
     TransferCorrupt,
     Withdrawn,
 )
-from .executor.chunks.blocks import Blocks
+from .executor.chunks.blocks import Blocks, Run
 from .executor.chunks.digests import combine, is_one_of, of_instance
 from .executor.chunks.manifest import NO_MEANING, Manifest, Sample
 from .executor.devices import Accelerator, Device
 from .executor.elastic_load import P2PLoad, Receiver
 from .executor.model.match import match
-from .executor.scheduler import Scheduler
+from .executor.scheduler import Peer, Scheduler
 from .executor.store import BlockStore
 from .executor.transport.group import CLIENT, GroupReceiver, TransferGroup, form_group
 from .executor.transport.http import HttpReceiver
 from .identity import ModelIdentity, Revision
+from .interaction import api
 from .interaction.api import Code, Done, Join, Joined
 from .interaction.discovery import NOBODY, Discovery, Own
 from .interaction.elastic import ElasticClient, GroupControl
 from .interaction.source_queue import SourceQueue
-from .utils import Address, Name, logger, one_line, rate, shortened, size
+from .utils import Address, Name, logger, one_line, parse_address, rate, shortened, size
 
 # Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
 # checked while the cache still has it.
 _CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
+# Seconds between two questions for others that get the same weights: at first, and at most.
+_FIRST_QUESTION, _LAST_QUESTION = 1.0, 10.0
 # Seconds between two look-ups of names: at first, and at most.
 _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
+# Connections for news that are made anew in a session, as they hold no place at the source.
+_NEWS_AGAIN = 2
+_ITSELF = "this is the instance itself"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,32 @@ class Loaded:
     lists: Sequence[Mapping[int, str]] = ()
 
 
+class Relay(Protocol):
+    """What a load passes on while it goes on; see `serve.Relay`."""
+
+    @property
+    def peer(self) -> api.Peer:
+        """This rank as others know it."""
+
+    def begin(
+        self,
+        store: BlockStore,
+        met: Callable[[str, api.Peer], object],
+        ranks: Callable[[], Mapping[int, str]],
+    ) -> None:
+        """Pass on what comes to a store, and tell of those who get the same weights."""
+
+    def know(self, weights: str, address: Address, instance: str, *, complete: bool) -> None:
+        """Name a source to others; `complete`: it has every block."""
+
+    def end(self, *, complete: bool) -> None:
+        """Pass nothing on any more."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks that were passed on."""
+
+
 def elastic_load(
     tensors: Mapping[str, torch.Tensor],
     required: Collection[str],
@@ -81,6 +114,7 @@ def elastic_load(
     meaning: Mapping[str, str] = NO_MEANING,
     made: Mapping[str, Sample] | None = None,
     own: Own = NOBODY,
+    relay: Relay | None = None,
     show_progress: bool = False,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
@@ -102,6 +136,8 @@ def elastic_load(
         meaning: what decided what the tensors are; see `Manifest`.
         made: samples of what the model has made itself; None: they are not compared.
         own: what names may stand for and is not asked.
+        relay: lets others have what has come while the rest is on its way. It is used where the
+            tensors are in host memory and digests are checked.
         show_progress: whether to draw a progress bar.
 
     Raises:
@@ -111,11 +147,14 @@ def elastic_load(
     addresses = [source for source in sources if isinstance(source, Address)]
     names = [source for source in sources if isinstance(source, Name)]
     queue = SourceQueue(addresses, config.source_wait)
-    target = _Target(tensors, required, identity, config, device, meaning, made)
-    sessions = _Sessions(queue, target, identity, config, device, worker, wanted)
+    if device.accelerator is not None or not config.verify:
+        relay = None
+    several = bool(names) or relay is not None
+    target = _Target(tensors, required, identity, config, device, meaning, made, relay)
+    sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
-        for index in range(config.max_sources if names else min(config.max_sources, len(sources)))
+        for index in range(config.max_sources if several else min(config.max_sources, len(sources)))
     ]
     if names:
         discovery = Discovery(
@@ -127,15 +166,21 @@ def elastic_load(
         )
         with contextlib.suppress(RuntimeError):  # no more threads: what was found has to do
             looking.start()
+    if relay is not None:
+        asking = threading.Thread(
+            target=sessions.keep_asking, name="netloader-load-peers", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # no more threads: the answers to joins have to do
+            asking.start()
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
             thread.start()
     with _ProgressBar(started) if show_progress else contextlib.nullcontext() as bar:
         while not queue.over.wait(0.1) and any(thread.is_alive() for thread in threads):
             if bar is not None:
-                bar.show(sessions.bytes_received(), target.nbytes)
+                bar.show(sessions.bytes_received(), target.nbytes, sessions.peers())
         if bar is not None:
-            bar.show(sessions.bytes_received(), target.nbytes)
+            bar.show(sessions.bytes_received(), target.nbytes, sessions.peers())
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
     # tensor any more: it takes runs from the scheduler first, and there are none.
     queue.succeeded()
@@ -148,7 +193,7 @@ def elastic_load(
     loaded = Loaded(store, sessions.shares(), target.lists)
     seconds = time.monotonic() - started
     logger.info(
-        "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s",
+        "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s%s",
         worker,
         len(store.tensors),
         size(store.blocks.nbytes),
@@ -156,6 +201,7 @@ def elastic_load(
         rate(store.blocks.nbytes, seconds),
         loaded.sources,
         store.digests.weights + ("" if config.verify else " (not checked)"),
+        sessions.relayed(),
     )
     return loaded
 
@@ -177,7 +223,7 @@ class _ProgressBar:
             self._bar.close()
         self._lines.__exit__(*failure)
 
-    def show(self, received: int, total: int) -> None:
+    def show(self, received: int, total: int, peers: int) -> None:
         """Bring the bar up to date."""
         if self._bar is None and total:
             self._bar = tqdm(
@@ -185,6 +231,7 @@ class _ProgressBar:
             )
             self._bar.start_t = time.time() - (time.monotonic() - self._started)
         if self._bar is not None:
+            self._bar.set_postfix(peers=peers, refresh=False)
             self._bar.update(received - self._bar.n)
 
 
@@ -204,8 +251,11 @@ class _Target:
         device: Device,
         meaning: Mapping[str, str],
         made: Mapping[str, Sample] | None,
+        relay: Relay | None,
     ) -> None:
         self._tensors = tensors
+        self._relay = relay
+        self.met: Callable[[str, api.Peer], object] = lambda weights, peer: None
         self._required = required
         self._meaning = meaning
         self._made = made
@@ -287,7 +337,10 @@ class _Target:
         if self._prefaulting is not None:
             self._prefaulting.join()  # the memory may go when this returns
         store = self._store
-        if store is None or not store.complete:
+        complete = store is not None and store.complete
+        if self._relay is not None:
+            self._relay.end(complete=complete)
+        if store is None or not complete:
             return None
         if self._restore is not None:
             store.withdraw(Withdrawn("its formats are changing"))
@@ -326,7 +379,14 @@ class _Target:
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
-        self._scheduler = Scheduler(blocks, chunk_mib * MIB)
+        start = random.random() if self._relay is not None else 0.0
+        self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
+        if self._relay is not None:
+            self._relay.begin(self._store, self.met, self._list)
+
+    def _list(self) -> Mapping[int, str]:
+        """Return what the first source that knows has said of its instance's ranks."""
+        return next(filter(None, [*self.lists]), {})
 
     def _prefault(self, tensors: Sequence[torch.Tensor]) -> None:
         if self._prefaulting is not None:
@@ -356,8 +416,11 @@ class _Sessions:
         device: Device,
         worker: int,
         wanted: str | None,
+        relay: Relay | None,
     ) -> None:
         self._queue = queue
+        self._relay = relay
+        target.met = self._met
         self._target = target
         self._identity = identity
         self._config = config
@@ -368,6 +431,10 @@ class _Sessions:
         # By source and weights digest: those that go on, and the bytes of those that are over.
         self._pulls: list[tuple[tuple[Address, str], P2PLoad]] = []
         self._gave: Counter[tuple[Address, str]] = Counter()
+        self._relays: set[tuple[Address, str]] = set()  # those that were incomplete
+        # What sources that SOURCE names have, and their lists of ranks. Those that others name may
+        # have nothing else, and their own lists do not count.
+        self._vouched: dict[str, Mapping[int, str]] = {}
 
     def work(self) -> None:
         """Pull from one source after the other until the store is complete or none is left."""
@@ -388,6 +455,42 @@ class _Sessions:
             if self._queue.idle:
                 self.look_up(discovery)
                 pause = min(2 * pause, _LAST_LOOK_UP)
+
+    def keep_asking(self) -> None:
+        """Ask now and then who else gets the same weights, until the load is over."""
+        pause = _FIRST_QUESTION
+        while not self._queue.over.wait(pause):
+            pause = min(2 * pause, _LAST_QUESTION)
+            with self._lock:
+                origins = [origin for origin, _ in self._pulls]
+            if not origins:
+                continue
+            address, weights = random.choice(origins)
+            try:
+                with self._connect(address) as client:
+                    peers = client.peers(weights)
+            except (SourceError, RuntimeError) as error:  # RuntimeError: no more threads
+                logger.debug("NetLoader: asking for peers: %s", one_line(error))
+            else:
+                for peer in peers:
+                    self._met(weights, peer)
+
+    def peers(self) -> int:
+        """Return the number of sources that are pulled from just now."""
+        with self._lock:
+            return len({address for (address, _), _ in self._pulls})
+
+    def relayed(self) -> str:
+        """Return what came from those that were loading themselves and what they got, if any."""
+        if self._relay is None:
+            return ""
+        with self._lock:
+            relays = {address for address, weights in self._relays}
+        came = sum(nbytes for address, nbytes in self._shares().items() if address in relays)
+        passed_on = self._relay.bytes_sent
+        if not came and not passed_on:
+            return ""
+        return f", relayed {size(came)} in and {size(passed_on)} out"
 
     def bytes_received(self) -> int:
         """Return the bytes that have come, at most what there is to come."""
@@ -410,6 +513,7 @@ class _Sessions:
         return {address: nbytes for (address, weights), nbytes in gave.items() if weights == wanted}
 
     def _try(self, address: Address) -> None:
+        before = self._brought(address)
         try:
             self._pull(address)
             # Only now, with the session closed: a process may end right after its load.
@@ -419,12 +523,41 @@ class _Sessions:
             logger.info("NetLoader rank %d: source %s", self._worker, error)
         except Exception as error:
             # Whatever goes wrong with a source must not cost the start: there is the next one.
-            self._note(address, _blamed(address, error))
+            self._note(address, _blamed(address, error), self._brought(address) > before)
 
-    def _note(self, address: Address, error: SourceError) -> None:
+    def _brought(self, address: Address) -> int:
+        """Return the bytes that have come from a source in sessions that are over."""
+        with self._lock:
+            return sum(nbytes for (origin, _), nbytes in self._gave.items() if origin == address)
+
+    def _vouch(self, weights: str, ranks: Mapping[int, str]) -> None:
+        self._vouched[weights] = ranks or self._vouched.get(weights, {})
+
+    def _is_own(self, instance: str) -> bool:
+        return self._relay is not None and self._relay.peer.instance == instance
+
+    def _met(self, weights: str, peer: api.Peer) -> None:
+        """Let another that gets or has these weights be asked as well."""
+        if weights == self._target.weights:
+            self._ask_too(peer.address, peer.instance)
+
+    def _ask_too(self, address: str, instance: str) -> None:
+        if self._relay is not None and self._relay.peer.instance != instance:
+            with contextlib.suppress(ValueError):  # no address
+                self._queue.heard(parse_address(address), instance)
+
+    def _note(self, address: Address, error: SourceError, brought: bool) -> None:
         if self._queue.over.is_set():
             return  # nobody waits for this source any more
-        news = self._queue.failed(address, error)
+        if self._is_own(error.instance):
+            error = SourceRefused(f"{address}: {_ITSELF}")
+        if error.weights is not None and not self._queue.is_hearsay(address):
+            self._vouch(error.weights, error.ranks)
+        for other, instance in error.peers if error.weights in self._vouched else ():
+            self._ask_too(other, instance)
+        # What was ended on this side has no code. A source whose own load is complete prepares.
+        soon = brought and error.code in ("", Code.PREPARING.text)
+        news = self._queue.failed(address, error, soon=soon)
         if news:
             self._warn(error, self._queue.waits(address))
 
@@ -440,9 +573,27 @@ class _Sessions:
     def _pull(self, address: Address) -> None:
         with self._connect(address) as client:
             joined = self._join(client)
+            if self._is_own(joined.instance):
+                raise SourceRefused(f"{address}: {_ITSELF}")
+            if not self._queue.is_hearsay(address):
+                self._vouch(joined.weights, joined.ranks)
+            elif joined.weights not in self._vouched:
+                raise SourceRefused(
+                    f"{address}: its weights are {joined.weights}, which no source in SOURCE has"
+                )
+            self._queue.joined(address, joined.instance)
             with self._target.agreed(address, joined) as (store, scheduler):
+                if not joined.complete:
+                    with self._lock:
+                        self._relays.add((address, joined.weights))
+                if self._relay is not None:
+                    self._relay.know(
+                        joined.weights, address, joined.instance, complete=joined.complete
+                    )
+                    for peer in joined.peers:
+                        self._met(joined.weights, peer)
                 try:
-                    self._transfer(address, client, store, scheduler)
+                    self._transfer(address, client, store, scheduler, joined.complete)
                 except BaseException as error:
                     client.done(Done(complete=False, reason=one_line(error)))
                     if isinstance(error, TransferCorrupt):
@@ -480,13 +631,17 @@ class _Sessions:
     def _join(self, client: ElasticClient) -> Joined:
         """Ask for the weights that are being loaded; for any, if there are none yet."""
         identity, weights = self._identity, self._target.weights
+        peer = self._relay.peer if self._relay is not None else None
         try:
-            joined = client.join(Join(identity, weights))
+            joined = client.join(Join(identity, weights, peer))
         except SourceRefused as error:
             if error.code != Code.OTHER_WEIGHTS.text:
                 raise
             # Its weights count when nobody is left who has the others.
-            joined = client.join(Join(identity))
+            joined = client.join(Join(identity, peer=peer))
+        if self._queue.is_hearsay(client.address):
+            vouched = dict(self._vouched.get(joined.weights, {}))
+            joined = msgspec.structs.replace(joined, ranks=vouched)
         # What a list says of this rank is not to matter: its weights have to be those.
         pinned, ranks = self._config.weights_digest, {**joined.ranks, identity.rank: joined.weights}
         if not is_one_of(pinned, joined.weights, ranks):
@@ -518,7 +673,12 @@ class _Sessions:
             )
 
     def _transfer(
-        self, address: Address, client: ElasticClient, store: BlockStore, scheduler: Scheduler
+        self,
+        address: Address,
+        client: ElasticClient,
+        store: BlockStore,
+        scheduler: Scheduler,
+        complete: bool,
     ) -> None:
         accelerator = self._device.accelerator
         if accelerator is not None and self._config.transport is Transport.AUTO:
@@ -539,9 +699,87 @@ class _Sessions:
                 except RuntimeError as error:  # torch's, which says what failed and not why
                     raise client.last_words() or error from None
                 return
-        with self._more_connections(address, store, scheduler):
-            receiver = HttpReceiver(client, store)
-            self._receive(address, receiver, store, scheduler, contextlib.nullcontext())
+        peer = Peer(complete=complete, trusted=complete and not self._queue.is_hearsay(address))
+        session = _HttpSession(peer, client)
+        if accelerator is None:
+            peer.cut = lambda: session.cut(
+                SourceBusy(f"{address}: slow: others bring what it had left")
+            )
+        try:
+            with (
+                self._news_of(address, store, scheduler, peer),
+                self._more_connections(address, store, scheduler, session),
+            ):
+                receiver = HttpReceiver(client, store)
+                try:
+                    here = contextlib.nullcontext()
+                    self._receive(address, receiver, store, scheduler, here, peer)
+                except TransferCorrupt as error:
+                    if not peer.trusted:
+                        session.cut(error)  # its further connections bring nothing better
+                    raise
+        except SourceLost:
+            if session.cut_by is not None:
+                raise session.cut_by from None
+            raise
+
+    @contextlib.contextmanager
+    def _news_of(
+        self, address: Address, store: BlockStore, scheduler: Scheduler, peer: Peer
+    ) -> Iterator[None]:
+        """Learn which blocks come to an incomplete source, on a connection of its own."""
+        if peer.complete:
+            yield
+            return
+        with self._connect(address) as first:
+            news = _HttpSession(peer, first)
+
+            def learn() -> None:
+                try:
+                    self._learn(address, store, scheduler, news, first)
+                except SourceError as error:
+                    scheduler.lost(peer, error)
+                except Exception as error:  # whatever a source says costs its own session
+                    scheduler.lost(peer, ProtocolError(f"{address}: {one_line(error)}"))
+
+            thread = threading.Thread(target=learn, name="netloader-load-news", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                news.cut(SourceLost(f"{address}: the session is over"))
+                thread.join()
+
+    def _learn(
+        self,
+        address: Address,
+        store: BlockStore,
+        scheduler: Scheduler,
+        news: "_HttpSession",
+        client: ElasticClient,
+    ) -> None:
+        since, weights, told, again = 0, store.digests.weights, 0, _NEWS_AGAIN
+        wait = max(1, min(int(self._config.progress_timeout), api.MAX_WAIT_SECONDS))
+        with contextlib.ExitStack() as connections:
+            while not news.peer.complete:
+                asked = time.monotonic()
+                try:
+                    have = client.have(weights, since, wait)
+                except SourceLost:
+                    if news.cut_by is not None or not again:
+                        raise
+                    again -= 1
+                    client = connections.enter_context(self._connect(address))
+                    news.add(client)
+                    continue
+                at_once = time.monotonic() - asked < wait / 2
+                if at_once and not have.runs and not have.complete:
+                    raise ProtocolError(f"{address}: has no news, and does not wait")
+                told += len(have.runs)
+                if told > store.blocks.count:
+                    raise ProtocolError(f"{address}: has more news than there are blocks")
+                since = have.version
+                scheduler.heard(news.peer, map(Run._make, have.runs), complete=have.complete)
 
     def _form_group(
         self, client: ElasticClient, store: BlockStore, accelerator: Accelerator
@@ -566,6 +804,7 @@ class _Sessions:
         store: BlockStore,
         scheduler: Scheduler,
         group: AbstractContextManager[object],
+        peer: Peer | None = None,
     ) -> None:
         pull = P2PLoad(
             receiver,
@@ -573,6 +812,8 @@ class _Sessions:
             scheduler,
             verify=self._config.verify,
             keep_alive=self._config.progress_timeout / 3,
+            peer=peer,
+            others=self._queue.lacks_threads,
         )
         origin = address, store.digests.weights
         with self._lock:
@@ -590,18 +831,22 @@ class _Sessions:
 
     @contextlib.contextmanager
     def _more_connections(
-        self, address: Address, store: BlockStore, scheduler: Scheduler
+        self, address: Address, store: BlockStore, scheduler: Scheduler, session: "_HttpSession"
     ) -> Iterator[None]:
         """Let further connections to a source pull, too; what goes wrong with them is no news."""
 
         def pull() -> None:
             try:
                 with self._device.attached(), self._connect(address) as client:
-                    receiver = HttpReceiver(client, store)
-                    self._receive(address, receiver, store, scheduler, contextlib.nullcontext())
+                    session.add(client)
+                    through = HttpReceiver(client, store)
+                    here = contextlib.nullcontext()
+                    self._receive(address, through, store, scheduler, here, session.peer)
                     client.done(Done(complete=True))
             except Exception as error:
                 logger.debug("NetLoader: a further connection: %s", one_line(error))
+                if isinstance(error, TransferCorrupt) and not session.peer.trusted:
+                    session.cut(error)
 
         threads = [
             threading.Thread(target=pull, name=f"netloader-load-more-{index}", daemon=True)
@@ -616,6 +861,35 @@ class _Sessions:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+
+
+class _HttpSession:
+    """The connections to one source over HTTP, which can be cut together.
+
+    Attributes:
+        peer: the source.
+        cut_by: why they were cut; None: they were not.
+    """
+
+    def __init__(self, peer: Peer, client: ElasticClient) -> None:
+        self.peer = peer
+        self.cut_by: SourceError | None = None
+        self._lock = threading.Lock()
+        self._clients = [client]
+
+    def add(self, client: ElasticClient) -> None:
+        """Take note of a further connection."""
+        with self._lock:
+            self._clients.append(client)
+            if self.cut_by is not None:
+                client.cut()
+
+    def cut(self, why: SourceError) -> None:
+        """End all connections at once, also while something is received."""
+        with self._lock:
+            self.cut_by = self.cut_by or why
+            for client in self._clients:
+                client.cut()
 
 
 def _blamed(address: Address, error: Exception) -> SourceError:

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.utils.network_utils import get_ip
 
 from . import register_if_put_off, registry
-from .agreement import AS_CONFIGURED, DISK, Attempt, Order, RankWeights, load_together
+from .agreement import AS_CONFIGURED, DISK, Attempt, Order, Ranks, RankWeights, load_together
 from .changes import After, Change
 from .compat import (
     default_dtype_kept,
@@ -70,10 +70,10 @@ from .executor.model.raw import (
 )
 from .executor.store import BlockStore
 from .identity import ModelIdentity
-from .interaction.api import DRAFT_GROUP
+from .interaction.api import DRAFT_GROUP, Code
 from .interaction.discovery import Own
 from .load import elastic_load
-from .serve import Offer
+from .serve import Offer, Relay
 from .utils import Address, Name, logger, one_line, process_id, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
@@ -169,6 +169,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._disk = _disk_loader(load_config, self._config)
         self._vllm_config: VllmConfig | None = None
         self._load: _Load | None = None
+        self._relay: Relay | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
@@ -194,6 +195,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         # an error, and no reason to go to disk.
         identity = self._identify(model_config)
         restore_registrations = remember_registrations(vllm_config)
+        # The processes of all ranks make their instances in the same order.
+        ranks = replace(ranks_of(vllm_config, identity), instance=next(_instances))
 
         def start_over() -> None:
             self._load = None
@@ -227,11 +230,40 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._finish(load, model)
             return Attempt((load, model), load.loaded_from, load.weights, load.lists)
 
-        (load, model), agreed = self._together(identity, attempt)
-        self._load = None
-        self._compare_with_pin(load, agreed)
-        self._offer(load, model, model_config, agreed)
+        with self._listening(identity, model_config, ranks):
+            (load, model), agreed = self._together(identity, attempt)
+            self._load = None
+            self._compare_with_pin(load, agreed)
+            self._offer(load, model, model_config, agreed, ranks)
         return model
+
+    @contextlib.contextmanager
+    def _listening(
+        self, identity: ModelIdentity, model_config: ModelConfig, ranks: Ranks
+    ) -> Iterator[None]:
+        """Let others ask while a model is loaded from sources, and have what has come of it."""
+        load, vllm_config = self._new_load(identity, model_config), self._vllm_config
+        sources = self._config.sources_of(identity.rank).addresses
+        relaying = load.serving and self._config.verify and load.device.accelerator is None
+        if relaying and sources and vllm_config is not None:
+            reason = "the weights are being loaded"
+            self._relay = registry.begin_load(
+                self._config,
+                self._host(),
+                Offer(identity, None, reason, endpoints=ranks.endpoints, code=Code.LOADING),
+                groups_to_come(vllm_config, identity),
+                worker=load.worker,
+                instance=instance_of(vllm_config),
+                ranks=ranks,
+            )
+        try:
+            yield
+        except BaseException:
+            if self._relay is not None:
+                registry.give_up_load(self._relay)
+            raise
+        finally:
+            self._relay = None
 
     def _together(
         self, identity: ModelIdentity, attempt: Callable[[Order], Attempt[T]]
@@ -499,6 +531,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 meaning=meaning,
                 made=made,
                 own=self._own(load),
+                relay=self._relay,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
         except LoadFailed as error:
@@ -541,7 +574,12 @@ class ModelNetLoaderElastic(BaseModelLoader):
         )
 
     def _offer(
-        self, load: _Load, model: nn.Module, model_config: ModelConfig, agreed: RankWeights
+        self,
+        load: _Load,
+        model: nn.Module,
+        model_config: ModelConfig,
+        agreed: RankWeights,
+        ranks: Ranks | None = None,
     ) -> None:
         """Let others pull the model if they can, and know it as one in use from now on."""
         vllm_config = self._vllm_config or get_current_vllm_config()
@@ -552,10 +590,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 "NetLoader rank %d: this model cannot be a source: %s", load.worker, load.unserved
             )
         known = registry.in_use(model)
-        # The processes of all ranks make their instances in the same order.
-        ranks = (known and known.ranks) or replace(
-            ranks_of(vllm_config, load.identity), instance=next(_instances)
-        )
+        ranks = (known and known.ranks) or ranks
+        if ranks is None:
+            ranks = replace(ranks_of(vllm_config, load.identity), instance=next(_instances))
         present = partial(ranks.present, agreed)
         offer = Offer(
             load.identity, store, load.unserved, load.loaded_from, present, ranks.endpoints

@@ -22,7 +22,7 @@ from .errors import LayoutUnsupported, Withdrawn
 from .executor.model.renewal import Renewal
 from .identity import ModelIdentity, Revision
 from .interaction.api import Code
-from .serve import Offer, WeightServer
+from .serve import Offer, Relay, WeightServer
 from .utils import logger, one_line
 
 
@@ -87,6 +87,53 @@ _OF_SERVER = (
 def in_use(model: nn.Module) -> InUse | None:
     """Return what is known of a model that inference runs on."""
     return _in_use.get(model)
+
+
+def begin_load(
+    config: NetLoaderConfig,
+    host: str,
+    offer: Offer,
+    to_come: Iterable[str],
+    *,
+    worker: int = 0,
+    instance: str | None = None,
+    ranks: Ranks | None = None,
+) -> Relay | None:
+    """Listen before a model is there, so that others can get what has come of it.
+
+    Args:
+        config: of its loader.
+        host: the address of this machine that others reach.
+        offer: the model, without a store.
+        to_come: see `put_in_use`.
+        worker: see `put_in_use`.
+        instance: see `InUse`.
+        ranks: see `InUse`.
+
+    Returns:
+        What passes weights on while they come; None: nobody can ask for them.
+    """
+    if config.port_for(worker) is None:
+        return None
+    server = _server_for(config, host, offer.identity.group, worker, instance)
+    server.announce(offer)
+    for group in to_come:
+        server.expect(group)
+    if not _open(server, instance, final=False):
+        _servers.remove(server)
+        return None
+    _publish_endpoint(server, ranks)
+    return Relay(server, offer)
+
+
+def give_up_load(relay: Relay) -> None:
+    """Forget a model that could not be loaded, and close its server if that has no other one."""
+    server = relay.server
+    server.forget(relay.group)
+    if not any(known.server is server for known in _in_use.values()):
+        server.stop()
+        with contextlib.suppress(ValueError):
+            _servers.remove(server)
 
 
 def put_in_use(
@@ -331,15 +378,19 @@ def _server_for(
     return server
 
 
-def _open(server: WeightServer, instance: str | None) -> bool:
-    """Listen, if the server does not yet; return whether it does."""
+def _open(server: WeightServer, instance: str | None, *, final: bool = True) -> bool:
+    """Listen, if the server does not yet; return whether it does.
+
+    Unless this is `final`, it is tried once more before the instance is no source.
+    """
+    log = logger.error if final else logger.debug
     port = server.config.port_for(server.rank)
     if server.listening or port is None:
         return server.listening
     if _taken(server, instance):
         gc.collect()  # the other instance may be gone but for that
     if taken := _taken(server, instance):
-        logger.error(
+        log(
             "NetLoader rank %d: this instance is no source, as another one in this process has "
             "%s %s; give each its own",
             server.rank,
@@ -350,7 +401,7 @@ def _open(server: WeightServer, instance: str | None) -> bool:
     try:
         server.start(port)
     except OSError as error:
-        logger.error(
+        log(
             "NetLoader rank %d: cannot listen on port %d, so this instance is no source: %s",
             server.rank,
             port,

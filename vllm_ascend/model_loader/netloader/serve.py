@@ -1,6 +1,7 @@
 """The source's story: models offered, and sessions in which clients pull their blocks."""
 
 import contextlib
+import ipaddress
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -10,22 +11,34 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from .config import NetLoaderConfig, Transport
-from .errors import Gone, NotHere, ProtocolError, SourceBusy, Withdrawn
+from .errors import Gone, NotHere, Preparing, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
 from .executor.devices import Accelerator
 from .executor.elastic_load import P2PSend
 from .executor.rate_limiter import RateLimiter
+from .executor.scheduler import FirstCopy
 from .executor.store import BlockStore
 from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
 from .executor.transport.http import HttpSender
 from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
 from .interaction import api
-from .interaction.api import Bytes, Code, Done, Endpoint, Join, Joined, Refusal
+from .interaction.api import Bytes, Code, Done, Endpoint, Join, Joined, Peer, Refusal
 from .interaction.elastic import ElasticServer, Session
+from .interaction.peer_book import PeerBook
 from .port_file import PortFile
-from .utils import Address, Buffer, logger, one_line, process_id, rate, shortened, size
+from .utils import (
+    Address,
+    Buffer,
+    logger,
+    one_line,
+    parse_address,
+    process_id,
+    rate,
+    shortened,
+    size,
+)
 from .version import __version__
 
 _PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP
@@ -33,6 +46,7 @@ _LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory i
 _UNTIL_CUT = 5.0  # seconds for sessions to let go of that memory once they have been cut
 _BETWEEN_CHECKS = 1.0  # seconds from one check of blocks for a client to the next
 _MOST_CHECKED = 16  # blocks of one
+_LOOK = 0.5  # seconds between two looks at whether a client that waits is still there
 _SHUTTING_DOWN = "the source is shutting down"
 
 
@@ -79,6 +93,7 @@ class WeightServer:
         process: names this process to others.
         endpoint: where it listens; None: it has not been started.
         renew: called with a group whose weights have changed without notice, once withdrawn.
+        met: called with a weights digest and a peer that gets these weights.
     """
 
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
@@ -87,11 +102,14 @@ class WeightServer:
         self.process = process_id()
         self.endpoint: Endpoint | None = None
         self.renew: Callable[[str], object] = lambda group: None
+        self.met: Callable[[str, Peer], object] = lambda weights, peer: None
         self._host = host
         self._offers: dict[str, Offer] = {}
         self._epochs: dict[str, int] = {}
         self._expected: set[str] = set()
         self._stopped = False
+        self._peers = PeerBook()
+        self._first_copies: dict[str, FirstCopy[Peer]] = {}  # by weights digest
         self._next_check = 0.0
         self._served: dict[Session, _Served] = {}
         self._bytes_sent = 0  # in sessions that are over
@@ -111,6 +129,12 @@ class WeightServer:
     def listening(self) -> bool:
         """Whether it has been started."""
         return self.endpoint is not None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks that were sent since the start."""
+        with self._lock:
+            return self._bytes_sent + sum(one.bytes_sent for one in self._served.values())
 
     def start(self, port: int) -> Address:
         """Listen on `port` (0: the system chooses) and publish the address (OUTPUT_PREFIX).
@@ -146,6 +170,14 @@ class WeightServer:
             self._offers[group] = offer
             return self._epochs[group]
 
+    def announce(self, offer: Offer) -> None:
+        """Say of a model that is being loaded what there is of it; an epoch begins with `offer`."""
+        group = offer.identity.group
+        with self._lock:
+            self._epochs.setdefault(group, 0)
+            self._expected.discard(group)
+            self._offers[group] = offer
+
     def expect(self, group: str) -> None:
         """Let clients that ask for this group's model come again later, as it is being loaded."""
         with self._lock:
@@ -167,7 +199,7 @@ class WeightServer:
         with self._lock:
             offer = self._offers.pop(group, None)
         if offer is not None and offer.store is not None:
-            offer.store.withdraw(Gone("the source has unloaded the model"))
+            self._withdraw(offer.store, Gone("the source has unloaded the model"))
 
     def stop(self) -> None:
         """Close the port and all sessions, and remove the port file if it is still this one's."""
@@ -206,10 +238,25 @@ class WeightServer:
                 raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
         except Refusal as refusal:
             self._log_refusal(session, refusal)
+            refusal.problem = msgspec.structs.replace(refusal.problem, instance=self.process)
             raise
         with self._lock:
-            self._session(session, offer.store)
-        joined = Joined(known, epoch, self.process, offer.identity.revision, ranks=offer.instance())
+            served = self._session(session, offer.store)
+            if join.peer is not None:
+                if served.relay is None:
+                    served.relay = join.peer
+                self._peers.know(known, served.relay, session)
+        if join.peer is not None:
+            self.met(known, join.peer)
+        joined = Joined(
+            known,
+            epoch,
+            self.process,
+            offer.identity.revision,
+            self._others(known, join.peer),
+            offer.store.complete,
+            ranks=offer.instance(),
+        )
         if join.weights == known:
             return joined
         return msgspec.structs.replace(
@@ -229,7 +276,43 @@ class WeightServer:
             raise Refusal(Code.OUT_OF_RANGE, allowed)
         with _as_refusals():
             store.check(run)
+        if served.relay is not None and store.complete and not self._sends(served, run):
+            raise Refusal(Code.ASK_OTHERS, f"others have got blocks {run} from here")
         return Bytes(store.blocks.size_of(run), self._pieces(served, run))
+
+    def others(self, join: Join) -> tuple[str, list[Peer], Mapping[int, str]] | None:
+        """Return the digest of what a client wants, whom else to ask, and what goes with it."""
+        with self._lock:
+            offer = self._offers.get(join.identity.group)
+        if offer is None or offer.store is None or api.differences(join.identity, offer.identity):
+            return None
+        weights = offer.store.digests.weights
+        if join.peer is not None:  # it will have what others want, soon
+            self.know(weights, join.peer)
+        return weights, self._others(weights, join.peer), offer.instance()
+
+    def peers_of(self, weights: str) -> list[Peer]:
+        """Return who else gets or has these weights."""
+        return self._others(weights, None)
+
+    def know(self, weights: str, peer: Peer, *, complete: bool = False) -> None:
+        """Name a peer to others from now on; see `PeerBook.know`."""
+        with self._lock:
+            self._peers.know(weights, peer, complete=complete)
+
+    def have(self, session: Session, weights: str, since: int, wait: int) -> api.Have:
+        """Return which blocks have come, after waiting for something new."""
+        with self._lock:
+            store = self._store(weights, session)
+        deadline = time.monotonic() + wait
+        with _as_refusals():
+            while True:
+                left = deadline - time.monotonic()
+                runs = store.came(since, min(max(left, 0.0), _LOOK))[: api.MAX_NEWS]
+                if runs or store.complete or left <= 0 or session.gone():
+                    break
+        version = since + len(runs)
+        return api.Have(version, [*runs], store.complete and not store.came(version, 0.0))
 
     def open_group(self, session: Session, weights: str) -> "_ServedGroup":
         """Begin to form a two-rank group with the client."""
@@ -252,6 +335,8 @@ class WeightServer:
             if not store.blocks.contains(run) or last - first >= _MOST_CHECKED:
                 allowed = f"{_MOST_CHECKED} of 0-{store.blocks.count - 1}"
                 raise Refusal(Code.OUT_OF_RANGE, f"blocks {run} cannot be checked; {allowed} can")
+            if not store.complete:  # the load has its own digests to go by
+                raise Refusal(Code.LOADING, "the weights are being loaded")
             now = time.monotonic()
             # So that a client that reports what is not so cannot keep this instance busy.
             if now < self._next_check:
@@ -284,18 +369,21 @@ class WeightServer:
         if served is not None:
             gave_up = f"the client gave up: {shortened(done.reason, 300)}"
             served.end = api.COMPLETE if done.complete else gave_up
+            if done.complete and served.relay is not None:
+                with self._lock:
+                    self._peers.complete(served.relay)
 
     def status(self, sessions: int) -> api.Status:
         """Say how this instance is."""
         with self._lock:
             offers = [(offer, self._epochs[group]) for group, offer in self._offers.items()]
             served = [*self._served.values()]
-            bytes_sent = self._bytes_sent + sum(one.bytes_sent for one in served)
+            bytes_sent = self.bytes_sent
         # What other ranks have and where they listen takes asking, for which nobody is to wait.
         models = [
             api.ModelStatus(
                 offer.identity,
-                "serving" if offer.store is not None else offer.code.text,
+                _state(offer),
                 offer.reason,
                 offer.store.digests.weights if offer.store is not None else None,
                 epoch,
@@ -329,8 +417,14 @@ class WeightServer:
                 return None
             self._offers[group] = replace(offer, store=None, code=code, reason=reason)
         if offer.store is not None:
-            offer.store.withdraw(Withdrawn(reason))
+            kind = Preparing if code is Code.PREPARING else Withdrawn
+            self._withdraw(offer.store, kind(reason))
         return offer.store
+
+    def _withdraw(self, store: BlockStore, why: Withdrawn) -> None:
+        store.withdraw(why)
+        with self._lock:
+            self._first_copies.pop(store.digests.weights, None)
 
     def _store(self, weights: str, session: Session) -> BlockStore:
         """Return the store of a weights digest; the lock is held.
@@ -363,8 +457,29 @@ class WeightServer:
 
     def _over(self, session: Session) -> None:
         with self._session_over:
-            self._end(self._served.pop(session))
+            served = self._served.pop(session)
+            self._end(served)
+            if served.relay is not None:
+                complete = served.end == api.COMPLETE
+                gone = self._peers.left(served.relay, session, complete=complete)
+                if (first_copy := self._first_copies.get(served.store.digests.weights)) is not None:
+                    first_copy.gone(served.relay, complete=not gone)
             self._session_over.notify_all()
+
+    def _others(self, weights: str, client: Peer | None) -> list[Peer]:
+        """Return whom else a client can ask."""
+        with self._lock:
+            there = {one.relay.address for one in self._served.values() if one.relay is not None}
+            return self._peers.others(weights, client.address if client else None, there)
+
+    def _sends(self, served: "_Served", run: Run) -> bool:
+        """Return whether a relay gets a run now, or is to ask others for it."""
+        assert served.relay is not None
+        weights, blocks = served.store.digests.weights, served.store.blocks
+        with self._lock:
+            if weights not in self._first_copies:
+                self._first_copies[weights] = FirstCopy(blocks.count)
+            return self._first_copies[weights].sends(served.relay, run)
 
     def _end(self, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
@@ -422,12 +537,88 @@ class WeightServer:
         )
 
 
+class Relay:
+    """What a load in progress passes on; its server listens already.
+
+    Args:
+        server: this rank's.
+        offer: of the model that is being loaded, without a store.
+
+    Attributes:
+        peer: this rank as others know it.
+        server: as given.
+        group: of the model.
+    """
+
+    def __init__(self, server: WeightServer, offer: Offer) -> None:
+        assert server.endpoint is not None
+        self.peer = Peer(server.endpoint.address, server.endpoint.instance)
+        self.server = server
+        self.group = offer.identity.group
+        self._offer = offer
+        self._sent_before = server.bytes_sent
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of blocks that were passed on."""
+        return self.server.bytes_sent - self._sent_before
+
+    def begin(
+        self,
+        store: BlockStore,
+        met: Callable[[str, Peer], object],
+        ranks: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
+        """Pass on what comes to a store from now on, in the place of any other.
+
+        Args:
+            store: to be filled, with verified blocks only.
+            met: called with the weights digest and a peer that gets these weights.
+            ranks: see `Offer`; what the sources have said of theirs.
+        """
+        self.end(complete=False)
+        self.server.met = met
+        self.server.announce(replace(self._offer, store=store, ranks=ranks))
+
+    def know(self, weights: str, address: Address, instance: str, *, complete: bool) -> None:
+        """Name a source of this load to others; `complete`: it has every block."""
+        if _is_local(address) and not _is_local(parse_address(self.peer.address)):
+            return  # others would reach somebody else there
+        self.server.know(weights, Peer(str(address), instance), complete=complete)
+
+    def end(self, *, complete: bool) -> None:
+        """Pass nothing on any more; when this returns nobody reads the store's memory.
+
+        Args:
+            complete: whether the weights have come, and are about to be post-processed.
+        """
+        code, reason = self._offer.code, self._offer.reason
+        if complete:
+            code, reason = Code.PREPARING, "the weights are being made ready for inference"
+        self.server.met = lambda weights, peer: None
+        self.server.withdraw(self.group, code, reason)
+
+
+def _is_local(address: Address) -> bool:
+    """Return whether an address means another machine on each one."""
+    try:
+        ip = ipaddress.ip_address(address.host.partition("%")[0])
+    except ValueError:
+        return address.host == "localhost"
+    return ip.is_loopback or ip.is_link_local
+
+
 class _Served:
-    """What one session gets: the store it pulls, and how much of it was sent."""
+    """What one session gets: the store it pulls, and how much of it was sent.
+
+    Attributes:
+        relay: where the client passes on what it gets; None: nowhere.
+    """
 
     def __init__(self, session: Session, store: BlockStore, limiter: RateLimiter) -> None:
         self.store = store
         self.end = ""
+        self.relay: Peer | None = None
         self.groups: list[_ServedGroup] = []
         self._peer = session.peer
         self._started = time.monotonic()
@@ -584,6 +775,12 @@ class _ServedGroup:
         return self._send
 
 
+def _state(offer: Offer) -> str:
+    if offer.store is None:
+        return offer.code.text
+    return "serving" if offer.store.complete else Code.LOADING.text
+
+
 @contextlib.contextmanager
 def _as_refusals() -> Iterator[None]:
     """Tell the client in a code what keeps the data plane from sending."""
@@ -591,6 +788,8 @@ def _as_refusals() -> Iterator[None]:
         yield
     except Gone as error:
         raise Refusal(Code.GONE, str(error)) from None
+    except Preparing as error:
+        raise Refusal(Code.PREPARING, str(error)) from None
     except Withdrawn as error:
         raise Refusal(Code.CHANGED, str(error)) from None
     except NotHere as error:

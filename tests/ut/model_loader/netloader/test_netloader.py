@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     LoadFailed,
 )
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
@@ -194,7 +195,7 @@ class Steps:
 
     def __init__(self, monkeypatch, **extra_config):
         self.taken, self.offered = [], []
-        self.loader = make(LISTEN_PORT=1, **extra_config)
+        self.loader = make(**{"LISTEN_PORT": 1} | extra_config)
         self.failure = LoadFailed("192.0.2.7:1: gone")
         restore = functools.partial(self.taken.append, "restore")
         monkeypatch.setattr(netloader, "remember_registrations", lambda config: restore)
@@ -494,3 +495,66 @@ def test_registrations_are_brought_back_as_they_were():
     assert compilation.static_all_moe_layers == []
     restore()
     assert contexts == {"before": 1}
+
+
+# What listens while a model is being loaded
+
+
+class Listening:
+    """What a loader asks of the registry around a load."""
+
+    def __init__(self, monkeypatch, steps):
+        self.begun, self.given_up, self.seen = [], [], []
+        monkeypatch.setattr(netloader.registry, "begin_load", self._begin)
+        monkeypatch.setattr(netloader.registry, "give_up_load", self.given_up.append)
+        fail = steps.loader._load_from_sources
+
+        def load(*arguments):
+            self.seen.append(steps.loader._relay)
+            return fail(*arguments)
+
+        monkeypatch.setattr(steps.loader, "_load_from_sources", load)
+
+    def _begin(self, config, host, offer, to_come, **_):
+        self.begun.append((host, offer.code.text, offer.store))
+        return "relay"
+
+
+SOURCES = {"LISTEN_PORT": None, "SOURCE": "10.0.0.1:28000"}
+
+
+def test_a_load_from_sources_is_heard_of_before_it_begins(monkeypatch):
+    steps = Steps(monkeypatch, **SOURCES)
+    listening = Listening(monkeypatch, steps)
+    steps.load()
+    assert listening.begun == [("192.0.2.1", "loading", None)]
+    assert listening.seen == ["relay"]
+    assert listening.given_up == [] and steps.loader._relay is None
+
+
+def test_a_load_that_fails_is_given_up(monkeypatch):
+    steps = Steps(monkeypatch, FALLBACK=False, **SOURCES)
+    listening = Listening(monkeypatch, steps)
+    with pytest.raises(LoadFailed):
+        steps.load()
+    assert listening.given_up == ["relay"] and steps.loader._relay is None
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {**SOURCES, "LISTEN_PORT": 1}, {"LISTEN_PORT": None}, {**SOURCES, "VERIFY": False}],
+)
+def test_a_load_that_passes_nothing_on_is_not_heard_of(monkeypatch, keys):
+    steps = Steps(monkeypatch, **keys)
+    listening = Listening(monkeypatch, steps)
+    steps.load()
+    assert listening.begun == [] and listening.seen == [None]
+
+
+def test_a_load_onto_an_accelerator_is_not_heard_of_before_it_is_complete(monkeypatch):
+    steps = Steps(monkeypatch, **SOURCES)
+    device = types.SimpleNamespace(layout=RAW, accelerator="one")
+    monkeypatch.setattr(steps.loader, "_device", lambda: device)
+    listening = Listening(monkeypatch, steps)
+    steps.load()
+    assert listening.begun == [] and listening.seen == [None]

@@ -10,11 +10,15 @@ from vllm_ascend.model_loader.netloader.interaction import api, server
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Refusal
 
 DIGEST = "xxh3_128:0123456789abcdef"
+PEER = api.Peer("10.0.0.1:28000", "process", "serving", 3)
 SAID = [
-    api.Join(IDENTITY, DIGEST, "10.0.0.1:28000"),
+    PEER,
+    api.Have(7, [(0, 3), (9, 9)], False),
+    api.Named([PEER]),
+    api.Join(IDENTITY, DIGEST, PEER),
     api.Join(IDENTITY),
     api.Joined(
-        *(DIGEST, 3, "instance", Revision("v1", True), ["10.0.0.2:28000"]),
+        *(DIGEST, 3, "instance", Revision("v1", True), [PEER], False),
         *(msgspec.Raw(b'{"a":1}'), bytes(32)),
     ),
     api.Joined(DIGEST, 3, "instance", ranks={0: DIGEST, 17: DIGEST}),
@@ -32,7 +36,7 @@ SAID = [
     api.Check(),
     api.Status("0.1.0", "instance", 0, [], [], 4, 1, 7),
     api.Difference("model", "'a'", "'b'"),
-    api.Problem("other_model", "message", [api.Difference("model", "'a'", "'b'")], ["[::1]:1024"]),
+    api.Problem("other_model", "message", [api.Difference("model", "'a'", "'b'")], [PEER], DIGEST),
 ]
 
 
@@ -64,6 +68,7 @@ def test_the_codes_are_told_apart_and_mean_an_error_of_a_source():
 
 def test_every_path_is_found_again_and_has_an_answer():
     values = {"group": "netloader", "digest": DIGEST, "first": "0", "last": "17", "id": "3"}
+    values |= {"since": "5", "wait": "9"}
     for path in api.METHODS:
         found, parameters = api.route(path.format(**values))
         assert found == path
@@ -98,6 +103,11 @@ def test_every_path_is_found_again_and_has_an_answer():
         f"/netloader/v1/weights/{DIGEST.replace(':', '%3A')}/blocks/0-1",
         f"/netloader/v1/weights/{DIGEST.upper()}/blocks/0-1",
         "/netloader/v1/groups/x/store",
+        f"/netloader/v1/weights/{DIGEST}/have",
+        f"/netloader/v1/weights/{DIGEST}/have?since=0",
+        f"/netloader/v1/weights/{DIGEST}/have?since=0&wait=99999",
+        f"/netloader/v1/weights/{DIGEST}/hav?since=0&wait=1",
+        f"/netloader/v1/weights/{DIGEST}/peers?",
     ],
 )
 def test_no_other_path_is_found(target):
@@ -151,3 +161,13 @@ def test_differences_name_the_field_and_both_values_in_bounded_text():
     assert model.field == "model" and model.client == "'small'"
     assert len(model.source) < 210 and model.source.isprintable()
     assert api.differences(IDENTITY, IDENTITY) == []
+
+
+def test_whatever_peers_are_called_an_answer_that_names_them_is_not_too_large():
+    longest = {"address": "a" * api.MAX_ADDRESS, "instance": "i" * api.MAX_INSTANCE}
+    refused = Refusal(Code.BUSY, "busy")
+    refused.name(DIGEST, [api.Peer(**longest)] * api.MAX_PEERS)
+    assert len(msgspec.json.encode(refused.problem)) < api.MAX_BODY
+    for name, text in longest.items():
+        with pytest.raises(Refusal):
+            api.decode(msgspec.json.encode(longest | {name: text + "x"}), api.Peer)

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import (
+    AskOthers,
     NotHere,
+    SourceBusy,
     SourceLost,
     TransferCorrupt,
     Withdrawn,
 )
+from vllm_ascend.model_loader.netloader.executor import elastic_load, scheduler
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad, P2PSend
 from vllm_ascend.model_loader.netloader.executor.rate_limiter import RateLimiter
-from vllm_ascend.model_loader.netloader.executor.scheduler import Scheduler
+from vllm_ascend.model_loader.netloader.executor.scheduler import Peer, Scheduler
 
 from .support import MIB, PATIENCE, incomplete, random_tensor, store_of, until
 
@@ -193,11 +196,62 @@ def test_a_session_ends_when_others_have_brought_all_of_it(there):
     elsewhere = client.scheduler.take(COUNT)
     thread = threading.Thread(target=client.load.run, daemon=True)
     thread.start()
-    for _ in elsewhere:
-        client.scheduler.done()
+    for run in elsewhere:
+        client.scheduler.done(run)
     thread.join(PATIENCE)
     assert not thread.is_alive()
     assert [runs for runs in client.receiver.requests if runs] == []
+
+
+def of_incomplete_source(there, **its):
+    client = Client(there)
+    return P2PLoad(
+        client.receiver,
+        client.here,
+        client.scheduler,
+        verify=True,
+        peer=Peer(complete=False),
+        **{"keep_alive": 10 * PATIENCE} | its,
+    )
+
+
+def test_a_source_without_news_is_left_if_there_is_another_to_ask(there, monkeypatch):
+    monkeypatch.setattr(elastic_load, "_TRY_ANOTHER", 0.01)
+    asked = iter([False, True])
+    with pytest.raises(SourceBusy, match="no blocks just now"):
+        of_incomplete_source(there, others=lambda: next(asked)).run()
+
+
+def test_a_source_without_news_is_left_in_the_end(there):
+    with pytest.raises(SourceBusy, match="no blocks just now"):
+        of_incomplete_source(there, keep_alive=0.01).run()
+
+
+def test_a_source_that_names_others_for_all_that_is_wanted_is_left(there, monkeypatch):
+    monkeypatch.setattr(scheduler, "_ASK_AGAIN", 0.0)
+    monkeypatch.setattr(elastic_load, "STARVED", 0.01, raising=False)
+    client, asked = Client(there, keep_alive=0.01), []
+
+    def spoil(run):
+        asked.append(run)
+        assert len(asked) < 100_000
+        if len(asked) > 1:
+            raise AskOthers("others have got these")
+
+    client.receiver.spoil = spoil
+    with pytest.raises(SourceBusy, match="names others for all that is wanted"):
+        client.load.run()
+    assert client.load.bytes_received == MIB
+    assert client.scheduler._anybody is None  # nothing is kept of what nobody asks for
+
+
+def test_a_source_that_is_not_trusted_sends_wrong_bytes_once(there):
+    client = Client(there)
+    client.load._peer.trusted = False
+    client.receiver.spoil = lambda run: run.first == 5
+    with pytest.raises(TransferCorrupt, match="wrong bytes in blocks 5-5"):
+        client.load.run()
+    assert client.receiver.requests.count([Run(5, 5)]) == 1
 
 
 # Sending

@@ -45,6 +45,7 @@ BLOCK = 1000
 BLOCKS = 5000
 CONTENT = bytes(i * 7 % 251 for i in range(BLOCK)) * BLOCKS
 MANIFEST = {"tensors": ["weight"]}
+PEER = api.Peer("10.0.0.7:28000", "another process")
 JOIN = msgspec.json.encode(Join(IDENTITY))
 PATIENCE = 20
 AT_ONCE = 5  # a second is promised, to a machine that is not busy; every deadline is later
@@ -122,6 +123,17 @@ class Service:
         if digest != DIGEST:
             raise Refusal(Code.CHANGED, "other weights by now")
         self.checked.append((first, last))
+
+    def others(self, join):
+        return DIGEST, self.peers
+
+    def have(self, session, weights, since, wait):
+        if weights != DIGEST:
+            raise Refusal(Code.CHANGED, "other weights by now")
+        return api.Have(since + 1, [(since, since + wait)], False)
+
+    def peers_of(self, weights):
+        return self.peers
 
     def open_group(self, session, weights):
         self.groups.append(Group())
@@ -446,7 +458,7 @@ json_values = st.recursive(
 )
 joins = st.fixed_dictionaries(
     {"identity": st.just(msgspec.to_builtins(IDENTITY)) | json_values},
-    optional={"weights": json_values, "listen": json_values},
+    optional={"weights": json_values, "peer": json_values},
 )
 
 
@@ -465,12 +477,37 @@ def test_any_json_is_answered(module_source, body, path):
 # Through both ends
 
 
+def test_a_client_hears_of_new_blocks_and_of_others_without_a_place(source):
+    source.service.peers = [PEER]
+    with source.client() as client:
+        assert client.have(DIGEST, 5, 9) == api.Have(6, [(5, 14)], False)
+        assert client.peers(DIGEST) == [PEER]
+        assert client.status().places_taken == 0
+        with pytest.raises(SourceError) as refused:
+            client.have("xxh3_128:0123456789abcdee", 0, 0)
+        assert refused.value.code == "changed"
+
+
+def test_a_source_waits_for_new_blocks_no_longer_than_it_allows(source):
+    with source.client() as client:
+        assert client.have(DIGEST, 0, 9999).runs == [(0, api.MAX_WAIT_SECONDS)]
+
+
+@pytest.mark.parametrize("code", [Code.BUSY, Code.LOADING, Code.OTHER_MODEL])
+def test_who_is_refused_for_now_hears_of_others(source, code):
+    source.service.peers, source.service.refusal = [PEER], Refusal(code, "because")
+    with source.client() as client, pytest.raises(SourceError) as refused:
+        client.join(Join(IDENTITY))
+    assert len(refused.value.peers) == (code.status == 503)
+    assert refused.value.weights == (DIGEST if code.status == 503 else None)
+
+
 def test_a_client_joins_and_reads(source):
-    source.service.peers = ["10.0.0.7:28000"]
+    source.service.peers = [PEER]
     with source.client() as client:
         joined = client.join(Join(IDENTITY))
         assert (joined.weights, joined.epoch, joined.instance) == (DIGEST, 1, "instance")
-        assert joined.peers == ["10.0.0.7:28000"]
+        assert joined.peers == [PEER]
         assert json.loads(bytes(joined.manifest)) == MANIFEST and joined.blocks == bytes(32)
         assert client.join(Join(IDENTITY, DIGEST)).manifest is msgspec.UNSET
         assert read(client, 0, BLOCKS - 1) == CONTENT
@@ -521,14 +558,14 @@ def test_a_run_without_bytes_is_read(source):
 def test_a_code_becomes_its_error(source, code):
     differ = [api.Difference("tp", "1", "2")]
     source.service.refusal = Refusal(
-        code, "because", differences=differ, peers=["10.0.0.7:28000"], retry_after=7
+        code, "because", differences=differ, peers=[PEER], retry_after=7
     )
     with source.client() as client, pytest.raises(SourceError) as caught:
         client.join(Join(IDENTITY))
     error = caught.value
     assert type(error) is code.error and error.code == code.text
     assert str(error) == f"{source.address}: {code.text}: because: tp is 1 here and 2 there"
-    assert error.peers == ("10.0.0.7:28000",)
+    assert error.peers == ((PEER.address, PEER.instance),)
     assert error.retry_after == (7 if code.status == 503 else 0)
 
 

@@ -16,10 +16,11 @@ from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.agreement import Ranks
 from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed
+from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed, SourceBusy
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.identity import Revision
-from vllm_ascend.model_loader.netloader.interaction.api import Code
+from vllm_ascend.model_loader.netloader.interaction.api import Code, Join
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
@@ -543,3 +544,72 @@ def test_a_rank_that_is_no_source_tells_nothing(config):
     model = nn.Linear(1, 1)
     registry.put_in_use(model, "path", config(LISTEN_PORT=1), HOST, offer(), (), ranks=ranks)
     assert ranks.endpoints() == {}
+
+
+# Loads in progress
+
+
+def loading(rank=0, group=TARGET):
+    return Offer(identity(rank=rank, group=group), None, "being loaded", code=Code.LOADING)
+
+
+def states(server):
+    return [(model.state, model.epoch) for model in server.status(0).models]
+
+
+def test_a_server_listens_while_its_model_is_being_loaded_and_then_serves_it(
+    config, servers, tmp_path
+):
+    ranks = Ranks(0, range(2), TARGET, HashStore())
+    relay = registry.begin_load(config(), HOST, loading(), [DRAFT], ranks=ranks)
+    [server] = servers
+    address = address_of(tmp_path)
+    assert str(address) == relay.peer.address == ranks.endpoints()[0].address
+    assert states(server) == [("loading", 0)]
+    with ElasticClient.connect(address, connect=5.0, handshake=5.0, progress=5.0) as client:
+        for group in (TARGET, DRAFT):
+            with pytest.raises(SourceBusy, match="loading"):
+                client.join(Join(identity(group=group)))
+    model = put_in_use(config())
+    assert server_of(model) is server
+    assert address_of(tmp_path) == address
+    assert states(server) == [("serving", 1)]
+    assert is_served(address)
+
+
+def test_a_draft_is_loaded_beside_its_target_on_the_same_port(config, servers):
+    target = put_in_use(config(), to_come=[DRAFT])
+    registry.begin_load(config(), HOST, loading(group=DRAFT), ())
+    assert len(servers) == 1
+    assert states(server_of(target)) == [("serving", 1), ("loading", 0)]
+
+
+def test_a_load_that_is_given_up_leaves_no_port_open(config, servers, tmp_path):
+    relay = registry.begin_load(config(), HOST, loading(), ())
+    registry.give_up_load(relay)
+    assert servers == [] and [*tmp_path.iterdir()] == []
+
+
+def test_a_draft_that_is_given_up_leaves_its_target_served(config, servers, tmp_path):
+    target = put_in_use(config())
+    relay = registry.begin_load(config(), HOST, loading(group=DRAFT), ())
+    registry.give_up_load(relay)
+    assert states(server_of(target)) == [("serving", 1)]
+    assert is_served(address_of(tmp_path))
+
+
+def test_without_a_port_nobody_hears_of_a_load(config, servers):
+    assert registry.begin_load(config(LISTEN_PORT=1), HOST, loading(), ()) is None
+    assert servers == []
+
+
+def test_a_load_whose_port_is_taken_goes_on_alone(config, servers, log, caplog):
+    with source(WEIGHTS) as other:
+        port = other.address.port
+        del log[:]
+        assert registry.begin_load(config(LISTEN_PORT=port), HOST, loading(), ()) is None
+    assert servers == []
+    assert any("cannot listen" in line for line in log)
+    assert "ERROR" not in {
+        record.levelname for record in caplog.records
+    }  # it may be free in the end

@@ -1,6 +1,7 @@
 import itertools
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Blocks, Run
-from vllm_ascend.model_loader.netloader.executor.scheduler import Scheduler
+from vllm_ascend.model_loader.netloader.executor.scheduler import FirstCopy, Peer, Scheduler
 
 from .support import MIB, PATIENCE
 
@@ -82,10 +83,9 @@ def test_runs_given_back_come_before_the_others():
 
 def test_it_is_finished_when_every_run_is_done():
     scheduler = of(2)
-    scheduler.take(2)
-    scheduler.done()
-    assert not scheduler.finished
-    scheduler.done()
+    for run in scheduler.take(2):
+        assert not scheduler.finished
+        scheduler.done(run)
     assert scheduler.finished
 
 
@@ -104,7 +104,7 @@ def test_a_run_over_a_sources_limit_is_handed_out_in_parts(max_bytes):
             assert blocks.size_of(run) <= max(max_bytes, MIB)
             taken += range(run.first, run.last + 1)
             assert not scheduler.finished
-            scheduler.done()
+            scheduler.done(run)
     assert taken == list(range(blocks.count))
     assert scheduler.finished
 
@@ -153,7 +153,7 @@ class Interleavings(RuleBasedStateMachine):
     def finish(self, number):
         if (one := self.one(number)) and one[1]:
             self.done.append(one[1].pop(0))
-            self.scheduler.done()
+            self.scheduler.done(self.done[-1])
 
     @rule(number=st.integers(0, 9))
     def wrong(self, number):
@@ -173,9 +173,13 @@ class Interleavings(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         held = [run for _, runs in self.sessions for run in runs]
-        counted = self.numbers([*held, *self.done, *self.scheduler._wanted])
+        counted = self.numbers([*held, *self.done, *self.wanted()])
         assert counted == list(range(self.blocks.count))
         assert self.scheduler.finished == (len(self.numbers(self.done)) == self.blocks.count)
+
+    def wanted(self):
+        scheduler = self.scheduler
+        return itertools.compress(scheduler._runs, scheduler._wanted)
 
     @staticmethod
     def numbers(runs):
@@ -202,7 +206,7 @@ def test_threads_get_every_run_once_between_them(threads, count, limit):
                         scheduler.give_back([run])
                     else:
                         got.append(run.first)
-                        scheduler.done()
+                        scheduler.done(run)
 
     working = [threading.Thread(target=work, args=(turn,)) for turn in range(threads)]
     for thread in working:
@@ -225,7 +229,7 @@ def test_who_waits_goes_on_when_a_run_comes_back_or_all_are_done(happens):
 
     threading.Thread(target=wait, daemon=True).start()
     assert not over.wait(0.05)
-    scheduler.done() if happens == "done" else scheduler.give_back([Run(0, 0)])
+    scheduler.done(Run(0, 0)) if happens == "done" else scheduler.give_back([Run(0, 0)])
     assert over.wait(PATIENCE)
 
 
@@ -233,3 +237,282 @@ def test_who_waits_in_vain_goes_on_when_its_time_is_up():
     scheduler = of(1)
     scheduler.take(1)
     scheduler.wait(0.01)
+
+
+# Sources that are incomplete
+
+
+class Ticks:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def of_relays(count, *having, start=0.0):
+    """A scheduler, and one incomplete source for each of the lists of blocks that it has."""
+    scheduler = Scheduler(Blocks([MIB] * count), MIB, start, Ticks())
+    peers = []
+    scheduler.kept = []  # a session that nobody has any more is over
+    for blocks in having:
+        peer = Peer(complete=False)
+        scheduler.kept.append(scheduler.session(peer))
+        scheduler.kept[-1].__enter__()
+        scheduler.heard(peer, [Run(block, block) for block in blocks], complete=False)
+        peers.append(peer)
+    return scheduler, peers
+
+
+def taken(scheduler, peer=None, limit=1):
+    return numbers(scheduler.take(limit, peer=peer))
+
+
+def test_an_incomplete_source_is_asked_for_what_it_has():
+    scheduler, [peer] = of_relays(9, [2, 5])
+    assert taken(scheduler, peer, 9) == [2, 5]
+    assert taken(scheduler, peer) == []
+    scheduler.heard(peer, [Run(6, 7)], complete=False)
+    assert taken(scheduler, peer, 9) == [6, 7]
+    scheduler.heard(peer, [], complete=True)
+    assert taken(scheduler, peer, 9) == [0, 1, 3, 4, 8]
+
+
+def test_a_run_is_there_once_all_its_blocks_are():
+    scheduler = Scheduler(Blocks([8 * MIB]), 4 * MIB)
+    peer = Peer(complete=False)
+    with scheduler.session(peer):
+        scheduler.heard(peer, [Run(0, 2), Run(5, 7)], complete=False)
+        assert scheduler.take(9, peer=peer) == []
+        scheduler.heard(peer, [Run(3, 3)], complete=False)
+        assert scheduler.take(9, peer=peer) == [Run(0, 3)]
+
+
+def test_blocks_that_do_not_exist_are_no_news():
+    scheduler, [peer] = of_relays(3, [])
+    scheduler.heard(peer, [Run(2, 99), Run(50, 60)], complete=False)
+    assert taken(scheduler, peer, 9) == [2]
+
+
+def test_news_that_come_before_the_session_begins_count_from_when_it_does():
+    scheduler, [other] = of_relays(4, [0, 1])
+    early = Peer(complete=False)
+    scheduler.heard(early, [Run(1, 1)], complete=False)
+    with scheduler.session(early):
+        assert taken(scheduler, other) == [0]  # two have the other one
+        assert taken(scheduler, early, 9) == [1]
+    scheduler.give_back([Run(1, 1)])
+    with scheduler.session(early):  # once more, as further connections may
+        assert taken(scheduler, early, 9) == [1]
+    early = Peer(complete=False)
+    scheduler.heard(early, [], complete=True)
+    with scheduler.session(early):
+        assert taken(scheduler, early, 9) == [2, 3]
+
+
+def test_what_is_told_again_is_no_news():
+    scheduler, [peer] = of_relays(3, [0])
+    scheduler._clock.now = 5.0
+    scheduler.heard(peer, [Run(0, 0), Run(9, 2**53), Run(2, 1)], complete=False)
+    assert scheduler.idle_for(peer) == 5.0
+
+
+def test_what_is_told_a_thousand_times_costs_no_time():
+    scheduler = of(100_000)
+    peer = Peer(complete=False)
+    with scheduler.session(peer):
+        began = time.thread_time()
+        scheduler.heard(peer, [Run(0, 2**53)] * 2048, complete=False)
+        assert time.thread_time() - began < 3
+
+
+def test_what_the_fewest_have_comes_first():
+    scheduler, [one, other] = of_relays(4, [0, 1, 2], [1, 2], start=0.0)
+    assert taken(scheduler) == [3]
+    assert taken(scheduler) == [0]
+    scheduler.heard(other, [Run(0, 0)], complete=False)
+    scheduler, [one, other] = of_relays(4, [0, 1, 2], [0, 2])
+    assert taken(scheduler, one) == [1]
+    assert taken(scheduler, other) == [0]
+
+
+def test_a_source_that_is_gone_makes_what_it_has_rare_again():
+    scheduler, _ = of_relays(3, [0])
+    going = Peer(complete=False)
+    with scheduler.session(going):
+        scheduler.heard(going, [Run(1, 1), Run(2, 2)], complete=False)
+        scheduler.heard(going, [Run(0, 0)], complete=False)
+    assert [taken(scheduler) for _ in range(3)] == [[1], [2], [0]]
+
+
+def test_what_comes_back_can_be_had_from_all_who_have_it():
+    scheduler, [one, other] = of_relays(2, [0], [0])
+    assert taken(scheduler, one) == [0]
+    assert taken(scheduler, other) == []
+    scheduler.give_back([Run(0, 0)])
+    assert taken(scheduler, other) == [0]
+    scheduler.give_back([Run(0, 0)])
+    assert taken(scheduler) == [0]
+
+
+def test_clients_may_start_at_different_places():
+    scheduler, _ = of_relays(4, start=0.5)
+    assert [taken(scheduler) for _ in range(4)] == [[2], [3], [0], [1]]
+    scheduler, _ = of_relays(4, start=0.999)
+    assert taken(scheduler) == [3]
+
+
+def test_a_source_is_asked_later_for_what_it_wants_others_to_be_asked_for():
+    scheduler, [relay] = of_relays(2, [0])
+    seed = Peer()
+    with scheduler.session(seed):
+        assert taken(scheduler, seed) == [1]
+        scheduler.declined(seed, Run(1, 1))
+        assert taken(scheduler, seed) == [0]
+        assert taken(scheduler, seed) == []
+        assert taken(scheduler, relay) == []
+        scheduler._clock.now += 1
+        assert taken(scheduler, seed) == [1]
+
+
+def test_who_waits_goes_on_with_news_and_without_hope_of_any():
+    scheduler, [peer] = of_relays(2, [])
+    for event in (
+        lambda: scheduler.heard(peer, [Run(1, 1)], complete=False),
+        lambda: scheduler.lost(peer, RuntimeError("gone")),
+    ):
+        over = threading.Event()
+
+        def wait(over=over):
+            scheduler.wait(10 * PATIENCE, peer)
+            over.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        assert not over.wait(0.05)
+        event()
+        assert over.wait(PATIENCE)
+        taken(scheduler, peer)
+    assert str(peer.failure) == "gone"
+
+
+# Slow sources
+
+
+def test_what_a_slow_source_holds_is_taken_over_by_one_that_has_brought_something():
+    scheduler, cuts = of_relays(3)[0], []
+    fast, slow, group = Peer(), Peer(), Peer()
+    slow.cut = lambda: cuts.append("slow")
+    with scheduler.session(fast), scheduler.session(slow), scheduler.session(group):
+        assert taken(scheduler, group) == [0]
+        assert taken(scheduler, slow) == [1]
+        assert taken(scheduler, fast) == [2]
+        scheduler._clock.now = 1.0
+        assert scheduler.slow(fast) is None
+        scheduler.done(Run(2, 2))
+        assert scheduler.slow(fast) is None
+        scheduler._clock.now = 3.9
+        assert scheduler.slow(fast) is None
+        scheduler._clock.now = 4.0
+        assert scheduler.slow(slow) is None  # its own
+        assert scheduler.slow(Peer()) is None  # has brought nothing
+        scheduler.slow(fast)()
+        assert cuts == ["slow"]
+        assert scheduler.slow(fast) is None
+        scheduler.give_back([Run(1, 1)])
+        assert taken(scheduler, fast) == [1]
+
+
+def test_what_a_source_does_not_have_is_left_to_a_slow_one():
+    scheduler, [relay] = of_relays(2, [0])
+    slow = Peer()
+    slow.cut = lambda: None
+    with scheduler.session(slow):
+        assert taken(scheduler, relay) == [0]
+        assert taken(scheduler, slow) == [1]
+        scheduler._clock.now = 1.0
+        scheduler.done(Run(0, 0))
+        scheduler._clock.now = 99.0
+        assert scheduler.slow(relay) is None
+        scheduler.heard(relay, [Run(1, 1)], complete=False)
+        assert scheduler.slow(relay) is not None
+
+
+def test_the_only_one_that_has_what_is_wanted_is_left_alone_however_slow_it_is():
+    scheduler, [relay] = of_relays(4, [0])
+    slow = Peer()
+    slow.cut = lambda: None
+    with scheduler.session(slow):
+        assert taken(scheduler, relay) == [0]
+        assert taken(scheduler, slow, 2) == [1, 2]
+        scheduler.done(Run(0, 0))
+        scheduler.heard(relay, [Run(1, 1)], complete=False)
+        scheduler._clock.now = 99.0
+        assert scheduler.slow(relay) is None
+        scheduler.heard(relay, [Run(2, 2)], complete=False)
+        assert scheduler.slow(relay) is None  # nobody else has 3
+        scheduler.heard(relay, [Run(3, 3)], complete=False)
+        assert scheduler.slow(relay) is not None
+
+
+def test_who_waits_goes_on_when_another_has_become_slow(monkeypatch):
+    monkeypatch.setattr("vllm_ascend.model_loader.netloader.executor.scheduler._SLOW", 0.0)
+    scheduler, fast, slow = of(2), Peer(), Peer()
+    cut = slow.cut = lambda: None
+    with scheduler.session(fast), scheduler.session(slow):
+        scheduler.take(1, peer=slow)
+        [run] = scheduler.take(1, peer=fast)
+        scheduler.done(run)
+        scheduler.wait(10 * PATIENCE, fast)
+        assert scheduler.slow(fast) is cut
+
+
+def test_an_incomplete_source_has_been_idle_since_it_had_something_new():
+    scheduler, [peer] = of_relays(3, [0])
+    scheduler._clock.now = 5.0
+    assert scheduler.idle_for(peer) == 5.0
+    scheduler.heard(peer, [], complete=False)
+    assert scheduler.idle_for(peer) == 5.0
+    scheduler.heard(peer, [Run(1, 1)], complete=False)
+    assert scheduler.idle_for(peer) == 0.0
+    scheduler._clock.now = 7.0
+    assert taken(scheduler, peer) == [0]
+    assert scheduler.idle_for(peer) == 0.0
+    scheduler._clock.now = 9.0
+    assert scheduler.idle_for(Peer()) == 0.0  # a complete one
+
+
+# What a source sends to whom
+
+
+def test_a_source_sends_each_block_once_before_it_sends_one_twice():
+    first = FirstCopy(3, Ticks())
+    assert first.sends("a", Run(0, 0))
+    assert not first.sends("b", Run(0, 0))
+    assert not first.sends("b", Run(0, 1))
+    assert first.sends("b", Run(1, 1))
+    assert first.sends("a", Run(0, 0))  # its own, that may have come wrong
+    assert not first.sends("a", Run(1, 1))
+    assert first.sends("a", Run(2, 2))
+    assert first.sends("a", Run(1, 1))
+    assert first.sends("b", Run(0, 2))
+
+
+def test_what_a_client_got_that_is_gone_is_sent_again():
+    first = FirstCopy(3, Ticks())
+    assert first.sends("a", Run(0, 0))
+    first.gone("a")
+    assert first.sends("b", Run(0, 0))
+    assert not first.sends("a", Run(0, 0))
+    first.gone("nobody")
+
+
+def test_a_client_that_gets_nothing_gets_what_it_asks_for():
+    clock = Ticks()
+    first = FirstCopy(3, clock)
+    assert first.sends("a", Run(0, 0))
+    assert not first.sends("b", Run(0, 0))
+    clock.now = 3.0
+    assert first.sends("b", Run(0, 0))
+    assert first.sends("b", Run(0, 0))  # it may still reach nobody else
+    assert first.sends("b", Run(1, 1))
+    assert not first.sends("b", Run(0, 0))

@@ -13,20 +13,24 @@ import torch
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.config import Transport
+from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine, of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, Manifest
 from vllm_ascend.model_loader.netloader.executor.transport.group import CLIENT, form_group
+from vllm_ascend.model_loader.netloader.interaction import api, peer_book
 from vllm_ascend.model_loader.netloader.interaction.api import (
     Code,
     Done,
+    Endpoint,
     GroupOpened,
     Join,
+    Peer,
     Refusal,
 )
 from vllm_ascend.model_loader.netloader.interaction.client import GroupControl
 from vllm_ascend.model_loader.netloader.interaction.server import Session
 from vllm_ascend.model_loader.netloader.port_file import PortFile
-from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
+from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, logger, process_id
 
 from .support import (
@@ -781,3 +785,263 @@ def test_what_is_served_is_withdrawn_when_the_server_stops():
         refusal(to.blocks, session(), one.store.digests.weights, 0, 0),
     ):
         assert (code, text) == ("gone", "the source is shutting down")
+
+
+# Relays
+
+
+def relayed(name):
+    return Peer(f"10.0.0.9:{name}", f"process {name}")
+
+
+def joins(to, peer=None, by=None):
+    by = by or session()
+    return by, to.join(by, Join(WHO, peer=peer))
+
+
+def test_a_client_hears_of_others_and_they_hear_of_it():
+    to, met = server(offer()), []
+    to.met = lambda weights, peer: met.append((weights, peer))
+    weights = offer().store.digests.weights
+    assert joins(to, relayed(1))[1].peers == []
+    assert [peer.address for peer in joins(to, relayed(2))[1].peers] == [relayed(1).address]
+    assert joins(to)[1].peers != []  # one that passes nothing on
+    assert met == [(weights, relayed(1)), (weights, relayed(2))]
+    named = {peer.address: peer for peer in to.peers_of(weights)}
+    assert {*named} == {relayed(1).address, relayed(2).address}
+    assert to.peers_of("xxh3_128:00") == []
+
+
+def test_those_named_to_fewest_are_named_first(monkeypatch):
+    monkeypatch.setattr(api, "MAX_PEERS", 2)
+    to = server(offer())
+    clients = [joins(to, relayed(number))[0] for number in range(1, 7)]
+    counts = [known.peer.load for known in to._peers._known.values()]
+    assert max(counts) - min(counts) <= 2 and sum(counts) == 1 + 2 * 4
+    assert clients
+
+
+def test_a_client_that_went_away_is_named_no_more_and_one_that_is_complete_serves():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    gone, done = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
+    gone.close()
+    to.done(done, Done(complete=True))
+    done.close()
+    [left] = to.peers_of(weights)
+    assert (left.address, left.state) == (relayed(2).address, "serving")
+
+
+def test_what_a_client_says_of_itself_but_its_address_is_not_passed_on():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    joins(to, Peer("10.0.0.9:1", "honest", "serving", 2**53))
+    joins(to, Peer("nowhere", "not an address"))
+    assert joins(to, relayed(2))[1].peers == [Peer("10.0.0.9:1", "honest", "loading", 2)]
+    assert len(to.peers_of(weights)) == 2
+
+
+def test_those_last_heard_of_are_remembered_and_no_more_than_so_many(monkeypatch):
+    monkeypatch.setattr(peer_book, "_MOST", 2)
+    to = server(offer())
+    weights = offer().store.digests.weights
+    for number in (1, 2, 1, 3):
+        to.know(weights, relayed(number))
+    assert [peer.address for peer in to.peers_of(weights)] == [
+        relayed(number).address for number in (1, 3)
+    ]
+
+
+def test_nothing_is_kept_of_clients_that_are_gone_or_of_weights_that_are_withdrawn():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    for number, end in enumerate([True, False], 1):
+        client = joins(to, relayed(number))[0]
+        fetched(to, weights, number, number, by=client)
+        to.done(client, Done(complete=end))
+        client.close()
+    assert to._first_copies[weights]._served == {}
+    withdraw(to)
+    assert to._first_copies == {}
+    to.offer(offer())
+    fetched(to, weights, 0, 0, by=joins(to, relayed(1))[0])
+    to.forget(WHO.group)
+    assert to._first_copies == {}
+
+
+def test_a_peer_that_nobody_has_heard_of_for_long_is_forgotten(monkeypatch):
+    to = server(offer())
+    weights = offer().store.digests.weights
+    to.know(weights, relayed(1))
+    assert len(to.peers_of(weights)) == 1
+    monkeypatch.setattr(peer_book, "_REMEMBERED", -1.0)
+    assert to.peers_of(weights) == []
+
+
+def test_who_is_refused_for_now_hears_of_those_with_the_same_weights():
+    to = server(offer())
+    joins(to, relayed(1))
+    weights, peers, _ = to.others(Join(WHO))
+    assert weights == offer().store.digests.weights
+    assert [peer.address for peer in peers] == [relayed(1).address]
+    assert to.others(Join(identity(model="other"))) is None
+    assert to.others(Join(DRAFT)) is None
+
+
+def test_who_is_refused_for_now_is_named_to_others():
+    to = server(offer())
+    to.others(Join(WHO, peer=relayed(1)))
+    assert [peer.address for peer in to.others(Join(WHO))[1]] == [relayed(1).address]
+
+
+def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    one, other, plain = joins(to, relayed(1))[0], joins(to, relayed(2))[0], joins(to)[0]
+    fetched(to, weights, 0, 5, by=one)
+    assert refusal(to.blocks, other, weights, 3, 8)[0] == "ask_others"
+    fetched(to, weights, 3, 8, by=plain)
+    fetched(to, weights, 6, 11, by=other)
+    fetched(to, weights, 3, 8, by=other)
+    to = server(offer())
+    one, other = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
+    fetched(to, weights, 0, 5, by=one)
+    one.close()
+    fetched(to, weights, 3, 8, by=other)
+
+
+def loading(to):
+    made = Offer(WHO, None, "the weights are being loaded", code=Code.LOADING)
+    to.endpoint = Endpoint("10.0.0.1:1", to.process)
+    to.announce(made)
+    there = store_of(TENSORS)
+    return Relay(to, made), incomplete(there, [torch.empty_like(one) for one in there.tensors])
+
+
+def test_a_load_passes_on_what_has_come_until_it_ends():
+    to = server()
+    relay, store = loading(to)
+    weights = store.digests.weights
+    assert refusal(join, to)[0] == "loading"
+    relay.begin(store, lambda weights, peer: None)
+    joined = join(to)
+    assert (joined.complete, joined.epoch, joined.weights) == (False, 0, weights)
+    assert refusal(to.blocks, session(), weights, 0, 1)[0] == "not_here"
+    for tensor, own in zip(TENSORS.values(), store.tensors, strict=True):
+        own.copy_(tensor)
+    store.add(Run(0, 1))
+    by = session()
+    assert fetched(to, weights, 0, 1, by=by)[0] == b"".join(map(_content, [*TENSORS.values()][:2]))
+    assert to.have(by, weights, 0, 0) == api.Have(1, [Run(0, 1)], False)
+    assert [model.state for model in to.status(0).models] == ["loading"]
+    relay.end(complete=True)
+    assert refusal(to.blocks, by, weights, 0, 1)[0] == "preparing"
+    assert refusal(to.have, by, weights, 0, 0)[0] == "preparing"
+    assert refusal(join, to)[0] == "preparing"
+    to.offer(Offer(WHO, store_of(TENSORS)))
+    assert join(to).epoch == 1
+    fetched(to, weights, 0, 1, by=by)
+
+
+def _content(tensor):
+    return bytes(bytes_of(tensor).numpy())
+
+
+def test_a_load_that_fails_is_being_loaded_again():
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    relay.end(complete=False)
+    assert refusal(join, to)[0] == "loading"
+    assert store.withdrawn.is_set()
+
+
+def test_a_load_names_its_own_sources():
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    relay.know(store.digests.weights, Address("10.0.0.2", 5), "seed", complete=True)
+    relay.know(store.digests.weights, Address("10.0.0.3", 5), "relay", complete=False)
+    assert joins(to, relayed(1))[1].peers == [
+        Peer("10.0.0.2:5", "seed", "serving", 1),
+        Peer("10.0.0.3:5", "relay", "loading", 1),
+    ]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "fe80::1%eth0", "169.254.0.1"])
+def test_an_address_that_others_reach_somebody_else_at_is_not_named(host):
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    relay.know(store.digests.weights, Address(host, 5), "seed", complete=True)
+    assert joins(to, relayed(1))[1].peers == []
+
+
+def test_who_is_refused_hears_which_process_has_refused_it():
+    with pytest.raises(Refusal) as error:
+        join(server(), WHO)
+    assert error.value.problem.instance == process_id()
+
+
+def test_a_list_of_ranks_goes_with_weights_also_while_they_are_loaded_or_all_places_are_taken():
+    weights = offer().store.digests.weights
+    ranks = {0: weights, 1: "xxh3_128:" + "1" * 32}
+    assert server(offer(ranks=lambda: ranks)).others(Join(WHO))[2] == ranks
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None, lambda: ranks)
+    assert join(to).ranks == ranks
+    refused = Refusal(Code.BUSY, "busy")
+    for count, told in ((512, 512), (513, 0)):
+        refused.name(weights, [relayed(1)] * api.MAX_PEERS, dict.fromkeys(range(count), ranks[1]))
+        assert len(refused.problem.ranks) == told
+        assert len(msgspec.json.encode(refused.problem)) < api.MAX_BODY
+
+
+def test_what_a_client_says_of_blocks_ends_no_load():
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    store.add(Run(0, 0))  # whose bytes are wrong
+    weights = store.digests.weights
+    assert refusal(to.check, session(), weights, 0, 0)[0] == "loading"
+    assert join(to).weights == weights
+
+
+def test_nobody_else_can_have_a_client_named_no_more():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    honest, again = joins(to, relayed(1))[0], joins(to, relayed(1))[0]
+    fetched(to, weights, 0, 0, by=honest)
+    honest.close()  # it has reconnected
+    for peer in (relayed(1), Peer(relayed(1).address, "another")):
+        joins(to, peer)[0].close()
+    assert [peer.instance for peer in to.peers_of(weights)] == [relayed(1).instance]
+    assert refusal(to.blocks, joins(to, relayed(2))[0], weights, 0, 0)[0] == "ask_others"
+    joins(to, relayed(3), by=again)
+    again.close()
+    assert [peer.address for peer in to.peers_of(weights)] == [relayed(2).address]
+
+
+def test_news_are_told_in_parts_and_then_that_all_are_here(monkeypatch):
+    monkeypatch.setattr(api, "MAX_NEWS", 2)
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    for block in range(12):
+        store.add(Run(block, block))
+    weights, by = store.digests.weights, session()
+    first = to.have(by, weights, 0, 0)
+    assert first == api.Have(2, [(0, 0), (1, 1)], False)
+    assert to.have(by, weights, 10, 0) == api.Have(12, [(10, 10), (11, 11)], True)
+    assert to.have(by, weights, 12, 60) == api.Have(12, [], True)
+
+
+def test_a_client_that_has_gone_is_not_told_what_comes(monkeypatch):
+    monkeypatch.setattr(serve, "_LOOK", 0.01)
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    wire = Wire()
+    by, wire.hung_up = Session(wire), True
+    assert to.have(by, store.digests.weights, 0, 10 * PATIENCE).runs == []

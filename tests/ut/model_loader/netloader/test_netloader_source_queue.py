@@ -44,7 +44,7 @@ class _Condition:
 
 
 class Jitter:
-    """In the place of `random`: the middle, unless the test says otherwise."""
+    """In the place of `random.uniform`: the middle, unless the test says otherwise."""
 
     def __init__(self):
         self.value = 1.0
@@ -56,20 +56,18 @@ class Jitter:
 
 
 class World:
-    def __init__(self, patch):
+    def __init__(self):
         self.clock, self.jitter = Clock(), Jitter()
-        patch.setattr(source_queue, "time", self.clock)
-        patch.setattr(source_queue, "random", self.jitter)
 
     def queue(self, addresses, seconds):
-        queue = SourceQueue(addresses, seconds)
+        queue = SourceQueue(addresses, seconds, self.clock.monotonic, self.jitter.uniform)
         queue._changed = _Condition(self.clock)
         return queue
 
 
 @pytest.fixture
-def world(monkeypatch):
-    return World(monkeypatch)
+def world():
+    return World()
 
 
 def asked(queue, answers):
@@ -271,27 +269,26 @@ def test_a_source_with_other_weights_is_not_waited_for_by_those_who_wait(world):
 
 @given(st.data())
 def test_whatever_sources_answer_the_load_ends_in_time_and_says_why(data):
-    with pytest.MonkeyPatch.context() as patch:
-        world = World(patch)
-        world.jitter.value = data.draw(st.floats(0.75, 1.25))
-        seconds = data.draw(st.sampled_from([0, 1, 30]))
-        queue = world.queue([A, B, C], seconds)
-        kinds = st.sampled_from([*FINAL, *LATER, "postponed"])
-        postponed = set()
-        for count in itertools.count():
-            if (address := queue.next()) is None:
-                break
-            assert count < 500
-            kind = data.draw(kinds)
-            if kind == "postponed" and address not in postponed:
-                postponed.add(address)
-                queue.postpone(address, "other weights")
-            else:
-                error = SourceRefused if kind == "postponed" else kind
-                queue.failed(address, error(f"{address}: no"))
-        assert queue.over.is_set()
-        assert world.clock.passed <= seconds + 0.1
-        assert len(queue.reasons()) == 3
+    world = World()
+    world.jitter.value = data.draw(st.floats(0.75, 1.25))
+    seconds = data.draw(st.sampled_from([0, 1, 30]))
+    queue = world.queue([A, B, C], seconds)
+    kinds = st.sampled_from([*FINAL, *LATER, "postponed"])
+    postponed = set()
+    for count in itertools.count():
+        if (address := queue.next()) is None:
+            break
+        assert count < 500
+        kind = data.draw(kinds)
+        if kind == "postponed" and address not in postponed:
+            postponed.add(address)
+            queue.postpone(address, "other weights")
+        else:
+            error = SourceRefused if kind == "postponed" else kind
+            queue.failed(address, error(f"{address}: no"))
+    assert queue.over.is_set()
+    assert world.clock.passed <= seconds + 0.1
+    assert len(queue.reasons()) == 3
 
 
 # What names stand for
@@ -415,6 +412,117 @@ def test_each_source_is_asked_by_one_thread_at_a_time():
     assert joined(thread, got) == [A]
 
 
+def test_a_source_that_others_name_is_asked_until_it_fails_or_is_another_process():
+    queue = SourceQueue([A], 0)
+    queue.heard(B, "one")
+    assert [queue.next(), queue.next()] == [A, B]
+    assert [queue.is_hearsay(one) for one in (A, B)] == [False, True]
+    queue.failed(B, SourceLost("gone"))
+    queue.heard(B, "one")
+    queue.heard(C, "another")
+    assert queue.next() == C
+    queue.heard(B, "its successor")
+    assert queue.next() == B
+    queue.heard(A, "another")
+    assert not queue.is_hearsay(A)
+    queue.found([(B, "its successor")], {})
+    assert not queue.is_hearsay(B)
+
+
+def test_a_source_that_has_sent_wrong_bytes_is_not_asked_again_because_others_name_it():
+    queue = SourceQueue([A], 0)
+    assert queue.next() == A
+    queue.heard(B, "one")
+    assert queue.next() == B
+    queue.failed(B, TransferCorrupt("wrong bytes"))
+    queue.heard(B, "another")
+    queue.failed(A, SourceLost("gone"))
+    assert queue.next() is None
+
+
+def test_others_can_name_so_many_sources_and_no_more(monkeypatch):
+    monkeypatch.setattr(source_queue, "MAX_HEARD", 1)
+    queue = SourceQueue([A], 0)
+    for address in (A, B, C):
+        queue.heard(address, "one")
+    assert [queue.next(), queue.next()] == [A, B]
+    queue.failed(A, SourceLost("gone"))
+    queue.failed(B, SourceLost("gone"))
+    assert queue.next() is None
+
+
+def test_a_source_that_was_given_is_asked_again_before_those_that_others_name(world):
+    queue = world.queue([A], 300)
+    assert queue.next() == A
+    queue.heard(B, "b")
+    queue.failed(A, SourceBusy("busy"))
+    assert queue.next() == B
+    queue.failed(B, SourceUnreachable("none"))
+    for port in range(100):
+        queue.heard(Address("192.0.2.8", port + 1), "c")
+    world.clock.sleep(1)
+    assert queue.next() == A
+
+
+def test_those_that_others_name_keep_no_load_waiting(world):
+    queue = world.queue([A], 10)
+    assert queue.next() == A
+    queue.failed(A, SourceBusy("busy"))
+    world.clock.sleep(11)
+    queue.heard(B, "b")
+    assert queue.next() is None
+
+
+def test_a_process_that_others_name_at_an_address_is_believed_a_few_times(world):
+    queue = world.queue([A], 300)
+    assert queue.next() == A
+    asked = []
+    for count in range(9):
+        queue.heard(B, f"process {count}")
+        if (address := queue.poll()) is not None:
+            asked.append(address)
+            queue.failed(B, SourceRefused("no"))
+    assert asked == [B] * 4
+    queue.failed(A, SourceRefused("other model"))
+    queue.heard(A, "another process")
+    assert queue.next() is None
+
+
+def test_a_source_that_has_given_something_is_asked_again_for_a_while_after_the_deadline(world):
+    queue, times = world.queue([A], 0), []
+    assert queue.next() == A
+    world.clock.sleep(100)
+    queue.failed(A, SourceBusy("slow"), soon=True)
+    while queue.next() is not None:
+        times.append(world.clock.passed)
+        queue.failed(A, SourceBusy("preparing"))
+    assert times and all(100 < time < 130 for time in times)
+    assert 130 <= world.clock.passed < 131
+
+
+def test_who_waits_goes_on_if_the_deadline_passes_before_it_sleeps(world):
+    queue = world.queue([A], 10)
+    assert queue.next() == A
+    queue.failed(A, SourceBusy("busy", retry_after=60))
+    assert queue.poll() is None
+    world.clock.sleep(20)
+    assert queue.pause() == 0.0
+
+
+def test_threads_are_lacking_while_there_is_a_source_to_ask_and_nobody_waits_for_one():
+    queue = SourceQueue([A], 300)
+    assert queue.lacks_threads()
+    assert queue.next() == A
+    assert not queue.lacks_threads()
+    queue.heard(B, "one")
+    assert queue.lacks_threads()
+    assert queue.next() == B
+    thread, got = ask(queue)
+    queue.failed(A, SourceBusy("busy", "busy"))
+    assert not queue.lacks_threads()  # there is none to ask yet
+    assert joined(thread, got) == [A]
+
+
 def test_when_the_load_is_complete_nobody_waits_any_more():
     queue = SourceQueue([A, B], 300)
     assert queue.next() == A
@@ -444,3 +552,12 @@ def test_a_postponed_source_goes_to_a_thread_that_waits():
     assert thread.is_alive()  # A may still bring all of it
     queue.failed(A, SourceLost("gone"))
     assert joined(thread, got) == [B]
+
+
+def test_those_that_others_name_are_asked_in_an_order_of_ones_own(world):
+    queue = world.queue([A], 300)
+    world.jitter.value = 1.2
+    queue.heard(B, "b")
+    world.jitter.value = 0.8
+    queue.heard(C, "c")
+    assert [queue.next(), queue.next(), queue.next()] == [A, C, B]

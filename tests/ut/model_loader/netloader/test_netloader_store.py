@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conformance.faults import Tapped, flipped
-from vllm_ascend.model_loader.netloader.errors import Gone, LayoutUnsupported, NotHere, Withdrawn
+from vllm_ascend.model_loader.netloader.errors import (
+    Gone,
+    LayoutUnsupported,
+    NotHere,
+    Preparing,
+    Withdrawn,
+)
 from vllm_ascend.model_loader.netloader.executor import store as module
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
@@ -358,3 +364,38 @@ def test_what_is_read_is_what_the_device_makes_readable():
     store.wrong(Run(0, 0))
     assert asked == [0, 1, 1, 0]
     assert store.readable is store.readable
+
+
+# News of what has come
+
+
+def test_what_has_come_is_told_in_order_and_once():
+    there = store_of({f"t{i}": random_tensor(i, torch.uint8, 8) for i in range(4)})
+    assert there.came(0, 0.0) == [Run(0, 3)]
+    assert there.came(1, 0.0) == []
+    here = incomplete(there, [torch.empty_like(tensor) for tensor in there.tensors])
+    assert here.came(0, 0.0) == []
+    here.add(Run(2, 3))
+    here.add(Run(0, 0))
+    assert here.came(0, 0.0) == [Run(2, 3), Run(0, 0)]
+    assert here.came(1, 0.0) == [Run(0, 0)]
+
+
+@pytest.mark.parametrize("happens", ["comes", "is withdrawn"])
+def test_who_waits_for_news_is_told_at_once(happens):
+    there = store_of({"t": random_tensor(0, torch.uint8, 8)})
+    here, told = incomplete(there, [torch.empty(8, dtype=torch.uint8)]), []
+
+    def wait():
+        try:
+            told.append(here.came(0, 10 * PATIENCE))
+        except Preparing as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert told == []
+    here.add(Run(0, 0)) if happens == "comes" else here.withdraw(Preparing("being made ready"))
+    thread.join(PATIENCE)
+    assert told == [[Run(0, 0)] if happens == "comes" else "being made ready"]

@@ -1,14 +1,19 @@
 """The two ends of a session: `P2PLoad` receives, `P2PSend` sends."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..errors import TransferCorrupt
+from ..errors import AskOthers, SourceBusy, TransferCorrupt
 from .chunks.blocks import Run
 from .rate_limiter import RateLimiter
-from .scheduler import Scheduler
+from .scheduler import STARVED, Peer, Scheduler
 from .store import BlockStore
+
+# Waits to keep a session alive, in a row, for news from an incomplete source.
+_IDLE = 3
+# Seconds without such news after which another source is asked instead, if there is one.
+_TRY_ANOTHER = 1.0
 
 
 class Sender(Protocol):
@@ -90,6 +95,8 @@ class P2PLoad:
         scheduler: which runs are wanted.
         verify: whether digests are checked.
         keep_alive: seconds after which a session with nothing to fetch says that it is there.
+        peer: the source, if it is not known to have every block.
+        others: whether there is another source to ask and nobody else to ask it.
 
     Attributes:
         bytes_received: bytes of the runs that have come and are right.
@@ -103,7 +110,11 @@ class P2PLoad:
         *,
         verify: bool,
         keep_alive: float,
+        peer: Peer | None = None,
+        others: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._peer = peer or Peer()
+        self._others = others
         self._receiver = receiver
         self._store = store
         self._scheduler = scheduler
@@ -126,16 +137,27 @@ class P2PLoad:
         of this session can reach the store any more.
 
         Raises:
-            TransferCorrupt: a run came with wrong bytes for the second time.
+            TransferCorrupt: a run came with wrong bytes, from a trusted source twice.
+            SourceBusy: an incomplete source has had nothing new for too long, or a source named
+                others for all that was wanted.
             Exception: see `Receiver.receive`.
         """
-        with self._scheduler.session():
+        with self._scheduler.session(self._peer):
             while not self._scheduler.finished:
                 self._request()
                 if not self._requested:
                     self._idle()
                     continue
-                self._receiver.receive()
+                try:
+                    self._receiver.receive()
+                except AskOthers:
+                    self._scheduler.declined(self._peer, self._requested.popleft())
+                    # A source that is right sends what is asked for by then.
+                    longest = max(_IDLE * self._keep_alive, 3 * STARVED)
+                    if self._scheduler.nothing_for(self._peer) >= longest:
+                        sends_nothing = "sends nothing, and names others for all that is wanted"
+                        raise SourceBusy(sends_nothing) from None
+                    continue
                 self._checking = self._requested.popleft()
                 self._request()  # so that the next one is on its way while this one is checked
                 self._check(self._checking)
@@ -144,7 +166,7 @@ class P2PLoad:
     def _request(self) -> None:
         receiver, held = self._receiver, len(self._requested)
         if held <= receiver.ahead - receiver.batch and (
-            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes)
+            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, self._peer)
         ):
             self._requested.extend(runs)
             receiver.request(runs)
@@ -154,18 +176,31 @@ class P2PLoad:
         if not wrong:
             self._store.add(run)
             self.bytes_received += self._store.blocks.size_of(run)
-            self._scheduler.done()
+            self._scheduler.done(run)
             return
-        if run in self._wrong_before:
-            names = self._store.names(wrong)
-            error = TransferCorrupt(f"wrong bytes twice in blocks {run} ({_first_few(names)})")
+        if run in self._wrong_before or not self._peer.trusted:
+            names = _first_few(self._store.names(wrong))
+            error = TransferCorrupt(
+                f"wrong bytes twice in blocks {run} ({names})"
+                if self._peer.trusted
+                else f"wrong bytes in blocks {run} ({names})"
+            )
             error.block = wrong[0]
             raise error
         self._wrong_before.add(run)
         self._scheduler.give_back([run])
 
     def _idle(self) -> None:
-        self._scheduler.wait(self._keep_alive)
+        # Clients that wait for each other's blocks must not keep each other from the source.
+        patience = self._keep_alive if self._peer.complete else min(self._keep_alive, _TRY_ANOTHER)
+        self._scheduler.wait(patience, self._peer)
+        if self._peer.failure is not None:
+            raise self._peer.failure
+        if (cut := self._scheduler.slow(self._peer)) is not None:
+            cut()
+        longest = _TRY_ANOTHER if self._others() else _IDLE * self._keep_alive
+        if self._scheduler.idle_for(self._peer) >= longest:
+            raise SourceBusy("has no blocks just now that are wanted")
         if not self._scheduler.finished:
             self._receiver.request([])
 

@@ -60,8 +60,10 @@ class BlockStore:
         self._lock = threading.RLock()  # a garbage collector may call `withdraw`
         self._readers: Counter[int] = Counter()  # by thread
         self._read = threading.Condition(self._lock)
+        self._news = threading.Condition(self._lock)
         self._here = bytearray(b"\1" if complete else b"\0") * blocks.count
         self._missing = 0 if complete else blocks.count
+        self._came = [Run(0, blocks.count - 1)] if complete and blocks.count else []
 
     @functools.cached_property
     def readable(self) -> Sequence[torch.Tensor]:
@@ -82,6 +84,7 @@ class BlockStore:
         """Let no read begin from now on, as the memory is about to change or to go away."""
         with self._lock:  # so that a read has begun, or sees this
             self._why = self._why or why
+            self._news.notify_all()
         self.withdrawn.set()
 
     @contextlib.contextmanager
@@ -153,6 +156,24 @@ class BlockStore:
         with self._lock:
             self._missing -= self._here.count(0, run.first, run.last + 1)
             self._here[run.first : run.last + 1] = b"\1" * count
+            self._came.append(run)
+            self._news.notify_all()
+
+    def came(self, since: int, seconds: float) -> Sequence[Run]:
+        """Return the runs that have come after the first `since` ones, once there are any.
+
+        Args:
+            since: how many are known.
+            seconds: for which to wait.
+
+        Raises:
+            Withdrawn: nothing can be read any more.
+        """
+        with self._news:
+            self._news.wait_for(lambda: len(self._came) > since or self._why, seconds)
+            if self._why is not None:
+                raise type(self._why)(str(self._why))
+            return self._came[since:]
 
     def names(self, blocks: Iterable[int]) -> list[str]:
         """Return the names of the tensors that blocks belong to."""

@@ -1,8 +1,8 @@
 """What peers say to each other over HTTP/1.1: paths, bodies, codes and limits.
 
 All of it is on one port for each rank. Bodies are JSON; unknown fields are ignored, except in an
-identity. A path is compared as it is written: nothing in it is percent-encoded, and it has no
-query. A session is a connection::
+identity. A path is compared as it is written, with its query: nothing in it is percent-encoded. A
+session is a connection::
 
     client                                       source
       POST /netloader/v1/models/GROUP/join   ->
@@ -22,20 +22,29 @@ or, where the bytes go through a two-rank group of HCCL or NCCL::
       POST /netloader/v1/groups/ID/send      ->
                                              <-  sizes of the runs, then the bytes in the group
 
+A client passes on what it has got while it goes on loading. Whoever joins says where it listens, so
+that a source can name others, and on a connection of its own a client asks an incomplete source
+which blocks have come to it::
+
+      GET /netloader/v1/weights/DIGEST/have?since=0&wait=5  ->
+                                             <-  runs of blocks, as soon as there are new ones
+
 When sending through a group fails, the source says why in an answer that nobody has asked for, and
 closes the connection. When sending an answer's body fails, it closes the connection in the body.
 """
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 
 from ..errors import (
+    AskOthers,
     BlocksNotHere,
     NetLoaderError,
     SourceBusy,
@@ -55,6 +64,12 @@ MAX_STATUS = 4 << 20  # the answer to a status request
 MAX_GROUPS = 4  # of one connection
 MAX_DIFFERENCES = 20  # between two identities that an answer names
 MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
+MAX_WAIT_SECONDS = 60  # that a source waits for new blocks
+MAX_NEWS = 2048  # runs of new blocks in one answer
+MAX_PEERS = 16  # that one answer names
+MAX_ADDRESS = 300  # characters of a peer's address
+MAX_INSTANCE = 64  # characters of what names its process
+_MOST_RANKS = 512  # in the body of an answer that is not 200
 
 COMPLETE = "complete"  # how a session ends of which its client says so
 TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
@@ -62,6 +77,8 @@ TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
 JOIN = "/netloader/v1/models/{group}/join"
 BLOCKS = "/netloader/v1/weights/{digest}/blocks/{first}-{last}"
 CHECK = "/netloader/v1/weights/{digest}/blocks/{first}-{last}/check"
+HAVE = "/netloader/v1/weights/{digest}/have?since={since}&wait={wait}"
+PEERS = "/netloader/v1/weights/{digest}/peers"
 GROUPS = "/netloader/v1/groups"
 STORE = "/netloader/v1/groups/{id}/store"
 SEND = "/netloader/v1/groups/{id}/send"
@@ -72,6 +89,8 @@ METHODS = {
     JOIN: "POST",
     BLOCKS: "GET",
     CHECK: "POST",
+    HAVE: "GET",
+    PEERS: "GET",
     GROUPS: "POST",
     STORE: "POST",
     SEND: "POST",
@@ -86,9 +105,15 @@ _PARAMETERS = {
     "first": "[0-9]{1,20}",
     "last": "[0-9]{1,20}",
     "id": "[0-9]{1,20}",
+    "since": "[0-9]{1,20}",
+    "wait": "[0-9]{1,4}",
 }
 _ROUTES = {
-    path: re.compile(path.format(**{name: f"(?P<{name}>{p})" for name, p in _PARAMETERS.items()}))
+    path: re.compile(
+        path.replace("?", r"\?").format(
+            **{name: f"(?P<{name}>{p})" for name, p in _PARAMETERS.items()}
+        )
+    )
     for path in METHODS
 }
 
@@ -110,6 +135,7 @@ class Code(Enum):
     NOT_FOUND = "not_found", 404, SourceRefused, "there is no such path, or no such group of ranks"
     NO_MODEL = "no_model", 404, SourceRefused, "this instance has no such model"
     NOT_HERE = "not_here", 404, BlocksNotHere, "these blocks have not come to this instance yet"
+    ASK_OTHERS = "ask_others", 404, AskOthers, "others have got these blocks from here"
     METHOD_NOT_ALLOWED = "method_not_allowed", 405, SourceRefused, "the path has another method"
     OTHER_MODEL = "other_model", 409, SourceRefused, "the identities differ; the answer says where"
     NO_GROUPS = "no_groups", 409, SourceRefused, "this instance sends over HTTP only"
@@ -126,6 +152,7 @@ class Code(Enum):
     TRANSFER_FAILED = "transfer_failed", 500, SourceLost, "the blocks could not be sent"
     BUSY = "busy", 503, SourceBusy, "all places for sessions are taken"
     LOADING = "loading", 503, SourceBusy, "the source is still loading its weights"
+    PREPARING = "preparing", 503, SourceBusy, "the weights are being made ready for inference"
     ASLEEP = "asleep", 503, SourceBusy, "the source sleeps, and its weights are not in memory"
     CHANGING = "changing", 503, SourceBusy, "the source's weights are being changed"
 
@@ -142,10 +169,29 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 WeightsDigest: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
 RankWeights: TypeAlias = Annotated[dict[Count, WeightsDigest], msgspec.Meta(max_length=65536)]
-Peers: TypeAlias = Annotated[list[ShortText], msgspec.Meta(max_length=4096)]
+NO_RANKS: Mapping[int, str] = MappingProxyType({})
 Run: TypeAlias = tuple[Count, Count]
 Value: TypeAlias = tuple[ShortText, Annotated[bytes, msgspec.Meta(max_length=16 << 10)]]
 Values: TypeAlias = Annotated[list[Value], msgspec.Meta(max_length=256)]
+
+
+class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Another instance that gets or has the same weights.
+
+    Attributes:
+        address: where it listens.
+        instance: names the process.
+        state: `loading` or `serving`.
+        load: to how many it has been named.
+    """
+
+    address: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]
+    instance: Annotated[str, msgspec.Meta(max_length=MAX_INSTANCE)]
+    state: ShortText = "loading"
+    load: Count = 0
+
+
+Peers: TypeAlias = Annotated[list[Peer], msgspec.Meta(max_length=4096)]
 
 
 class Join(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -154,12 +200,12 @@ class Join(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         identity: what has to be equal on both sides.
         weights: the weights that the client has manifest and block digests of already.
-        listen: where the client itself listens, if that is known.
+        peer: where the client itself passes on what it gets; None: nowhere.
     """
 
     identity: ModelIdentity
     weights: WeightsDigest | None = None
-    listen: ShortText | None = None
+    peer: Peer | None = None
 
 
 class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -170,7 +216,8 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
         epoch: counts the changes of these weights in this instance.
         instance: names the process, so that another one at the same address is noticed.
         revision: which revision of the model they are.
-        peers: addresses of others that have or get the same weights.
+        peers: others that have or get the same weights.
+        complete: whether all blocks are here already.
         manifest: passed on unread; left out where the client named these weights.
         blocks: the digests of all blocks, 16 bytes each, in base64; left out like the manifest.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
@@ -181,6 +228,7 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
     instance: ShortText
     revision: Revision = Revision()
     peers: Peers = []
+    complete: bool = True
     manifest: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     blocks: bytes | msgspec.UnsetType = msgspec.UNSET
     ranks: RankWeights = {}
@@ -242,6 +290,26 @@ class Done(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Check(msgspec.Struct, frozen=True):
     """The client has got blocks that are not what their digests say, twice."""
+
+
+class Have(msgspec.Struct, frozen=True):
+    """Which blocks have come since the client last asked.
+
+    Attributes:
+        version: the `since` of the next request.
+        runs: `[first, last]` of each run that has come.
+        complete: whether all blocks are here.
+    """
+
+    version: Count
+    runs: Annotated[list[Run], msgspec.Meta(max_length=MAX_NEWS)]
+    complete: bool
+
+
+class Named(msgspec.Struct, frozen=True):
+    """Who else gets or has these weights."""
+
+    peers: Peers
 
 
 class Noted(msgspec.Struct, frozen=True):
@@ -345,12 +413,18 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
         message: for people.
         differences: with `other_model`.
         peers: whom else to ask.
+        weights: digest of the weights that the client would get, with `peers`.
+        instance: names the process, in the answer to a join.
+        ranks: see `Joined`, with `weights`; left out if it is too long.
     """
 
     code: str
     message: str
     differences: list[Difference] = []
     peers: Peers = []
+    weights: WeightsDigest | None = None
+    instance: ShortText = ""
+    ranks: RankWeights = {}
 
 
 class Refusal(NetLoaderError):
@@ -370,13 +444,24 @@ class Refusal(NetLoaderError):
         message: str,
         *,
         differences: Sequence[Difference] = (),
-        peers: Sequence[str] = (),
+        peers: Sequence[Peer] = (),
         retry_after: int = 1,
     ) -> None:
         super().__init__(message)
         self.code = code
-        self.problem = Problem(code.text, message, [*differences], [*peers])
+        self.problem = Problem(code.text, message, [*differences], peers=[*peers])
         self.retry_after = retry_after
+
+    def name(
+        self, weights: str, peers: Sequence[Peer], ranks: Mapping[int, str] = NO_RANKS
+    ) -> None:
+        """Say whom else to ask, for which weights, and what the other ranks of these are."""
+        self.problem = msgspec.structs.replace(
+            self.problem,
+            weights=weights,
+            peers=[*peers],
+            ranks=dict(ranks) if len(ranks) <= _MOST_RANKS else {},
+        )
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,28 @@ class ElasticClient:
         path = api.CHECK.format(digest=weights, first=first, last=last)
         self._ask(path, api.Check(), api.Noted, self._handshake)
 
+    def have(self, weights: str, since: int, wait: int) -> api.Have:
+        """Ask which blocks have come to the source.
+
+        Args:
+            weights: digest of the weights.
+            since: `version` of the answer before; 0: of all blocks.
+            wait: seconds that the source waits for something new.
+
+        Raises:
+            SourceError: see the class.
+        """
+        path = api.HAVE.format(digest=weights, since=since, wait=wait)
+        return self._ask(path, None, api.Have, self._handshake + wait)
+
+    def peers(self, weights: str) -> list[api.Peer]:
+        """Ask who else gets or has these weights.
+
+        Raises:
+            SourceError: see the class.
+        """
+        return self._ask(api.PEERS.format(digest=weights), None, api.Named, self._handshake).peers
+
     def open_group(self, weights: str) -> "GroupControl":
         """Let the source begin to form a two-rank group for blocks of these weights."""
         self._has_groups = True
@@ -333,7 +355,10 @@ class ElasticClient:
             ": ".join([*said, "; ".join(differ)] if differ else said),
             problem.code if code else "",
             float(seconds_later[0]) if seconds_later else 0.0,
-            tuple(shortened(peer, 300) for peer in problem.peers),
+            tuple((peer.address, peer.instance) for peer in problem.peers),
+            problem.weights,
+            problem.instance,
+            problem.ranks,
         )
 
     def _not_ours(self, answer: "_Answer") -> SourceRefused:

@@ -5,7 +5,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, NoReturn, Protocol, cast
@@ -112,6 +112,15 @@ class Service(Protocol):
 
     def blocks(self, session: Session, digest: str, first: int, last: int) -> Bytes:
         """Return the bytes of blocks, `last` included."""
+
+    def others(self, join: Join) -> tuple[str, list[api.Peer], Mapping[int, str]] | None:
+        """Return the digest of what a client wants, whom else to ask, and what goes with it."""
+
+    def have(self, session: Session, weights: str, since: int, wait: int) -> api.Have:
+        """Return which blocks have come, after waiting for something new."""
+
+    def peers_of(self, weights: str) -> list[api.Peer]:
+        """Return who else gets or has these weights."""
 
     def check(self, session: Session, weights: str, first: int, last: int) -> None:
         """Compare blocks that a client has got wrong with their digests."""
@@ -424,9 +433,29 @@ class _Handler(BaseHTTPRequestHandler):
         if join.identity.group != group:
             named = f"the path names {group}, the identity {shortened(join.identity.group, 200)}"
             raise Refusal(Code.BAD_REQUEST, named)
-        with self._place():
-            joined = self._server.service.join(self._session, join)
+        try:
+            with self._place():
+                joined = self._server.service.join(self._session, join)
+        except Refusal as refusal:
+            later = refusal.code.status == HTTPStatus.SERVICE_UNAVAILABLE
+            if later and not refusal.problem.peers:
+                with self._calls():
+                    others = self._server.service.others(join)
+                if others is not None:
+                    refusal.name(*others)
+            raise
         self._say(joined)
+
+    def _have(self, body: bytes, digest: str, since: str, wait: str) -> None:
+        seconds = min(int(wait), api.MAX_WAIT_SECONDS)
+        with self._calls():
+            have = self._server.service.have(self._session, digest, int(since), seconds)
+        self._say(have)
+
+    def _peers(self, body: bytes, digest: str) -> None:
+        with self._calls():
+            peers = self._server.service.peers_of(digest)
+        self._say(api.Named(peers))
 
     def _blocks(self, body: bytes, digest: str, first: str, last: str) -> None:
         if int(first) > int(last):
@@ -572,6 +601,8 @@ _ANSWERS: dict[str, Callable[..., None]] = {
     api.JOIN: _Handler._join,
     api.BLOCKS: _Handler._blocks,
     api.CHECK: _Handler._check,
+    api.HAVE: _Handler._have,
+    api.PEERS: _Handler._peers,
     api.GROUPS: _Handler._open_group,
     api.STORE: _Handler._exchange,
     api.SEND: _Handler._send,

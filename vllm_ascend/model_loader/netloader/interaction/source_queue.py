@@ -3,15 +3,20 @@
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import SourceBusy, SourceError, SourceUnreachable
+from ..errors import SourceBusy, SourceError, SourceUnreachable, TransferCorrupt
 from ..utils import Address, one_line
 
 # Seconds between two attempts at a source: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+# Seconds for which a source is asked again, whatever the deadline says, whose session has brought
+# something and has ended because it did not suit at the moment.
+_GRACE = 30.0
+MAX_HEARD = 256  # sources of one load that others may name
+_REVIVALS = 3  # processes after the first one that others may name at an address
 
 
 class _State(Enum):
@@ -37,6 +42,11 @@ class _Source:
     attempts: int = 0
     reason: str = ""
     instance: str = ""
+    hearsay: bool = False
+    lied: bool = False
+    turn: float = 0.0  # of those that others have named
+    revivals: int = 0
+    until: float = 0.0  # asked again at least so long
 
 
 class SourceQueue:
@@ -45,44 +55,120 @@ class SourceQueue:
     Names may stand for more of them at each look-up; see `found`.
 
     A source that says "later" is asked again as long as the load waits; one that cannot be reached
-    too, unless one that could be reached has failed and none has said "later".
+    too, unless one that could be reached has failed and none has said "later". Those that others
+    have named come after those that were given, and keep no load waiting.
 
     Args:
         addresses: where to look, in order of preference.
         seconds: for how long to wait for sources that may serve later; 0: not at all.
+        clock: returns seconds.
+        spread: returns a random number from its first argument to its second one.
     """
 
-    def __init__(self, addresses: Iterable[Address], seconds: float) -> None:
+    def __init__(
+        self,
+        addresses: Iterable[Address],
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        spread: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._clock = clock
+        self._spread = spread
         self._listed = [*dict.fromkeys(addresses)]
         self._sources = [_Source(address) for address in self._listed]
-        self._deadline = time.monotonic() + seconds
+        self._known = {source.address: source for source in self._sources}
+        self._deadline = clock() + seconds
         self._changed = threading.Condition()
         self._problems: Mapping[str, SourceError] = {}
         self._idle = 0
+        self._polled = 0.0
         self.over = threading.Event()
 
     def next(self) -> Address | None:
         """Return the source to ask now, as soon as there is one; None: the load is over."""
         with self._changed:
-            while not self.over.is_set():
-                now = time.monotonic()
-                if (source := self._due(now)) is not None:
-                    source.state = _State.ASKED
-                    source.attempts += 1
-                    return source.address
-                if not self._may_go_on(now):
-                    self._finish()
-                    break
+            while (address := self.poll()) is None and not self.over.is_set():
                 self._idle += 1
-                self._changed.wait(self._pause(now))
+                self._changed.wait(self.pause())
                 self._idle -= 1
+            return address
+
+    def poll(self) -> Address | None:
+        """Return the source to ask now; None: there is none at the moment, or the load is over."""
+        with self._changed:
+            if self.over.is_set():
+                return None
+            now = self._polled = self._clock()
+            if (source := self._due(now)) is not None:
+                source.state = _State.ASKED
+                source.attempts += 1
+                return source.address
+            if not self._may_go_on(now):
+                self._finish()
             return None
+
+    def pause(self) -> float | None:
+        """Return the seconds until something is due; None: somebody else has to act first."""
+        with self._changed:
+            waiting = self._in(_State.LATER, _State.UNREACHABLE)
+            if not (waiting or self._problems):
+                return None
+            times = [time for source in waiting for time in (source.due, source.until)]
+            # Since the queue was looked at, not since now: nothing may come due in between unseen.
+            ahead = [time for time in (self._deadline, *times) if time > self._polled]
+            return max(0.0, min(ahead) - self._clock()) if ahead else None
 
     @property
     def idle(self) -> bool:
         """Whether a thread waits for a source to ask, and the load for sources."""
         with self._changed:
-            return self._idle > 0 and time.monotonic() < self._deadline
+            return self._idle > 0 and self._clock() < self._deadline
+
+    def joined(self, address: Address, instance: str) -> None:
+        """Take note of which process there is at an address."""
+        with self._changed:
+            self._known[address].instance = instance
+
+    def heard(self, address: Address, instance: str) -> None:
+        """Take note of another source that somebody has named.
+
+        One that nobody but others has named, and that has failed or had other weights, is asked
+        again a few times if another process has come to its address, unless it has sent wrong
+        bytes.
+        """
+        with self._changed:
+            known = self._known.get(address)
+            if known is None:
+                if sum(source.hearsay for source in self._sources) >= MAX_HEARD:
+                    return
+            elif known.instance != instance:
+                if not known.hearsay or known.lied or known.revivals >= _REVIVALS:
+                    return
+                known.revivals += known.state is not _State.ASKED
+            # Clients that were told of the same peers in the same order must not all ask the same
+            # ones: the rest would hear of blocks through these only.
+            self._add(address, instance, self._spread(0.5, 1.5))
+            if known is None:
+                self._known[address].hearsay = True
+            self._changed.notify_all()
+
+    def lacks_threads(self) -> bool:
+        """Return whether there is a source to ask and no thread that waits for one."""
+        with self._changed:
+            return self._idle == 0 and self._due(self._clock()) is not None
+
+    def is_hearsay(self, address: Address) -> bool:
+        """Return whether nobody but others has named a source."""
+        with self._changed:
+            return self._known[address].hearsay
+
+    def _add(self, address: Address, instance: str, turn: float = 0.0) -> None:
+        if (source := self._known.get(address)) is None:
+            source = self._known[address] = _Source(address, instance=instance, turn=turn)
+            self._sources.append(source)
+        elif source.instance != instance and source.state is not _State.ASKED:
+            source.state, source.attempts, source.due = _State.NEW, 0, 0.0
+            source.instance = instance
 
     def found(
         self, endpoints: Sequence[tuple[Address, str]], problems: Mapping[str, SourceError]
@@ -99,15 +185,9 @@ class SourceQueue:
             The problems that are news.
         """
         with self._changed:
-            known = {source.address: source for source in self._sources}
             for address, instance in endpoints:
-                source = known.get(address)
-                if source is None:
-                    source = known[address] = _Source(address, instance=instance)
-                    self._sources.append(source)
-                elif source.instance != instance and source.state is not _State.ASKED:
-                    source.state, source.attempts = _State.NEW, 0
-                    source.instance = instance
+                self._add(address, instance)
+                self._known[address].hearsay = False
             order = [*self._listed, *(address for address, _ in endpoints)]
             rank = {address: -index for index, address in enumerate(reversed(order))}
             self._sources.sort(key=lambda source: rank.get(source.address, 1))
@@ -125,41 +205,50 @@ class SourceQueue:
         with self._changed:
             self._finish()
 
-    def failed(self, address: Address, error: Exception) -> bool:
+    def failed(self, address: Address, error: Exception, *, soon: bool = False) -> bool:
         """Take note of what went wrong with a source.
+
+        Args:
+            address: of the source.
+            error: what went wrong.
+            soon: whether it has given something and may give more soon: it is asked again for a
+                while, whatever the deadline says.
 
         Returns:
             Whether this is news: not the same that was said of it before.
         """
         reason = one_line(error)
         with self._changed:
-            source = self._source(address)
+            source = self._known[address]
             news = source.reason != reason
             source.reason = reason
             source.state = _State.FAILED
+            source.lied = isinstance(error, TransferCorrupt)
             if isinstance(error, SourceBusy | SourceUnreachable):
                 later = isinstance(error, SourceBusy)
                 source.state = _State.LATER if later else _State.UNREACHABLE
+                if later and soon:
+                    source.until = self._clock() + _GRACE
                 pause = min(_FIRST_PAUSE * 2 ** min(source.attempts - 1, 10), _LONGEST_PAUSE)
                 asked_for = error.retry_after if isinstance(error, SourceError) else 0.0
                 # Jitter keeps clients that were refused together from coming back together.
-                source.due = time.monotonic() + max(pause, asked_for) * random.uniform(0.75, 1.25)
+                source.due = self._clock() + max(pause, asked_for) * self._spread(0.75, 1.25)
             self._changed.notify_all()
             return news
 
     def postpone(self, address: Address, reason: str) -> None:
         """Ask a source again when nobody is left who has the weights that are being loaded."""
         with self._changed:
-            source = self._source(address)
+            source = self._known[address]
             source.state, source.reason = _State.OTHER, reason
             self._changed.notify_all()
 
     def waits(self, address: Address) -> bool:
         """Return whether a source is asked again by itself."""
         with self._changed:
-            source = self._source(address)
+            source = self._known[address]
             return source.state in (_State.LATER, _State.UNREACHABLE) and self._may_go_on(
-                time.monotonic()
+                self._clock()
             )
 
     def reasons(self) -> list[str]:
@@ -167,9 +256,6 @@ class SourceQueue:
         with self._changed:
             reasons = [source.reason for source in self._sources if source.reason]
             return [*reasons, *map(one_line, self._problems.values())]
-
-    def _source(self, address: Address) -> _Source:
-        return next(source for source in self._sources if source.address == address)
 
     def _finish(self) -> None:
         self.over.set()
@@ -179,33 +265,34 @@ class SourceQueue:
         return [source for source in self._sources if source.state in states]
 
     def _due(self, now: float) -> _Source | None:
-        if new := self._in(_State.NEW):
-            return new[0]
-        if now < self._deadline:
-            waiting = self._in(_State.LATER, _State.UNREACHABLE)
-            if due := [source for source in waiting if source.due <= now]:
-                return due[0]
+        due = [
+            source
+            for source in self._in(_State.NEW, _State.LATER, _State.UNREACHABLE)
+            if source.due <= now and self._may_ask(source, now)
+        ]
+        if due:
+            return min(due, key=lambda one: (one.hearsay, one.state is not _State.NEW, one.turn))
         # Nobody else is left: begin anew with what the others have.
         if not self._in(_State.ASKED) and (other := self._in(_State.OTHER)):
             return other[0]
         return None
 
+    def _may_ask(self, source: _Source, now: float) -> bool:
+        if source.state is not _State.NEW:
+            return now < max(self._deadline, source.until)
+        return not source.hearsay or now < self._deadline or bool(self._in(_State.ASKED))
+
     def _may_go_on(self, now: float) -> bool:
         if self._in(_State.ASKED):
+            return True
+        if any(self._may_ask(source, now) for source in self._in(_State.LATER)):
             return True
         if now >= self._deadline:
             return False
         problems = [*self._problems.values()]
         later = [problem for problem in problems if isinstance(problem, SourceBusy)]
-        if self._in(_State.LATER) or later:
+        if later:
             return True
         unreached = [problem for problem in problems if isinstance(problem, SourceUnreachable)]
         failed = self._in(_State.FAILED) or len(unreached) < len(problems)
         return bool(self._in(_State.UNREACHABLE) or unreached) and not failed
-
-    def _pause(self, now: float) -> float | None:
-        """Return the seconds until something is due; None: somebody else has to act first."""
-        waiting = [source.due for source in self._in(_State.LATER, _State.UNREACHABLE)]
-        if now >= self._deadline or not (waiting or self._problems):
-            return None
-        return max(0.0, min([*waiting, self._deadline]) - now)

@@ -1,0 +1,132 @@
+"""Clients that load from one source at the same time and pass on what they get."""
+
+import contextlib
+import dataclasses
+import socket
+import threading
+
+from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.executor.store import BlockStore
+from vllm_ascend.model_loader.netloader.interaction.api import Code
+from vllm_ascend.model_loader.netloader.interaction.discovery import Own
+from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
+from vllm_ascend.model_loader.netloader.utils import Address, parse_address
+
+from .models import many_rows
+from .sides import HOST, PATIENCE, addresses_of, differing, expected, identity, make, settings
+
+# Nobody is lost because the machine is busy.
+_PATIENCE = 4 * PATIENCE  # more than any of its deadlines together
+PATIENT = {"connect_timeout": 20.0, "handshake_timeout": 20.0, "progress_timeout": 20.0}
+
+
+@dataclasses.dataclass(eq=False)
+class Replica:
+    """One that loads, then serves what it has."""
+
+    way: object
+    name: str
+    model: object
+    config: NetLoaderConfig
+    server: WeightServer
+    store: BlockStore | None = None
+    filling: BlockStore | None = None
+    gave: str = ""
+    lists: tuple = ()
+    reasons: str = ""
+    hold: bool = False
+    holding: threading.Event = dataclasses.field(default_factory=threading.Event)
+    go_on: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    @property
+    def address(self) -> Address:
+        return parse_address(self.server.endpoint.address)
+
+    def start(self, sources):
+        self.thread = threading.Thread(target=self._load, args=(sources,), daemon=True)
+        self.thread.start()
+
+    def _load(self, sources):
+        way, model = self.way, self.model
+        self.tensors = make(way, model, 1000)
+        who = identity(way)
+        offer = Offer(who, None, "the weights are being loaded", code=Code.LOADING)
+        self.server.announce(offer)
+        try:
+            loaded = elastic_load(
+                self.tensors,
+                set(self.tensors),
+                addresses_of(sources),
+                who,
+                self.config,
+                way.device(),
+                own=Own(self.server.process),
+                relay=_Watched(self, offer),
+            )
+        except LoadFailed as error:
+            self.reasons = str(error) or "no reason"
+            return
+        self.store, self.gave, self.lists = loaded.store, loaded.sources, loaded.lists
+        if self.hold:
+            self.holding.set()
+            self.go_on.wait(PATIENCE)
+        self.server.offer(Offer(who, self.store))
+
+    def check(self):
+        """All weights are right."""
+        self.thread.join(_PATIENCE)
+        assert not self.thread.is_alive(), "the load goes on after its deadlines"
+        assert self.reasons == "", self.reasons
+        assert differing(self.way, self.tensors, expected(self.way, self.model, 0)) == []
+
+    def check_right_or_failed(self):
+        """There is no third."""
+        self.thread.join(_PATIENCE)
+        assert not self.thread.is_alive(), "the load goes on after its deadlines"
+        if not self.reasons:
+            self.check()
+
+    def die(self):
+        """Let those who load from here see no more than the end of their connections."""
+        server = self.server._server
+        server._stopping.set()
+        with contextlib.suppress(OSError):
+            server._listener.shutdown(socket.SHUT_RDWR)
+        for wire in [*server._placed, *server._waiting]:
+            wire.cut()
+        self.server.stop()
+
+
+class _Watched(Relay):
+    def __init__(self, replica, offer):
+        super().__init__(replica.server, offer)
+        self._replica = replica
+
+    def begin(self, store, met, ranks):
+        super().begin(store, met, ranks)
+        self._replica.filling = store
+
+
+@contextlib.contextmanager
+def fleet(way, count, model=many_rows, **config):
+    """Replicas whose servers listen and that have not begun to load."""
+    usual = {"source_wait": 20.0, "max_sessions": 8, **PATIENT}
+    with contextlib.ExitStack() as stack:
+        replicas = []
+        for number in range(count):
+            its = settings(way, **usual | config)
+            server = WeightServer(its, 0, HOST)
+            server.process = f"replica {number}"
+            stack.callback(server.stop)
+            server.start(0)
+            replicas.append(Replica(way, server.process, model, its, server))
+        yield replicas
+
+
+def load_and_relay(way, sources, **config):
+    """In a process of its own: be one of a fleet."""
+    with fleet(way, 1, **config) as [replica]:
+        replica.start(sources)
+        replica.check()

@@ -1,0 +1,473 @@
+"""Clients pass on what they have got while the rest is on its way."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import threading
+
+import pytest
+
+from vllm_ascend.model_loader.netloader.errors import SourceBusy
+from vllm_ascend.model_loader.netloader.executor import scheduler
+from vllm_ascend.model_loader.netloader.interaction import api
+from vllm_ascend.model_loader.netloader.interaction.api import Join
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.utils import parse_address
+
+from . import sides
+from .faults import closed_port
+from .fleet import PATIENT, fleet, load_and_relay
+from .models import ROW, many_rows, rows
+from .sides import PATIENCE, identity, log_lines, until
+from .test_leaks import used
+from .ways import Way
+
+pytestmark = pytest.mark.ways(Way.HTTP)
+
+MIB = 1 << 20
+COPIES = 1.2
+ALL = 64  # blocks of `many_rows`
+SCHEDULES = int(os.environ.get("CONFORMANCE_SCHEDULES", "40"))
+
+
+def source(way, model, **config):
+    return sides.source(way, model, **PATIENT | config)
+
+
+def start(replicas, *sources):
+    for replica in replicas:
+        replica.start(sources)
+
+
+def check(replicas):
+    for replica in replicas:
+        replica.check()
+
+
+def blocks_of(replicas):
+    """Which blocks exist at some of the replicas."""
+    stores = [replica.filling for replica in replicas]
+    return {block for store in stores if store for block in range(ALL) if store._here[block]}
+
+
+def dial(address):
+    return ElasticClient.connect(address, connect=5.0, handshake=5.0, progress=5.0)
+
+
+@contextlib.contextmanager
+def holding_back(server, count):
+    """Let a server send so many runs, and the others at the end."""
+    pieces, sent, go_on = server._pieces, iter(range(count)), threading.Event()
+
+    def held(served, run):
+        if next(sent, None) is None:
+            go_on.wait(PATIENCE)
+        yield from pieces(served, run)
+
+    server._pieces = held
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """On a busy machine a client may get nothing for seconds, though it could."""
+    monkeypatch.setattr(scheduler, "STARVED", PATIENCE)
+
+
+# What is passed on
+
+
+def test_a_source_sends_hardly_more_than_one_copy_to_four_that_start_together(way, patience):
+    with source(way, many_rows, max_send_rate=16 * MIB) as seed, fleet(way, 4) as replicas:
+        start(replicas, seed)
+        check(replicas)
+        assert seed.status.bytes_sent <= COPIES * seed.store.blocks.nbytes
+        assert all("), " in replica.gave for replica in replicas)  # from several
+
+
+def test_those_for_whom_the_source_has_no_place_load_from_those_for_whom_it_has(way, patience):
+    with (
+        source(way, many_rows, max_send_rate=16 * MIB, max_sessions=1) as seed,
+        fleet(way, 3) as replicas,
+    ):
+        start(replicas, seed)
+        check(replicas)
+        assert any(str(seed.address) not in replica.gave for replica in replicas)
+        assert seed.status.bytes_sent <= COPIES * seed.store.blocks.nbytes
+
+
+def test_other_weights_than_the_source_has_are_not_taken_from_those_whom_it_names(way):
+    with (
+        source(way, many_rows, max_sessions=1) as seed,
+        sides.source(way, many_rows, seed=1, **PATIENT) as other,
+        fleet(way, 1, max_sources=4) as [replica],
+    ):
+        peer = api.Peer(str(other.address), "another process")
+        seed.server.know(seed.store.digests.weights, peer)
+        with dial(seed.address) as first:
+            first.join(Join(identity(way)))
+            with log_lines() as lines:
+                start([replica], seed)
+                until(lambda: any("which no source in SOURCE has" in line for line in lines))
+        replica.check()
+        assert replica.gave == str(seed.address)
+
+
+def test_a_client_that_passes_nothing_on_gets_all_from_the_source(way):
+    with source(way, many_rows) as seed, fleet(way, 1, verify=False) as [alone]:
+        alone.start([seed])
+        alone.check()
+        assert alone.gave == str(seed.address)
+
+
+def test_an_incomplete_source_says_which_blocks_it_has_as_they_come(way):
+    with source(way, many_rows) as seed, fleet(way, 1) as [relay]:
+        with holding_back(seed.server, ALL // 2):
+            relay.start([seed])
+            until(lambda: relay.filling is not None)
+            weights, version, told = seed.store.digests.weights, 0, set()
+            with dial(relay.address) as client:
+                assert [model.state for model in client.status().models] == ["loading"]
+                while len(told) < ALL // 2:
+                    have = client.have(weights, version, 5)
+                    new = {b for first, last in have.runs for b in range(first, last + 1)}
+                    assert new
+                    assert not new & told
+                    told |= new
+                    version = have.version
+                assert client.have(weights, version, 0) == api.Have(version, [], False)
+        relay.check()
+
+
+def test_the_peers_of_a_source_are_those_that_load_from_it(way):
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as replicas:
+        start(replicas, seed)
+        with dial(seed.address) as client:
+            weights = seed.store.digests.weights
+            until(lambda: len(client.peers(weights)) == 2)
+            assert {peer.address for peer in client.peers(weights)} == {
+                str(replica.address) for replica in replicas
+            }
+            assert {peer.instance for peer in client.peers(weights)} == {"replica 0", "replica 1"}
+            assert client.peers("xxh3_128:" + "0" * 32) == []
+        check(replicas)
+
+
+def test_who_is_refused_for_now_hears_of_others(way):
+    with (
+        source(way, many_rows, max_send_rate=8 * MIB, max_sessions=1) as seed,
+        fleet(way, 1) as [relay],
+    ):
+        relay.start([seed])
+        until(lambda: relay.filling is not None)
+        with dial(seed.address) as client, pytest.raises(SourceBusy) as refused:
+            client.join(Join(identity(way)))
+        assert refused.value.peers == ((str(relay.address), "replica 0"),)
+        relay.check()
+
+
+def test_while_weights_are_made_ready_nobody_reads_them_and_after_that_they_are_served(way):
+    with source(way, rows) as seed, fleet(way, 2, rows) as [first, second]:
+        first.hold = True
+        first.start([seed])
+        until(lambda: first.holding.is_set())
+        with dial(first.address) as client, pytest.raises(SourceBusy, match="preparing"):
+            client.join(Join(identity(way)))
+        with log_lines() as lines:
+            second.start([first])
+            until(lambda: any("answered preparing" in line for line in lines))
+            first.go_on.set()
+            first.check()
+            second.check()
+        assert str(first.address) in second.gave
+
+
+def test_a_client_asks_its_sources_for_others_while_it_loads(way):
+    with (
+        source(way, many_rows) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 1) as [client],
+        holding_back(seed.server, 3),
+    ):
+        client.start([seed])
+        until(lambda: seed.status.bytes_sent > 2 * ROW)
+        peer = api.Peer(str(other.address), other.server.process)
+        seed.server.know(seed.store.digests.weights, peer)
+        client.check()
+        assert str(other.address) in client.gave
+
+
+def test_the_log_says_what_was_relayed(way):
+    with source(way, many_rows, max_send_rate=16 * MIB) as seed, fleet(way, 3) as replicas:
+        with log_lines() as lines:
+            start(replicas, seed)
+            check(replicas)
+        assert any(" loaded " in line and ", relayed " in line for line in lines)
+
+
+def test_an_instance_does_not_load_from_itself(way):
+    with source(way, many_rows) as seed, fleet(way, 1) as [replica]:
+        with log_lines() as lines:
+            start([replica], replica, seed)
+            check([replica])
+        assert replica.gave == str(seed.address)
+        assert any(f"{replica.address}: this is the instance itself" in line for line in lines)
+
+
+def tell_ranks(server, ranks):
+    [(group, offer)] = server._offers.items()
+    server._offers[group] = dataclasses.replace(offer, ranks=lambda: ranks)
+
+
+def test_what_ranks_belong_together_is_what_sources_say_and_not_those_whom_they_name(way):
+    with (
+        source(way, many_rows, max_sessions=1) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 1) as [replica],
+        dial(seed.address) as first,
+    ):
+        weights = seed.store.digests.weights
+        ranks = {0: weights, 1: "xxh3_128:" + "1" * 32}
+        tell_ranks(seed.server, ranks)
+        tell_ranks(other.server, {0: weights, 1: "xxh3_128:" + "2" * 32})
+        seed.server.know(weights, api.Peer(str(other.address), "another process"))
+        first.join(Join(identity(way)))
+        start([replica], seed)
+        check([replica])
+        assert replica.gave == str(other.address)
+        assert replica.lists == [ranks]
+
+
+# Those that are slow
+
+
+def test_what_a_slow_source_holds_is_brought_by_another(way):
+    with (
+        source(way, many_rows) as slow,
+        source(way, many_rows) as fast,
+        fleet(way, 1) as [client],
+        holding_back(slow.server, 3),
+    ):
+        with log_lines() as lines:
+            client.start([slow, fast])
+            client.check()
+        assert f"{slow.address} (" in client.gave
+        assert any(f"{slow.address}: slow: " in line for line in lines)
+        assert fast.status.bytes_sent + slow.status.bytes_sent <= COPIES * fast.store.blocks.nbytes
+
+
+# Those that go
+
+
+def test_a_relay_that_dies_costs_what_was_on_its_way(way, started, tmp_path):
+    prefix = f"{tmp_path}/relay-"
+    process = started(0)
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 3) as replicas:
+        process.start(load_and_relay, way, [seed.address], output_prefix=prefix)
+        until(lambda: os.path.exists(f"{prefix}0.txt"))
+        with open(f"{prefix}0.txt") as file:
+            address = parse_address(file.read())
+        start(replicas, seed)
+
+        def has_a_quarter():
+            with contextlib.suppress(SourceBusy), dial(address) as client:
+                return client.have(seed.store.digests.weights, 0, 5).version > ALL // 4
+            return False  # it has not begun
+
+        until(has_a_quarter)
+        process.signal(signal.SIGKILL)
+        check(replicas)
+
+
+def test_when_the_source_dies_after_every_block_exists_somewhere_all_complete(way, started):
+    process = started(0)
+    address = process.call(_serve, way)
+    with fleet(way, 3, max_send_rate=4 * MIB) as replicas:
+        start(replicas, address)
+        until(lambda: len(blocks_of(replicas)) == ALL)
+        process.signal(signal.SIGKILL)
+        complete = [replica for replica in replicas if replica.filling.complete]
+        check(replicas)
+        assert len(complete) < len(replicas)
+
+
+def _serve(way):
+    from .sides import serve
+
+    return serve(way, many_rows, max_send_rate=8 * MIB, **PATIENT)
+
+
+def test_a_client_that_has_died_is_not_waited_for(way):
+    """What the source had sent to it, and to nobody else, is sent again."""
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [dies, other]:
+        dies.start([seed])
+        until(lambda: seed.status.bytes_sent > ALL * ROW // 4)
+        dies.die()
+        other.start([seed, closed_port()])
+        other.check()
+
+
+# Those that lie
+
+
+def lie(replica):
+    """Send wrong bytes, whatever is asked for."""
+    pieces = replica.server._pieces
+
+    def wrong(served, run):
+        for views in pieces(served, run):
+            yield [memoryview(bytes(byte ^ 1 for byte in bytes(view))) for view in views]
+
+    replica.server._pieces = wrong
+
+
+def claim(replica):
+    """Say that every block is here."""
+    have = replica.server.have
+
+    def false(session, weights, since, wait):
+        have(session, weights, since, 0)
+        return api.Have(1, [(0, ALL - 1)], True)
+
+    replica.server.have = false
+
+
+@pytest.mark.parametrize("lies", [lie, claim])
+def test_a_relay_that_lies_costs_its_own_session_and_is_not_used_again(way, lies):
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 3) as replicas:
+        liar, *honest = replicas
+        lies(liar)
+        liar.start([seed])
+        until(lambda: liar.filling is not None)
+        with log_lines() as lines:
+            start(honest, seed)
+            check(replicas)
+        for replica in honest:
+            assert str(seed.address) in replica.gave
+        about = f"source {liar.address}: "
+        assert any(about in line for line in lines)
+        assert sum(f"{about}wrong bytes" in line for line in lines) <= len(honest)
+        if lies is lie:
+            assert not any(str(liar.address) in replica.gave for replica in honest)
+
+
+def spin(asked):
+    return api.Have(1, [], False)
+
+
+def repeat(asked):
+    return api.Have(1, [(0, 2**53)] * api.MAX_NEWS, False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [(spin, "does not wait"), (repeat, "more news than there are blocks")]
+)
+def test_a_relay_whose_news_are_none_is_left(way, answer, text):
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [liar, honest]:
+        liar.server.have = lambda *asked: answer(asked)
+        liar.start([seed])
+        until(lambda: liar.filling is not None)
+        with log_lines() as lines:
+            honest.start([seed])
+            check([liar, honest])
+        assert any(f"source {liar.address}: " in line and text in line for line in lines)
+
+
+def test_a_relay_that_lies_on_a_further_connection_is_left(way):
+    with (
+        source(way, many_rows, max_send_rate=8 * MIB) as seed,
+        fleet(way, 2, connections=2) as [liar, honest],
+    ):
+        blocks = liar.server.blocks
+
+        def answer(session, weights, first, last):
+            run = blocks(session, weights, first, last)
+            with liar.server._lock:
+                joined = liar.server._served[session].relay is not None
+            return run if joined else dataclasses.replace(run, chunks=_spoilt(run.chunks))
+
+        liar.server.blocks = answer
+        liar.start([seed])
+        until(lambda: liar.filling is not None)
+        with log_lines() as lines:
+            honest.start([seed])
+            check([liar, honest])
+        assert any(f"source {liar.address}: wrong bytes" in line for line in lines)
+
+
+def test_a_connection_for_news_that_ends_is_made_anew(way):
+    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [relay, other]:
+        have, fails = relay.server.have, iter([True, True])
+
+        def news(session, *asked):
+            if next(fails, False):
+                session.cut()
+            return have(session, *asked)
+
+        relay.server.have = news
+        relay.start([seed])
+        until(lambda: relay.filling is not None)
+        with log_lines() as lines:
+            other.start([seed])
+            check([relay, other])
+        assert next(fails, None) is None
+        assert not any(f"source {relay.address}: closed" in line for line in lines)
+
+
+def _spoilt(chunks):
+    for views in chunks:
+        yield [bytes(byte ^ 1 for byte in bytes(view)) for view in views]
+
+
+# Any of this
+
+
+@pytest.mark.parametrize("number", range(SCHEDULES))
+def test_whatever_happens_each_ends_with_the_right_bytes_or_a_reason(way, number):
+    chance = random.Random(number)
+    count, stalls = chance.randint(3, 8), chance.random() < 0.25
+    its = {
+        "max_sources": chance.randint(2 if stalls else 1, 4),
+        "connections": chance.randint(1, 2),
+    }
+    before = used()
+    with (
+        source(way, rows, max_send_rate=8 * MIB, max_sessions=chance.randint(1, 4)) as seed,
+        fleet(way, count, rows, source_wait=60.0, **its) as replicas,
+        contextlib.ExitStack() as stack,
+    ):
+        gone = set()
+        if stalls:
+            stack.enter_context(holding_back(chance.choice(replicas).server, chance.randint(0, 9)))
+        for replica in chance.sample(replicas, chance.randint(0, count // 2)):
+            chance.choice([lie, lie_at_times])(replica)
+        for event in chance.sample(range(count), count):
+            replicas[event].start([seed, *chance.sample(replicas, chance.randint(0, 2))])
+            if chance.random() < 0.3:
+                share = chance.random() * seed.store.blocks.nbytes
+                until(lambda share=share: seed.status.bytes_sent > share)
+                victim = chance.choice(replicas)
+                victim.die()
+                gone.add(victim)
+        for replica in replicas:
+            replica.check_right_or_failed()
+            assert replica in gone or replica.reasons == "", replica.reasons
+    until(lambda: used()[0] <= before[0] and used()[1] <= before[1])
+
+
+def lie_at_times(replica):
+    pieces, count = replica.server._pieces, iter(range(10**9))
+
+    def wrong(served, run):
+        for views in pieces(served, run):
+            if next(count) % 3:
+                yield views
+            else:
+                yield [memoryview(bytes(len(view))) for view in views]
+
+    replica.server._pieces = wrong
