@@ -14,7 +14,7 @@ VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e proof \
-	proof-npu test-npu lint docs bench bench-serving clean
+	proof-npu test-npu lint docs bench bench-serving simulate-fleet clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -31,6 +31,7 @@ help:
 	@echo "make docs      both languages of the documentation, warnings as errors"
 	@echo "make bench     the data plane, shared storage and vLLM's loaders beside NetLoader (BENCH_JSON=FILE)"
 	@echo "make bench-serving  tokens of an instance while others pull from it (BENCH_JSON=FILE)"
+	@echo "make simulate-fleet  up to 1,000 replicas in virtual time (SEED=0, BENCH_JSON=FILE)"
 	@echo "make venv      only install (make venv-npu: vLLM Ascend)"
 	@echo "make clean     remove everything that make made"
 	@echo
@@ -102,11 +103,15 @@ bench: venv
 bench-serving: venv
 	$(BIN)/python -m benchmarks.serving $(if $(BENCH_JSON),--json $(BENCH_JSON))
 
+simulate-fleet: venv
+	$(BIN)/python -m benchmarks.fleet_simulation $(if $(SEED),--seed $(SEED)) \
+		$(if $(BENCH_JSON),--json $(BENCH_JSON))
+
 # The older version gets the unit tests and the end-to-end tests that matter most; the conformance
-# suite runs no code of vLLM, and both versions come with the same torch.
+# suite and the simulation of fleets run no code of vLLM, and both versions have the same torch.
 test:
 	$(MAKE) lint docs test-ut test-conformance test-e2e VLLM=$(NEWEST)
-	$(MAKE) test-ut VLLM=$(OLDEST)
+	$(MAKE) test-ut VLLM=$(OLDEST) PYTEST_ARGS="--ignore=tests/ut/test_fleet_simulation.py $(PYTEST_ARGS)"
 	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
 	$(MAKE) test-npu
 
