@@ -64,6 +64,6 @@ with tempfile.TemporaryDirectory() as build_folder:
         version=version[1],
         license="Apache-2.0",
         python_requires=">=3.11",
-        install_requires=["xxhash>=3.5"],
+        install_requires=["cryptography>=42", "xxhash>=3.5"],
         options={"build": {"build_base": build_folder}, "egg_info": {"egg_base": build_folder}},
     )

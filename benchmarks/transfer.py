@@ -8,8 +8,10 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import secrets
 import socket
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +32,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.store import make_store
+from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -100,9 +103,12 @@ ROWS = {
     "netloader": "NetLoader, digests checked",
     "netloader_no_digest": "NetLoader, digests not checked",
     "netloader_two_connections": "NetLoader, CONNECTIONS 2",
+    "netloader_tls": "NetLoader inside TLS",
+    "netloader_tls_two_connections": "NetLoader inside TLS, CONNECTIONS 2",
 }
 # Further rows of the dense set only.
-DENSE_ONLY = {"netloader_two_connections"}
+DENSE_ONLY = {"netloader_two_connections", "netloader_tls", "netloader_tls_two_connections"}
+_HANDSHAKES = 200
 
 SIDES = ("client", "source")
 
@@ -143,19 +149,24 @@ def measure(rounds: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     near, far = context.Pipe()
     result, results = context.Pipe(duplex=False)
-    feeding = context.Process(target=source, args=(far,), daemon=True)
-    feeding.start()
-    assert feeding.pid is not None
-    loading = context.Process(target=client, args=(near, feeding.pid, results, rounds), daemon=True)
-    loading.start()
-    results.close()  # so that a client that fails is noticed
-    figures: dict[str, Any] = result.recv()
-    loading.join()
-    feeding.join()
+    with tempfile.TemporaryDirectory(prefix="netloader-bench-") as folder:
+        secret = Path(folder) / "secret"
+        secret.touch(0o600)
+        secret.write_text(secrets.token_hex(32))
+        feeding = context.Process(target=source, args=(far, str(secret)), daemon=True)
+        feeding.start()
+        assert feeding.pid is not None
+        given = near, feeding.pid, results, rounds, str(secret)
+        loading = context.Process(target=client, args=given, daemon=True)
+        loading.start()
+        results.close()  # so that a client that fails is noticed
+        figures: dict[str, Any] = result.recv()
+        loading.join()
+        feeding.join()
     return figures
 
 
-def source(pipe: Connection) -> None:
+def source(pipe: Connection, secret: str) -> None:
     """Send raw bytes and serve models, as the client asks for it."""
     settle_on(0)
     group = gloo_group(TCPStore(HOST, pipe.recv(), 2, False), 1)
@@ -163,37 +174,42 @@ def source(pipe: Connection) -> None:
     message = list(make(link(), touched=True).values())
     named: dict[str, torch.Tensor] = {}
     runs: list[list[memoryview]] = []
-    server: WeightServer | None = None
+    servers: list[WeightServer] = []
     while (task := pipe.recv()) is not None:
         if task == SERVE:
-            if server is not None:
+            for server in servers:
                 server.stop()
-            del named, runs, server
+            del named, runs, servers
             named = make(SETS[pipe.recv()](), touched=True)
-            server = serve(named)
+            servers = serve(named, secret)
             runs = runs_of(named)
-            pipe.send(server.start(0).port)
+            pipe.send([server.start(0).port for server in servers])
         elif task == SEND_RAW:
             for run in runs:
                 send_raw(raw, run)
         else:
             for tensor in message if task == SEND_LINK else named.values():
                 group.send([tensor], 0, 0).wait()
-    assert server is not None
-    server.stop()
+    for server in servers:
+        server.stop()
 
 
-def serve(named: dict[str, torch.Tensor]) -> WeightServer:
-    """Fill tensors with random bytes, and make their server."""
+def serve(named: dict[str, torch.Tensor], secret: str) -> list[WeightServer]:
+    """Fill tensors with random bytes, and make their servers: without TLS, and with it."""
     torch.manual_seed(0)
     for tensor in named.values():
         tensor.view(-1).view(torch.uint8).random_()
-    server = WeightServer(NetLoaderConfig(source={}, model="bench"), 0, HOST)
-    server.offer(Offer(IDENTITY, make_store(named, RAW, {}, CpuDevice())))
-    return server
+    offer = Offer(IDENTITY, make_store(named, RAW, {}, CpuDevice()))
+    servers = [
+        WeightServer(NetLoaderConfig({}, "bench", HOST, secret_file=file), 0, HOST)
+        for file in (None, secret)
+    ]
+    for server in servers:
+        server.offer(offer)
+    return servers
 
 
-def client(pipe: Connection, pid: int, results: Connection, rounds: int) -> None:
+def client(pipe: Connection, pid: int, results: Connection, rounds: int, secret: str) -> None:
     """Measure every row against the source process `pid` and pass the figures on."""
     settle_on(1)
     store = TCPStore(HOST, 0, 2, is_master=True, wait_for_workers=False)
@@ -202,9 +218,10 @@ def client(pipe: Connection, pid: int, results: Connection, rounds: int) -> None
     with socket.create_server((HOST, 0)) as listener:
         pipe.send(listener.getsockname()[1])
         raw = listener.accept()[0]
-    rows = Rows(pipe, pid, group, raw)
+    rows = Rows(pipe, pid, group, raw, secret)
     figures: dict[str, Any] = {name: rows.of(name, rounds) for name in ("dense", "many_small")}
     figures["join_to_first_byte_ms"] = rows.join_to_first_byte_ms(rounds)
+    figures["handshake_cpu_ms"] = rows.handshake_cpu_ms()
     figures["extra_rss_mb"] = rows.extra_rss_mb
     figures["ceiling_gb_per_s"] = ceiling.gb_per_s(make(dense(), touched=False), 4 * rounds)
     pipe.send(None)
@@ -219,10 +236,14 @@ class Rows:
         pid: the source process.
         group: the gloo group with it.
         raw: the raw connection to it.
+        secret: path of the secret of its server with TLS.
     """
 
-    def __init__(self, pipe: Connection, pid: int, group: ProcessGroup, raw: socket.socket) -> None:
+    def __init__(
+        self, pipe: Connection, pid: int, group: ProcessGroup, raw: socket.socket, secret: str
+    ) -> None:
         self._pipe = pipe
+        self._secret = secret
         self._processes = [psutil.Process(), psutil.Process(pid)]
         self._group = group
         self._raw = raw
@@ -230,7 +251,7 @@ class Rows:
 
     def of(self, name: str, rounds: int) -> dict[str, float]:
         """Return the median rate and CPU time of each row, on touched and on fresh memory."""
-        address = self._serve(name)
+        addresses = self._serve(name)
         touched = {"link": make(link(), touched=True), name: make(SETS[name](), touched=True)}
         samples: dict[str, list[Sample]] = defaultdict(list)
         for turn in range(rounds + 1):
@@ -241,7 +262,7 @@ class Rows:
                     what = "link" if row == "raw_gloo" else name
                     tensors = make(SETS[what](), touched=False) if fresh else touched[what]
                     memory = Memory(self._processes)
-                    sample = self._sample(row, tensors, address)
+                    sample = self._sample(row, tensors, addresses)
                     if row == "netloader" and not fresh:
                         for side, extra in zip(SIDES, memory.extra(), strict=True):
                             self.extra_rss_mb[side] = max(self.extra_rss_mb[side], extra)
@@ -258,16 +279,34 @@ class Rows:
 
     def join_to_first_byte_ms(self, rounds: int) -> float:
         """Return the median time from the start of a load to the end of its first message."""
-        address = self._serve("ten_thousand")
+        address, _ = self._serve("ten_thousand")
         tensors = make(ten_thousand(), touched=True)
         return statistics.median(self._load(tensors, address) for _ in range(rounds))
 
-    def _serve(self, name: str) -> Address:
+    def handshake_cpu_ms(self) -> dict[str, float]:
+        """Return what a connection with TLS costs each side, in CPU time."""
+        _, address = self._serve("ten_thousand")
+        known = NetLoaderConfig({}, secret_file=self._secret).credentials
+        before = self._cpu_seconds()
+        for _ in range(_HANDSHAKES):
+            with ElasticClient.connect(
+                address, connect=5.0, handshake=5.0, progress=5.0, credentials=known
+            ) as client:
+                client.status()
+        return {
+            side: (end - start) / _HANDSHAKES * 1e3
+            for side, start, end in zip(SIDES, before, self._cpu_seconds(), strict=True)
+        }
+
+    def _serve(self, name: str) -> list[Address]:
+        """Return where the model is served without TLS, and with it."""
         self._pipe.send(SERVE)
         self._pipe.send(name)
-        return Address(HOST, self._pipe.recv())
+        return [Address(HOST, port) for port in self._pipe.recv()]
 
-    def _sample(self, row: str, tensors: dict[str, torch.Tensor], address: Address) -> Sample:
+    def _sample(
+        self, row: str, tensors: dict[str, torch.Tensor], addresses: list[Address]
+    ) -> Sample:
         runs = runs_of(tensors) if row == "raw_tcp" else []
         before = self._cpu_seconds()
         started = time.perf_counter()
@@ -280,11 +319,13 @@ class Rows:
         elif row == "per_tensor":
             self._receive(SEND_TENSORS, tensors)
         else:
+            inside_tls = row.startswith("netloader_tls")
             self._load(
                 tensors,
-                address,
+                addresses[inside_tls],
                 verify=row != "netloader_no_digest",
-                connections=2 if row == "netloader_two_connections" else 1,
+                connections=2 if row.endswith("two_connections") else 1,
+                secret=self._secret if inside_tls else None,
             )
         seconds = time.perf_counter() - started
         after = self._cpu_seconds()
@@ -304,9 +345,12 @@ class Rows:
         *,
         verify: bool = True,
         connections: int = 1,
+        secret: str | None = None,
     ) -> float:
         """Load with NetLoader, and return the milliseconds until the first blocks were here."""
-        config = NetLoaderConfig(source={}, verify=verify, connections=connections)
+        config = NetLoaderConfig(
+            source={}, verify=verify, connections=connections, secret_file=secret
+        )
         device = TimedDevice()
         started = time.perf_counter()
         elastic_load(tensors, tensors.keys(), [address], IDENTITY, config, device)
@@ -421,5 +465,7 @@ def show(figures: dict[str, Any]) -> None:
             print(f"  {text:44} {cells[0]:>26} {cells[1]:>26}")
     extra = figures["extra_rss_mb"]
     print(f"join to first byte: {figures['join_to_first_byte_ms']:.0f} ms, 10,000 tensors")
+    handshake = " + ".join(f"{figures['handshake_cpu_ms'][side]:.1f}" for side in SIDES)
+    print(f"TLS handshake and one status: {handshake} ms of CPU, client + source")
     print(f"chunks of 4 MiB that cost nothing: {figures['ceiling_gb_per_s']:.0f} GB/s")
     print(f"extra memory: source {extra['source']:.0f} MB, client {extra['client']:.0f} MB")

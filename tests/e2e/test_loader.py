@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.v1.attention import selector
 
+from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from tests.e2e.loading import assert_same, load, make_config, reload_from, worker
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
@@ -156,6 +157,35 @@ def test_int8_models_in_every_cache_mode(
 ) -> None:
     seed = Seed(on_disk(models, arch), tmp_path / "rank_", INT8_CACHE=mode)
     assert_same(seed.model, load(seed.client(models / f"{arch}-bare", INT8_CACHE=mode)))
+
+
+def test_with_another_secret_the_next_source_is_taken_and_without_one_the_disk(
+    models: Path, tmp_path: Path, log: list[str]
+) -> None:
+    path, bare = on_disk(models, "llama"), models / "llama-bare"
+    ours = {"SECRET_FILE": secret_file(tmp_path, SECRET)}
+    theirs = {"SECRET_FILE": secret_file(tmp_path, OTHER_SECRET, name="other")}
+    foreign = Seed(path, tmp_path / "foreign_", **theirs)
+    seed = Seed(path, tmp_path / "rank_", **ours)
+    assert_same(seed.model, load(seed.client(bare, foreign.address, **ours)))
+    wrong = "its certificate does not belong to a secret in SECRET_FILE here"
+    assert [line for line in log if f"source {foreign.address}: {wrong}" in line]
+    del log[:]
+    assert_same(seed.model, load(foreign.client(path, **ours)))
+    [line] = [line for line in log if "trying the disk" in line]
+    assert wrong in line
+
+
+def test_a_client_gets_the_model_of_a_source_with_certificates(
+    models: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    theirs, ours = (
+        {key.upper(): path for key, path in authority.files(who=who).items()}
+        for who in ("source", "client")
+    )
+    seed = Seed(on_disk(models, "llama"), tmp_path / "rank_", **theirs)
+    assert_same(seed.model, load(seed.client(models / "llama-bare", **ours)))
 
 
 @pytest.fixture

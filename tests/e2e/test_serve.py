@@ -7,11 +7,13 @@ Those marked `core` also run on the older supported vLLM.
 import json
 import os
 import re
+import socket
 import time
 from contextlib import ExitStack
 
 import pytest
 
+from tests.certificates import SECRET, secret_file
 from tests.name_server import name_server
 from tools.netloader_view import find_loads, source_list
 from tools.vllm_server import ServerError, VllmServer, free_port
@@ -226,12 +228,18 @@ def test_pipeline_stages_pull_from_their_like(tmp_path, llama):
 
 
 @pytest.mark.parametrize("arch", [pytest.param("llama-tied", marks=pytest.mark.core), "moe"])
-def test_architectures(tmp_path, model, arch):
-    with running(tmp_path / "seed", model(arch).full, {"MODEL": arch}) as seed:
+def test_architectures_between_instances_with_a_secret(tmp_path, model, arch):
+    secret = {"NETLOADER_SECRET_FILE": secret_file(tmp_path, SECRET)}
+    with running(tmp_path / "seed", model(arch).full, {"MODEL": arch}, environment=secret) as seed:
         config = {"MODEL": arch, "SOURCE": source_list({0: [seed.address()]})}
-        with running(tmp_path / "client", model(arch).bare, config) as client:
+        with running(tmp_path / "client", model(arch).bare, config, environment=secret) as client:
             assert client.say() == seed.say()
             assert_loaded_from(client, seed)
+        host, port = seed.address().split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+            stranger.sendall(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert b"HTTP" not in stranger.recv(1 << 16)
+        assert seed.server.search_log(r"refused the connection of .*: it does not use TLS")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_the_plain_wheel_is_the_whole_package_with_the_plugin(tree, plain):
     said = metadata(plain)
     assert (said["Name"], said["Version"]) == ("vllm-ascend-netloader", VERSION)
     needed = [each for each in said.get_all("Requires-Dist") if "extra" not in each]
-    assert needed == ["xxhash>=3.5"]
+    assert needed == ["cryptography>=42", "xxhash>=3.5"]
 
 
 def test_the_overlay_wheel_is_the_folder_of_netloader_without_a_plugin(tree, overlay):
@@ -129,7 +129,7 @@ def test_the_overlay_wheel_is_the_folder_of_netloader_without_a_plugin(tree, ove
     }
     said = metadata(overlay)
     assert (said["Name"], said["Version"]) == ("vllm-ascend-netloader-overlay", VERSION)
-    assert said.get_all("Requires-Dist") == ["xxhash>=3.5"]
+    assert said.get_all("Requires-Dist") == ["cryptography>=42", "xxhash>=3.5"]
 
 
 def test_a_build_leaves_nothing_in_the_tree(tree):

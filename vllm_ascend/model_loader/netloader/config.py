@@ -1,5 +1,6 @@
 """`--model-loader-extra-config`, parsed and validated once and immutable after."""
 
+import contextlib
 import ipaddress
 import json
 import math
@@ -14,11 +15,13 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from .credentials import Credentials, Files, credentials_of
 from .errors import ConfigError
 from .utils import MAX_PORT, MIN_PORT, Address, Name, parse_address, parse_name
 
 MIB = 1 << 20
 MAX_CHUNK_MIB = 64
+SECRET_FILE_VARIABLE = "NETLOADER_SECRET_FILE"  # of the environment
 MAX_MODEL_NAME_BYTES = 512  # of JSON, in joins and logs
 # JSON can say half of a surrogate pair; no message and no file name can.
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -102,6 +105,13 @@ class NetLoaderConfig:
         handshake_timeout: seconds for the answer to a join, for a request to arrive, and for
             forming a group.
         progress_timeout: seconds without progress after which a peer counts as lost.
+        secret_file: shared secrets, from which peers know each other; see `credentials.Files`, also
+            for the next five.
+        tls_cert: this instance's certificate.
+        tls_key: its private key.
+        tls_ca: whose certificates peers have.
+        tls_server_name: what the certificates of sources are for; None: their addresses.
+        token_file: tokens that let see the status; None: those that are derived from the secrets.
         disk: the keys of vLLM's default loader, for loading from disk.
     """
 
@@ -126,6 +136,12 @@ class NetLoaderConfig:
     connect_timeout: float = 5.0
     handshake_timeout: float = 10.0
     progress_timeout: float = 10.0
+    secret_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    tls_server_name: str | None = None
+    token_file: str | None = None
     disk: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +159,17 @@ class NetLoaderConfig:
     def _least_send_rate(self) -> float:
         """Bytes per second at which messages of 1 MiB still come in time."""
         return 2 * self.max_sessions * MIB / self.progress_timeout
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """Who may pull, and by what sources know this instance; None: everybody, without TLS.
+
+        Raises:
+            ConfigError: a file is not as it should be, or the keys do not go together.
+        """
+        return credentials_of(
+            Files(**{each.name: getattr(self, each.name) for each in fields(Files)})
+        )
 
     @property
     def announced_host(self) -> str | None:
@@ -195,6 +222,8 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
     if path is not None:
         # What the file says goes first; what stands beside it fills the gaps.
         values |= _config_file(path)
+    if secret_file := os.environ.get(SECRET_FILE_VARIABLE):
+        values.setdefault("SECRET_FILE", secret_file)
     disk = {key: value for key, value in values.items() if key not in _PARSERS}
     parsed: dict[str, Any] = {"source": {}, "disk": disk}
     for key in values.keys() - disk.keys():
@@ -208,6 +237,7 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
             f"MAX_SESSIONS {config.max_sessions} clients gets 1 MiB within half of "
             f"PROGRESS_TIMEOUT {config.progress_timeout:g} s",
         )
+    _ = config.credentials  # an error in them is one of the start
     return config
 
 
@@ -341,6 +371,22 @@ def _listen_port(value: object) -> int:
     return port
 
 
+def _path(key: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not value or "\0" in value or _SURROGATE.search(value):
+            raise _wrong(key, value, "the path of a file")
+        return value
+
+    return parse
+
+
+def _tls_server_name(value: object) -> str:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return parse_address(f"[{value}]:1" if ":" in value else f"{value}:1").host
+    raise _wrong("TLS_SERVER_NAME", value, "the name or IP address in the sources' certificates")
+
+
 def _int8_cache(value: object) -> Int8Cache:
     if isinstance(value, str):
         for member in Int8Cache:
@@ -459,6 +505,12 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "CONNECT_TIMEOUT": _seconds("CONNECT_TIMEOUT"),
     "HANDSHAKE_TIMEOUT": _seconds("HANDSHAKE_TIMEOUT"),
     "PROGRESS_TIMEOUT": _seconds("PROGRESS_TIMEOUT"),
+    "SECRET_FILE": _path("SECRET_FILE"),
+    "TLS_CERT": _path("TLS_CERT"),
+    "TLS_KEY": _path("TLS_KEY"),
+    "TLS_CA": _path("TLS_CA"),
+    "TLS_SERVER_NAME": _tls_server_name,
+    "TOKEN_FILE": _path("TOKEN_FILE"),
 }
 assert {*map(str.lower, _PARSERS), "disk"} == {field.name for field in fields(NetLoaderConfig)}
 KEYS = sorted((*_PARSERS, "CONFIG_FILE"))

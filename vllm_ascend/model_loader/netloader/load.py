@@ -161,7 +161,12 @@ def elastic_load(
     ]
     if names:
         discovery = Discovery(
-            names, identity, own, config.connect_timeout, config.handshake_timeout
+            names,
+            identity,
+            own,
+            config.connect_timeout,
+            config.handshake_timeout,
+            config.credentials,
         )
         sessions.look_up(discovery)
         looking = threading.Thread(
@@ -637,6 +642,7 @@ class _Sessions:
             connect=config.connect_timeout,
             handshake=config.handshake_timeout,
             progress=config.progress_timeout,
+            credentials=config.credentials,
         )
 
     def _join(self, client: ElasticClient) -> Joined:

@@ -81,6 +81,7 @@ _OF_SERVER = (
     "transport",
     "handshake_timeout",
     "progress_timeout",
+    "credentials",
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from .config import NetLoaderConfig, Transport
+from .credentials import is_loopback
 from .errors import Gone, NotHere, Preparing, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
@@ -123,6 +124,7 @@ class WeightServer:
             handshake_timeout=config.handshake_timeout,
             progress_timeout=config.progress_timeout,
             idle_timeout=config.progress_timeout,
+            credentials=config.credentials,
         )
 
     @property
@@ -158,6 +160,14 @@ class WeightServer:
             self.config.listen_host or "all addresses",
             address,
         )
+        open_to_all = self.config.credentials is None and not is_loopback(self.config.listen_host)
+        if open_to_all and self.rank == 0:  # one line for an instance
+            logger.warning(
+                "NetLoader rank %d: whoever reaches port %d can pull the weights; SECRET_FILE or "
+                "TLS_CERT lets in only peers",
+                self.rank,
+                address.port,
+            )
         return address
 
     def offer(self, offer: Offer) -> int:

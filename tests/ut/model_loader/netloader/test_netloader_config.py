@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.certificates import SECRET, secret_file
 from vllm_ascend.model_loader.netloader.config import KEYS as KNOWN_KEYS
 from vllm_ascend.model_loader.netloader.config import (
     MAX_MODEL_NAME_BYTES,
@@ -42,6 +43,12 @@ KEYS = [
     "CONNECT_TIMEOUT",
     "HANDSHAKE_TIMEOUT",
     "PROGRESS_TIMEOUT",
+    "SECRET_FILE",
+    "TLS_CERT",
+    "TLS_KEY",
+    "TLS_CA",
+    "TLS_SERVER_NAME",
+    "TOKEN_FILE",
 ]
 
 
@@ -590,3 +597,42 @@ def test_any_value_of_any_key_is_taken_or_a_config_error(key, value):
         parse_config({key: value})
     except ConfigError as error:
         assert str(error).startswith(key)
+
+
+# Who may pull
+
+
+def test_a_secret_can_be_named_by_the_environment(tmp_path, monkeypatch):
+    path, other = secret_file(tmp_path, SECRET), secret_file(tmp_path, SECRET, name="other")
+    monkeypatch.setenv("NETLOADER_SECRET_FILE", path)
+    assert parse_config({}).secret_file == path
+    assert parse_config({}).credentials is parse_config({}).credentials is not None
+    assert parse_config({"SECRET_FILE": other}).secret_file == other
+    monkeypatch.setenv("NETLOADER_SECRET_FILE", "")
+    assert parse_config({}).credentials is None
+
+
+def test_a_bad_secret_is_an_error_of_the_configuration(tmp_path):
+    with pytest.raises(ConfigError, match=r"SECRET_FILE .* a secret of 5 characters"):
+        parse_config({"SECRET_FILE": secret_file(tmp_path, "short")})
+    with pytest.raises(ConfigError, match="TLS_CERT needs TLS_KEY and TLS_CA"):
+        parse_config({"TLS_CERT": "a"})
+
+
+def test_a_secret_of_the_environment_does_not_go_with_certificates(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETLOADER_SECRET_FILE", secret_file(tmp_path, SECRET))
+    with pytest.raises(ConfigError, match="NETLOADER_SECRET_FILE"):
+        parse_config({"TLS_CERT": "a", "TLS_KEY": "b", "TLS_CA": "c"})
+
+
+@pytest.mark.parametrize("key", ["SECRET_FILE", "TLS_CERT", "TLS_KEY", "TLS_CA", "TOKEN_FILE"])
+@pytest.mark.parametrize("value", ["", 7, ["a"], "a\0b", "\ud800"])
+def test_what_is_no_path_is_an_error(key, value):
+    with pytest.raises(ConfigError, match=f"{key} is .*; allowed: the path of a file"):
+        parse_config({key: value})
+
+
+@pytest.mark.parametrize("value", ["", 7, "a b", "a:b"])
+def test_what_is_no_name_of_a_server_is_an_error(value):
+    with pytest.raises(ConfigError, match="TLS_SERVER_NAME is"):
+        parse_config({"TLS_SERVER_NAME": value})

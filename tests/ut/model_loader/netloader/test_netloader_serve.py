@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.certificates import SECRET, secret_file
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.config import Transport
@@ -741,6 +742,31 @@ def test_it_says_where_it_listens_and_what_clients_use(records):
         )
     finally:
         to.stop()
+
+
+@pytest.mark.parametrize(
+    ("host", "rank", "secret", "warned"),
+    [
+        (None, 0, False, True),
+        ("0.0.0.0", 0, False, True),
+        (None, 1, False, False),  # one line for an instance
+        (HOST, 0, False, False),
+        (None, 0, True, False),
+    ],
+)
+def test_a_port_that_everybody_reaches_is_one_warning(
+    records, tmp_path, host, rank, secret, warned
+):
+    path = secret_file(tmp_path, SECRET) if secret else None
+    to = WeightServer(settings(listen_host=host, secret_file=path), rank, HOST)
+    address = to.start(0)
+    to.stop()
+    warnings = [line for level, line in records if level == "WARNING"]
+    line = (
+        f"NetLoader rank 0: whoever reaches port {address.port} can pull the weights; "
+        "SECRET_FILE or TLS_CERT lets in only peers"
+    )
+    assert warnings == ([line] if warned else [])
 
 
 def test_the_port_file_is_there_while_it_listens(tmp_path):

@@ -7,13 +7,14 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
 import msgspec
 
+from ..credentials import Credentials
 from ..errors import (
     ProtocolError,
     SourceBusy,
@@ -25,10 +26,12 @@ from ..errors import (
 from ..utils import Address, Buffer, Patience, shortened, within
 from . import api
 from .api import Done, Join, Joined, Refusal, Status
+from .tls import ALERT, NotAdmitted, TlsWire
 from .wire import Wire
 
 _LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
 _SERVER = "NetLoader"
+_TLS_THERE = "it uses TLS, and this instance has none (SECRET_FILE or TLS_CERT)"
 _BROKEN = (OSError, http.client.HTTPException)
 # How a source answers as a rule. The standard library takes longer to read it than all else takes
 # that is done for a chunk.
@@ -60,11 +63,11 @@ class ElasticClient:
     """
 
     def __init__(
-        self, address: Address, wire: Wire, connect: float, handshake: float, progress: float
+        self, address: Address, dial: Callable[[], Wire], handshake: float, progress: float
     ) -> None:
         self.address = address
-        self._wire = wire
-        self._connect = connect
+        self._wire = dial()
+        self._dial = dial
         self._handshake = handshake
         self._progress = progress
         self._lock = threading.Lock()
@@ -76,21 +79,40 @@ class ElasticClient:
 
     @classmethod
     def connect(
-        cls, address: Address, *, connect: float, handshake: float, progress: float
+        cls,
+        address: Address,
+        *,
+        connect: float,
+        handshake: float,
+        progress: float,
+        credentials: Credentials | None = None,
     ) -> "ElasticClient":
         """Connect to a source.
 
         Args:
             address: where it listens.
             connect: seconds to find its name and to reach it.
-            handshake: seconds for an answer.
+            handshake: seconds for a TLS handshake, and for an answer.
             progress: seconds without any byte, while bytes are due.
+            credentials: of this instance; None: there is no TLS.
 
         Raises:
             SourceUnreachable: it cannot be reached.
+            SourceRefused: it does not let this instance in, or this instance does not trust it.
         """
-        wire = _connected(address, connect, progress)
-        return cls(address, wire, connect, handshake, progress)
+
+        def dial() -> Wire:
+            wire = _connected(address, connect, progress, credentials)
+            try:
+                wire.handshake(handshake)
+            except OSError as error:
+                wire.close()
+                if isinstance(error, NotAdmitted):
+                    raise SourceRefused(f"{address}: {error}") from None
+                raise SourceUnreachable(f"{address}: cannot connect: {_reason(error)}") from None
+            return wire
+
+        return cls(address, dial, handshake, progress)
 
     @property
     def local_host(self) -> str:
@@ -313,7 +335,10 @@ class ElasticClient:
     def _answer(self, method: str) -> "_Answer":
         if self._wire.closed:  # as an earlier answer has announced
             raise ConnectionResetError("the connection has been closed")
-        if plain := _PLAIN_ANSWER.match(self._wire.stream.peek()):
+        begin = self._wire.stream.peek()
+        if begin.startswith(ALERT):
+            raise NotAdmitted("tls", _TLS_THERE)
+        if plain := _PLAIN_ANSWER.match(begin):
             self._wire.stream.read(plain.end())
             return _Answer(HTTPStatus.OK, int(plain[1]))
         answer = http.client.HTTPResponse(cast(Any, self._wire), method=method)
@@ -380,7 +405,7 @@ class ElasticClient:
             may_ask_again = self._again and not self._cut
         if not may_ask_again:
             raise error
-        wire = _connected(self.address, self._connect, self._progress)
+        wire = self._dial()
         with self._lock:
             self._wire.close()
             self._wire = wire
@@ -401,6 +426,8 @@ class ElasticClient:
     def _lost(self, error: Exception) -> SourceError:
         if self._cut:
             return SourceLost(f"{self.address}: the connection was ended on this side")
+        if isinstance(error, NotAdmitted):
+            return SourceRefused(f"{self.address}: {error}")
         if isinstance(error, http.client.RemoteDisconnected):
             closed = "closed the connection without an answer"
             if not self._answered:
@@ -466,14 +493,18 @@ class GroupControl:
         return self._client.has_answer
 
 
-def _connected(address: Address, seconds: float, progress: float) -> Wire:
+def _connected(
+    address: Address, seconds: float, progress: float, credentials: Credentials | None
+) -> Wire:
     def connect() -> Wire:
         sock = socket.create_connection((address.host, address.port), timeout=seconds)
         try:
             if sock.getsockname() == sock.getpeername():
                 # The system chose the port itself as the near end: nobody listens there.
                 raise ConnectionRefusedError("Connection refused")
-            return Wire(sock, progress)
+            if credentials is None:
+                return Wire(sock, progress)
+            return TlsWire(sock, progress, credentials, address.host)
         except OSError:
             sock.close()
             raise

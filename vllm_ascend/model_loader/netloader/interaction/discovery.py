@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import psutil
 
+from ..credentials import Credentials
 from ..errors import SourceBusy, SourceError, SourceRefused, SourceUnreachable
 from ..identity import ModelIdentity
 from ..utils import (
@@ -94,6 +95,7 @@ class Discovery:
         own: what is left out.
         connect: seconds for each name, and again to reach an instance.
         handshake: seconds for the answer to a status request.
+        credentials: of this instance; None: there is no TLS.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class Discovery:
         own: Own,
         connect: float,
         handshake: float,
+        credentials: Credentials | None = None,
     ) -> None:
+        self._credentials = credentials
         self._names = names
         self._identity = identity
         self._own = own
@@ -183,7 +187,11 @@ class Discovery:
 
     def _status(self, address: Address) -> Status:
         with ElasticClient.connect(
-            address, connect=self._connect, handshake=self._handshake, progress=self._handshake
+            address,
+            connect=self._connect,
+            handshake=self._handshake,
+            progress=self._handshake,
+            credentials=self._credentials,
         ) as client:
             return client.status()
 

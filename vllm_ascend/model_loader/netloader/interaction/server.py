@@ -12,15 +12,19 @@ from typing import Any, NoReturn, Protocol, cast
 
 import msgspec
 
+from ..credentials import Credentials
 from ..utils import Buffer, logger, one_line, shortened
 from . import api
 from .api import Bytes, Code, Done, Join, Joined, Refusal, Status
+from .tls import Doorkeeper, NotAdmitted, TlsWire
 from .wire import Wire
 
 MAX_CONNECTIONS = 64  # that hold no place; over that the oldest is cut
 _LAST_WORDS = 0.2  # seconds for sessions to tell their clients why the server stops
 _LINGER = 1.0  # seconds for a peer to stop sending once it was told that it need not
 _JSON, _TEXT, _BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
+_TLS = b"\x16"  # how a handshake begins
+_NO_TLS_HERE = "it uses TLS, and this instance has none (SECRET_FILE or TLS_CERT)"
 # What this package's own clients ask for most: parsing it with the standard library takes longer
 # than all else that is done for it.
 _PLAIN_GET = re.compile(
@@ -145,6 +149,10 @@ class ElasticServer:
             arrive once it has begun.
         progress_timeout: seconds that sending may take without the client receiving anything.
         idle_timeout: seconds from an answer to the next request.
+        credentials: who is let in; None: everybody, without TLS.
+
+    Attributes:
+        door: who was not let in.
     """
 
     def __init__(
@@ -155,8 +163,11 @@ class ElasticServer:
         handshake_timeout: float,
         progress_timeout: float,
         idle_timeout: float,
+        credentials: Credentials | None = None,
     ) -> None:
         self.service = service
+        self.credentials = credentials
+        self.door = Doorkeeper()
         self.handshake_timeout = handshake_timeout
         self.idle_timeout = idle_timeout
         self._max_sessions = max_sessions
@@ -257,7 +268,7 @@ class ElasticServer:
                 continue
             failing = False
             try:
-                wire = Wire(sock, self._progress_timeout)
+                wire = self._wire(sock)
             except OSError:  # gone already
                 sock.close()
                 continue
@@ -276,10 +287,19 @@ class ElasticServer:
                 logger.warning("NetLoader: cannot serve a connection: %s", one_line(error))
                 self._forget(wire)
 
+    def _wire(self, sock: socket.socket) -> Wire:
+        if self.credentials is None:
+            return Wire(sock, self._progress_timeout)
+        return TlsWire(sock, self._progress_timeout, self.credentials)
+
     def _serve(self, wire: Wire) -> None:
         session = Session(wire)
         try:
+            wire.handshake(self.handshake_timeout)
             _Handler(wire, session, self)
+        except NotAdmitted as error:
+            self.door.note(wire.peer, error)
+            wire.linger(_LINGER, 1 << 20)
         except OSError as error:
             logger.debug("NetLoader: %s: %s", wire.peer, one_line(error))
         except Exception:
@@ -338,7 +358,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refused = True
                 self._wire.send([_NACK])
                 return
+            self.command = ""
             try:
+                if begin == _TLS:
+                    self._server.door.note(self._session.peer, NotAdmitted("tls", _NO_TLS_HERE))
+                    raise Refusal(Code.BAD_REQUEST, "this instance has no TLS")
                 self._answer()
             except Refusal as refusal:
                 self._refuse(refusal)
@@ -363,20 +387,37 @@ class _Handler(BaseHTTPRequestHandler):
         if plain is not None:
             self.rfile.read(plain.end())
             self.requestline, self.path = plain[0].partition(b"\r")[0].decode(), plain[1].decode()
-            self.command, keep, body = "GET", True, b""
+            self.command, keep, body, said = "GET", True, b"", ""
         else:
             keep = self._read_head()
-            body = self._read_body()
+            body, said = self._read_body(), self.headers.get("Authorization", "")
         self.close_connection = not keep
         path, parameters = api.route(self.path)
+        if not self._wire.trusted and path not in api.FOR_ALL:
+            self._check_token(path, said)
         if self.command != api.METHODS[path]:
             allowed = f"method {self.command} for {path}; allowed: {api.METHODS[path]}"
             raise Refusal(Code.METHOD_NOT_ALLOWED, allowed)
         _ANSWERS[path](self, body, **parameters)
 
+    def _check_token(self, path: str, authorization: str) -> None:
+        """Refuse a client without a certificate that has no right token, or asks for more."""
+        scheme, _, token = authorization.partition(" ")
+        credentials = self._server.credentials
+        if scheme.lower() != "bearer":
+            error = NotAdmitted("no_certificate", f"it has no certificate, and asks for {path}")
+        elif path not in api.WITH_TOKEN:
+            error = NotAdmitted("no_certificate", f"a token is not enough to ask for {path}")
+        elif credentials is None or not credentials.is_token(token.strip()):
+            error = NotAdmitted("token", "its token is not the one of this instance")
+        else:
+            return
+        self._server.door.note(self._session.peer, error)
+        self.close_connection = True
+        raise Refusal(Code.UNAUTHORIZED, "this needs the certificate of a peer or a token")
+
     def _read_head(self) -> bool:
         """Read a request up to its body; return whether the connection stays open after it."""
-        self.command = ""
         line = self.rfile.readline(api.MAX_TARGET + 1)
         if not line.endswith(b"\n"):
             if len(line) > api.MAX_TARGET:
@@ -569,6 +610,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = []
         if code.status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append(f"Retry-After: {refusal.retry_after}")
+        if code is Code.UNAUTHORIZED:
+            headers.append("WWW-Authenticate: Bearer")
         if code is Code.METHOD_NOT_ALLOWED:
             headers.append(f"Allow: {api.METHODS[api.route(self.path)[0]]}")
         body = msgspec.json.encode(refusal.problem) + b"\n"

@@ -58,6 +58,18 @@ class Wire:
         self.allow(0.0, 0)
         self.stream = _Stream(_Reader(self))
 
+    def handshake(self, seconds: float) -> None:
+        """Agree with the peer on how to go on; without TLS there is nothing to agree on.
+
+        Raises:
+            OSError: the connection failed, or the time is up.
+        """
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the peer may ask everything; without TLS everybody may."""
+        return True
+
     def allow(self, seconds: float, nbytes: int) -> None:
         """Let `stream` read for so long, and so many bytes, from now on."""
         self._seconds = seconds
@@ -78,13 +90,16 @@ class Wire:
         if self.budget <= 0:
             raise http.client.LineTooLong("message")
         try:
-            # A timeout of 0 would mean something else.
-            self._sock.settimeout(max(1e-6, self._deadline - time.monotonic()))
-            nbytes = self._sock.recv_into(buffer)
+            nbytes = self._read(buffer, self._deadline)
         except TimeoutError:
             raise TimeoutError(f"no complete message within {self._seconds:g} s") from None
         self.budget -= nbytes
         return nbytes
+
+    def _read(self, buffer: "WriteableBuffer", deadline: float) -> int:
+        # A timeout of 0 would mean something else.
+        self._sock.settimeout(max(1e-6, deadline - time.monotonic()))
+        return self._sock.recv_into(buffer)
 
     def send(self, views: Iterable[Buffer | bytes]) -> None:
         """Send buffers, gathered.
@@ -120,6 +135,10 @@ class Wire:
                 missing -= nbytes
                 if nbytes < len(view):
                     left.append(view[nbytes:])
+        self._take(left, missing)
+
+    def _take(self, left: list[Any], missing: int) -> None:
+        """Fill views in reversed order, which have so many bytes."""
         self._sock.settimeout(None)
         while left:
             batch = left[-1 : -_IOV_MAX - 1 : -1]
@@ -155,11 +174,12 @@ class Wire:
         Closing a socket with bytes that nobody has read makes the system tell the peer that the
         connection broke, which can overtake the last words.
         """
-        with contextlib.suppress(OSError, http.client.LineTooLong):
+        self.allow(seconds, nbytes)
+        unread = bytearray(1 << 16)
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
-            self.allow(seconds, nbytes)
-            while self.read(bytearray(1 << 16)):
-                pass
+            while self.budget > 0 and (came := Wire._read(self, unread, self._deadline)):
+                self.budget -= came
 
     def cut(self) -> None:
         """End the connection; the thread that waits in it gets an OSError.
