@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import metrics
 from .config import MIB, NetLoaderConfig, Transport
 from .errors import (
     LayoutUnsupported,
@@ -58,6 +59,14 @@ _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
 # Connections for news that are made anew in a session, as they hold no place at the source.
 _NEWS_AGAIN = 2
 _ITSELF = "this is the instance itself"
+# What a failure without a code is called among the metrics.
+_KINDS = {
+    SourceUnreachable: "unreachable",
+    SourceLost: "lost",
+    SourceBusy: "later",
+    ProtocolError: "protocol_error",
+    TransferCorrupt: "wrong_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Relay(Protocol):
         store: BlockStore,
         met: Callable[[str, api.Peer], object],
         ranks: Callable[[], Mapping[int, str]],
+        feeds: Callable[[], list[api.Feed]],
     ) -> None:
         """Pass on what comes to a store, and tell of those who get the same weights."""
 
@@ -256,6 +266,7 @@ class _Target:
         self._tensors = tensors
         self._relay = relay
         self.met: Callable[[str, api.Peer], object] = lambda weights, peer: None
+        self.feeds: Callable[[], list[api.Feed]] = list
         self._required = required
         self._meaning = meaning
         self._made = made
@@ -382,7 +393,7 @@ class _Target:
         start = random.random() if self._relay is not None else 0.0
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
         if self._relay is not None:
-            self._relay.begin(self._store, self.met, self._list)
+            self._relay.begin(self._store, self.met, self._list, self.feeds)
 
     def _list(self) -> Mapping[int, str]:
         """Return what the first source that knows has said of its instance's ranks."""
@@ -421,6 +432,7 @@ class _Sessions:
         self._queue = queue
         self._relay = relay
         target.met = self._met
+        target.feeds = self.feeds
         self._target = target
         self._identity = identity
         self._config = config
@@ -480,6 +492,10 @@ class _Sessions:
         with self._lock:
             return len({address for (address, _), _ in self._pulls})
 
+    def feeds(self) -> list[api.Feed]:
+        """Return what each source has given so far."""
+        return [api.Feed(str(address), nbytes) for address, nbytes in self._shares().items()]
+
     def relayed(self) -> str:
         """Return what came from those that were loading themselves and what they got, if any."""
         if self._relay is None:
@@ -518,6 +534,7 @@ class _Sessions:
             self._pull(address)
             # Only now, with the session closed: a process may end right after its load.
             self._queue.succeeded()
+            metrics.SOURCE_ATTEMPTS.labels(api.COMPLETE).inc()
         except _Postponed as error:
             self._queue.postpone(address, str(error))
             logger.info("NetLoader rank %d: source %s", self._worker, error)
@@ -557,6 +574,7 @@ class _Sessions:
             self._ask_too(other, instance)
         # What was ended on this side has no code. A source whose own load is complete prepares.
         soon = brought and error.code in ("", Code.PREPARING.text)
+        metrics.SOURCE_ATTEMPTS.labels(error.code or _KINDS.get(type(error), "refused")).inc()
         news = self._queue.failed(address, error, soon=soon)
         if news:
             self._warn(error, self._queue.waits(address))
