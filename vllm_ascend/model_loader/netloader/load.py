@@ -126,6 +126,7 @@ def elastic_load(
     own: Own = NOBODY,
     relay: Relay | None = None,
     show_progress: bool = False,
+    place: Callable[[Manifest], Sequence[torch.Tensor]] | None = None,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
 
@@ -149,6 +150,8 @@ def elastic_load(
         relay: lets others have what has come while the rest is on its way. It is used where the
             tensors are in host memory and digests are checked.
         show_progress: whether to draw a progress bar.
+        place: returns memory for a manifest's tensors, in the place of a model's; what is right
+            already in it is not fetched. None: they go to `tensors`.
 
     Raises:
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
@@ -160,7 +163,7 @@ def elastic_load(
     if device.accelerator is not None or not config.verify:
         relay = None
     several = bool(names) or relay is not None
-    target = _Target(tensors, required, identity, config, device, meaning, made, relay)
+    target = _Target(tensors, required, identity, config, device, meaning, made, relay, place)
     sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
@@ -262,8 +265,11 @@ class _Target:
         meaning: Mapping[str, str],
         made: Mapping[str, Sample] | None,
         relay: Relay | None,
+        place: Callable[[Manifest], Sequence[torch.Tensor]] | None,
     ) -> None:
         self._tensors = tensors
+        self._place = place or self._match
+        self._resume = place is not None
         self._relay = relay
         self.met: Callable[[str, api.Peer], object] = lambda weights, peer: None
         self.feeds: Callable[[], list[api.Feed]] = list
@@ -371,9 +377,7 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(
-                manifest, self._tensors, self._required, self._formats, self._meaning, self._made
-            )
+            tensors = self._place(manifest)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)
@@ -392,8 +396,17 @@ class _Target:
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
         start = random.random() if self._relay is not None else 0.0
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
+        for run in self._scheduler.wanted if self._resume else ():
+            if not self._store.wrong(run):
+                self._store.add(run)
+                self._scheduler.skip(run)
         if self._relay is not None:
             self._relay.begin(self._store, self.met, self._list, self.feeds)
+
+    def _match(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        return match(
+            manifest, self._tensors, self._required, self._formats, self._meaning, self._made
+        )
 
     def _list(self) -> Mapping[int, str]:
         """Return what the first source that knows has said of its instance's ranks."""

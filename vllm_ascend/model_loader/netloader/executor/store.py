@@ -84,6 +84,8 @@ class BlockStore:
     def here(self, cells: int) -> list[float]:
         """Return which parts of the blocks are here, from 0 to 1, for so many cells at most."""
         count = self.blocks.count
+        if not count:
+            return []
         with self._lock:
             ends = [count * cell // min(cells, count) for cell in range(min(cells, count) + 1)]
             return [
