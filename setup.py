@@ -19,6 +19,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NETLOADER = "vllm_ascend.model_loader.netloader"
+COMMAND = f"netloader = {NETLOADER}.__main__:main"
 
 overlay = os.environ.get("NETLOADER_OVERLAY", "")
 if overlay not in ("", "0", "1"):
@@ -37,7 +38,8 @@ plain = {
     "description": "A vLLM model loader that pulls weights from a running vLLM instance",
     "packages": find_packages(include=["vllm_ascend", "vllm_ascend.*"]),
     "entry_points": {
-        "vllm.general_plugins": ["ascend_model_loader = vllm_ascend:register_model_loader"]
+        "console_scripts": [COMMAND],
+        "vllm.general_plugins": ["ascend_model_loader = vllm_ascend:register_model_loader"],
     },
     "extras_require": {
         "dev": [
@@ -54,6 +56,7 @@ over_vllm_ascend = {
     "name": "vllm-ascend-netloader-overlay",
     "description": "Replaces the NetLoader of vLLM Ascend",
     "packages": find_packages(include=[NETLOADER, f"{NETLOADER}.*"]),
+    "entry_points": {"console_scripts": [COMMAND]},
 }
 
 # Built in a fresh folder: whatever lies in ./build from another build, of the other wheel or of

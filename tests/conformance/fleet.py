@@ -104,8 +104,8 @@ class _Watched(Relay):
         super().__init__(replica.server, offer)
         self._replica = replica
 
-    def begin(self, store, met, ranks):
-        super().begin(store, met, ranks)
+    def begin(self, store, *rest):
+        super().begin(store, *rest)
         self._replica.filling = store
 
 

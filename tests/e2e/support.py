@@ -1,6 +1,8 @@
 """Running instances as the end-to-end tests speak of them."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +75,18 @@ def running(
     )
     with server:
         yield Instance(server, prefix)
+
+
+@contextmanager
+def holding(address: str) -> Iterator[str]:
+    """Holds the weights of a running instance in a process without vLLM; yields its address."""
+    command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
+    with subprocess.Popen([*command, address], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            yield next(iter(json.loads(holder.stdout.readline())))
+        finally:
+            holder.kill()
 
 
 def drafting(draft: Path) -> str:

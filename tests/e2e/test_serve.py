@@ -20,7 +20,7 @@ from tools.vllm_server import ServerError, VllmServer, free_port
 
 from .killing_proxy import killing_proxy
 from .ranks import Pair
-from .support import PROMPTS, TOKENS, drafting, running
+from .support import PROMPTS, TOKENS, drafting, holding, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -55,9 +55,15 @@ def test_client_is_a_source_and_config_file_goes_first(
         "MODEL": "llama",
         "SOURCE": source_list({0: [seed.address()]}),
     }
-    with running(tmp_path / "third", llama.bare, beside) as third:
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    with running(tmp_path / "third", llama.bare, beside, environment=environment) as third:
         assert third.say() == said
         assert_loaded_from(third, client)
+        # Its ranks' metrics are among vLLM's own.
+        assert third.server.count("netloader_received_bytes_total") > 0
+        assert third.server.count("netloader_state") == 1
         # The dead source cost nothing but a line in the log.
         assert third.server.search_log(rf"NetLoader rank 0: source {dead_address}")
 
@@ -88,17 +94,23 @@ def test_without_source_and_disk_the_error_names_both(tmp_path, llama, dead_addr
     assert "cannot be loaded from disk either" in log
 
 
-def test_wedged_source_is_passed_over(tmp_path, llama, seed, said, wedged_client):
-    config = {
-        "MODEL": "llama",
-        "SOURCE": source_list({0: [wedged_client.address(), seed.address()]}),
-        "MAX_SOURCES": 1,
-        "HANDSHAKE_TIMEOUT": 2,
-    }
-    with running(tmp_path / "patient", llama.bare, config) as patient:
-        assert patient.say() == said
-        assert_loaded_from(patient, seed)
-        assert patient.server.search_log(rf"source {wedged_client.address()}")
+def test_wedged_source_is_passed_over_for_one_without_vllm(
+    tmp_path, llama, seed, said, wedged_client
+):
+    with holding(seed.address()) as holder:
+        config = {
+            "MODEL": "llama",
+            "SOURCE": source_list({0: [wedged_client.address(), holder]}),
+            "MAX_SOURCES": 1,
+            "HANDSHAKE_TIMEOUT": 2,
+        }
+        with running(tmp_path / "patient", llama.bare, config) as patient:
+            assert patient.say() == said
+            [load] = patient.loads()
+            assert load.source == holder
+            assert load.digest in seed.digests_sent()
+            assert not patient.why_from_disk()
+            assert patient.server.search_log(rf"source {wedged_client.address()}")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ PROJECT = Path(__file__).parents[2]
 NETLOADER = "vllm_ascend/model_loader/netloader"
 VERSION = netloader.__version__
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE"}
+SCRIPTS = ["[console_scripts]", f"netloader = {NETLOADER.replace('/', '.')}.__main__:main"]
 CHECK = ("-P", "-m", "vllm_ascend.model_loader.netloader")
 
 # What vLLM Ascend's own package does, as far as it matters here. Libraries below Python write to
@@ -112,7 +113,9 @@ def test_the_plain_wheel_is_the_whole_package_with_the_plugin(tree, plain):
         f"{dist_info}/{name}" for name in DIST_INFO | {"entry_points.txt"}
     }
     assert f"{NETLOADER}/__main__.py" in plain.namelist()
-    assert plain.read(f"{dist_info}/entry_points.txt").decode().split("\n")[:2] == [
+    assert plain.read(f"{dist_info}/entry_points.txt").decode().split("\n")[:5] == [
+        *SCRIPTS,
+        "",
         "[vllm.general_plugins]",
         "ascend_model_loader = vllm_ascend:register_model_loader",
     ]
@@ -125,8 +128,9 @@ def test_the_plain_wheel_is_the_whole_package_with_the_plugin(tree, plain):
 def test_the_overlay_wheel_is_the_folder_of_netloader_without_a_plugin(tree, overlay):
     dist_info = f"vllm_ascend_netloader_overlay-{VERSION}.dist-info"
     assert set(overlay.namelist()) == sources(tree, NETLOADER) | {
-        f"{dist_info}/{name}" for name in DIST_INFO
+        f"{dist_info}/{name}" for name in DIST_INFO | {"entry_points.txt"}
     }
+    assert overlay.read(f"{dist_info}/entry_points.txt").decode().split("\n")[:2] == SCRIPTS
     said = metadata(overlay)
     assert (said["Name"], said["Version"]) == ("vllm-ascend-netloader-overlay", VERSION)
     assert said.get_all("Requires-Dist") == ["cryptography>=42", "xxhash>=3.5"]
@@ -179,7 +183,7 @@ import vllm.model_executor.layers.attention
 from vllm.plugins import load_plugins_by_group
 assert "vllm_ascend" not in sys.modules
 for line in sys.stdin:
-    site, environment = json.loads(line)
+    site, arguments, environment = json.loads(line)
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
@@ -187,6 +191,7 @@ for line in sys.stdin:
     for number, name in (1, "stdout"), (2, "stderr"):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.path.insert(0, site)
+    sys.argv[1:] = arguments
     os.environ.update(environment)
     status = 2
     try:
@@ -220,8 +225,8 @@ def children(tmp_path_factory):
 def check(site, children):
     """Run the check, which imports vLLM, after vLLM has looked for platforms."""
 
-    def run(**environment):
-        print(json.dumps([str(site), environment]), file=children.stdin, flush=True)
+    def run(*arguments, **environment):
+        print(json.dumps([str(site), arguments, environment]), file=children.stdin, flush=True)
         lines = iter(children.stdout.readline, "")
         status = next(int(line) for line in lines if line.strip("-\n").isdecimal())
         said = [(site.parent / name).read_text() for name in ("stdout", "stderr")]
@@ -300,6 +305,38 @@ def test_the_check_finds_the_plain_wheel_active(site, plain, check):
     assert what[1].startswith("vLLM: 0.")
     assert what[2:] == ["vLLM Ascend: not installed"]
     assert active == "active"
+
+
+def test_the_check_says_whether_an_extra_config_is_valid(site, plain, check):
+    plain.extractall(site)
+    what, active = answer(check("check", '{"SOURCE": "10.0.0.1:28000"}'), 0)
+    assert (what[-1], active) == ("extra config: valid", "active")
+    for config, words in (
+        ('{"PROGRESS_TIMEOUT": 0}', "PROGRESS_TIMEOUT is 0"),
+        ('{"SOURCE": "10.0.0.1"}', "10.0.0.1"),
+        ("{", "not JSON"),
+    ):
+        what, active = answer(check("check", config), 1)
+        assert what[-1].startswith("extra config: NOT valid: ")
+        assert words in what[-1]
+        assert active == "active"
+
+
+def test_the_check_answers_in_json(site, plain, check):
+    plain.extractall(site)
+    said = json.loads(check("check", "--json", "{}", VLLM_PLUGINS="other").stdout)
+    assert (said["active"], said["config"]) == (False, None)
+    assert said["reason"].startswith("VLLM_PLUGINS is 'other'")
+    said = json.loads(check("check", "--json", "{}").stdout)
+    assert (said["active"], said["reason"], said["config"]) == (True, "", "valid")
+    assert said["netloader"] == VERSION
+
+
+def test_the_other_commands_are_there_as_well(site, plain, check):
+    plain.extractall(site)
+    tried = check("status", "nonsense")
+    assert tried.returncode == 2
+    assert "netloader status: error" in tried.stderr
 
 
 def test_the_check_finds_the_overlay_active(site, overlay, check):

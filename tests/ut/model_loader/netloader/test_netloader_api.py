@@ -30,6 +30,7 @@ SAID = [
     api.Sizes([4 << 20, 1]),
     api.Endpoint("10.0.0.1:28000", "process"),
     api.ModelStatus(IDENTITY, "serving", "", DIGEST, 1, "disk", DIGEST, {0: DIGEST}, {}),
+    api.Feed("10.0.0.1:28000", 7),
     api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
     api.Done(False, "tired"),
     api.Noted(),
@@ -80,7 +81,7 @@ def test_every_path_is_found_again_and_has_an_answer():
     "target",
     [
         "",
-        "/",
+        "//",
         "*",
         "/status/",
         "/status?x=1",

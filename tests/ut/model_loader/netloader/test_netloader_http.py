@@ -146,6 +146,9 @@ class Service:
     def status(self, sessions):
         return api.Status("0.1.0", "instance", 0, [], [], 4, sessions, 0)
 
+    def metrics(self):
+        return b"some_total 1.0\n"
+
 
 def read_blocks(client, digest, first, last, into):
     client.ask_blocks(digest, first, last)
@@ -263,7 +266,9 @@ def with_length(*lines):
         (get("/status", "Content-Length: 2") + b"{}", 200, None),
         (get(RUN + "0-0"), 200, None),
         (post(JOIN_PATH, JOIN), 200, None),
-        (get("/"), 404, "not_found"),
+        (get("/x"), 404, "not_found"),
+        (get("/"), 200, None),
+        (get("/metrics"), 200, None),
         (get("/status?x=1"), 404, "not_found"),
         (get("/%73tatus"), 404, "not_found"),
         (get(RUN + "0"), 404, "not_found"),

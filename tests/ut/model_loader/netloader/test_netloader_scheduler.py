@@ -89,6 +89,21 @@ def test_it_is_finished_when_every_run_is_done():
     assert scheduler.finished
 
 
+def test_what_is_in_place_is_handed_out_to_nobody():
+    scheduler = of(4)
+    assert numbers(scheduler.wanted) == [0, 1, 2, 3]
+    for number in (0, 2):
+        scheduler.skip(Run(number, number))
+    assert numbers(scheduler.wanted) == [1, 3]
+    with scheduler.session():
+        taken = scheduler.take(4)
+        assert numbers(taken) == [1, 3]
+        assert not scheduler.finished
+        for run in taken:
+            scheduler.done(run)
+    assert scheduler.finished
+
+
 def test_with_nothing_to_fetch_it_is_finished():
     assert of(0).finished
     assert not Scheduler(Blocks([0]), MIB).finished  # a block without bytes is one to be checked

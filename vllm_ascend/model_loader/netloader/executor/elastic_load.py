@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from .. import metrics
 from ..errors import AskOthers, SourceBusy, TransferCorrupt
 from .chunks.blocks import Run
 from .rate_limiter import RateLimiter
@@ -84,6 +85,8 @@ class P2PSend:
         self._store.check(run)
         self._sender.send(run)
         self.bytes_sent += nbytes
+        state = "serving" if self._store.complete else "loading"
+        metrics.SENT_BYTES.labels(state).inc(nbytes)
 
 
 class P2PLoad:
@@ -175,9 +178,14 @@ class P2PLoad:
         wrong = self._store.wrong(run) if self._verify else []
         if not wrong:
             self._store.add(run)
-            self.bytes_received += self._store.blocks.size_of(run)
+            nbytes = self._store.blocks.size_of(run)
+            self.bytes_received += nbytes
             self._scheduler.done(run)
+            source = "serving" if self._peer.complete else "loading"
+            metrics.RECEIVED_BYTES.labels(source).inc(nbytes)
+            self._count(run, "right" if self._verify else "unchecked")
             return
+        self._count(run, "wrong", len(wrong))
         if run in self._wrong_before or not self._peer.trusted:
             names = _first_few(self._store.names(wrong))
             error = TransferCorrupt(
@@ -189,6 +197,10 @@ class P2PLoad:
             raise error
         self._wrong_before.add(run)
         self._scheduler.give_back([run])
+
+    def _count(self, run: Run, result: str, blocks: int | None = None) -> None:
+        blocks = run.last - run.first + 1 if blocks is None else blocks
+        metrics.BLOCKS.labels(result).inc(blocks)
 
     def _idle(self) -> None:
         # Clients that wait for each other's blocks must not keep each other from the source.

@@ -220,6 +220,19 @@ class Scheduler:
             if self._left == 0:
                 self._changed.notify_all()
 
+    def skip(self, run: Run) -> None:
+        """Record that a run is in place which nobody has taken."""
+        with self._changed:
+            self._wanted[self._number_of[run.first]] = 0
+            self._wanting -= 1
+            self._left -= 1
+
+    @property
+    def wanted(self) -> list[Run]:
+        """The runs that nobody has taken."""
+        with self._changed:
+            return [run for run, wanted in zip(self._runs, self._wanted, strict=True) if wanted]
+
     def give_back(self, runs: Iterable[Run]) -> None:
         """Want runs again that were taken and did not arrive."""
         with self._changed:

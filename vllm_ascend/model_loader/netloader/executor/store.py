@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,6 +80,22 @@ class BlockStore:
     def complete(self) -> bool:
         """Whether all blocks are here."""
         return self._missing == 0
+
+    def here(self, cells: int) -> list[float]:
+        """Return which parts of the blocks are here, from 0 to 1, for so many cells at most."""
+        count = self.blocks.count
+        if not count:
+            return []
+        with self._lock:
+            ends = [count * cell // min(cells, count) for cell in range(min(cells, count) + 1)]
+            return [
+                self._here.count(1, at, end) / (end - at) for at, end in itertools.pairwise(ends)
+            ]
+
+    @property
+    def blocks_here(self) -> int:
+        """Number of the blocks that are here."""
+        return self.blocks.count - self._missing
 
     def withdraw(self, why: Withdrawn) -> None:
         """Let no read begin from now on, as the memory is about to change or to go away."""

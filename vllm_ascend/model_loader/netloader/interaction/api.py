@@ -68,6 +68,7 @@ MAX_WAIT_SECONDS = 60  # that a source waits for new blocks
 MAX_NEWS = 2048  # runs of new blocks in one answer
 MAX_PEERS = 16  # that one answer names
 MAX_ADDRESS = 300  # characters of a peer's address
+MAX_CELLS = 512  # of a map of blocks
 MAX_INSTANCE = 64  # characters of what names its process
 _MOST_RANKS = 512  # in the body of an answer that is not 200
 
@@ -84,6 +85,8 @@ STORE = "/netloader/v1/groups/{id}/store"
 SEND = "/netloader/v1/groups/{id}/send"
 DONE = "/netloader/v1/done"
 STATUS = "/status"
+METRICS = "/metrics"
+PAGE = "/"
 HEALTHZ = "/healthz"
 METHODS = {
     JOIN: "POST",
@@ -96,6 +99,8 @@ METHODS = {
     SEND: "POST",
     DONE: "POST",
     STATUS: "GET",
+    METRICS: "GET",
+    PAGE: "GET",
     HEALTHZ: "GET",
 }
 # What else than a peer's certificate is enough on a port with TLS.
@@ -333,6 +338,18 @@ class Endpoint(msgspec.Struct, frozen=True):
     instance: Instance
 
 
+class Feed(msgspec.Struct, frozen=True):
+    """What one source has given of the weights that are being loaded.
+
+    Attributes:
+        address: the source's.
+        bytes_received: bytes of blocks that came from it.
+    """
+
+    address: ShortText
+    bytes_received: Count
+
+
 class ModelStatus(msgspec.Struct, frozen=True):
     """How one model of an instance is.
 
@@ -346,6 +363,11 @@ class ModelStatus(msgspec.Struct, frozen=True):
         instance_digest: digest of `ranks`, null while that is empty.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
         endpoints: where the instance's ranks listen, by global rank, as far as known.
+        nbytes: size of the weights; 0: there are none to be had.
+        blocks: how many blocks they have.
+        blocks_here: how many of these are here.
+        map: how much of which blocks is here: a digit for each part of them, from 0 to 9 (all).
+        feeds: where the weights come from while they are being loaded.
     """
 
     identity: ModelIdentity
@@ -357,6 +379,11 @@ class ModelStatus(msgspec.Struct, frozen=True):
     instance_digest: str | None
     ranks: dict[int, str]
     endpoints: dict[int, Endpoint]
+    nbytes: Count = 0
+    blocks: Count = 0
+    blocks_here: Count = 0
+    map: ShortText = ""
+    feeds: list[Feed] = []
 
 
 class SessionStatus(msgspec.Struct, frozen=True):
@@ -367,12 +394,14 @@ class SessionStatus(msgspec.Struct, frozen=True):
         weights: digest of the weights that it gets.
         bytes_sent: bytes of blocks that were sent.
         seconds: since its beginning.
+        relay: where the client listens, if it passes on what it gets.
     """
 
     peer: str
     weights: str
     bytes_sent: Count
     seconds: float
+    relay: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

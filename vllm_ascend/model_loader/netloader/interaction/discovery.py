@@ -247,6 +247,22 @@ class Discovery:
         return -math.log1p(-drawn) / (weight or 0.001)
 
 
+def addresses_of(name: Name, seconds: float) -> list[Address]:
+    """Return all addresses that a name stands for.
+
+    Args:
+        name: what to look up.
+        seconds: for the look-up.
+
+    Raises:
+        SourceUnreachable: it stands for none.
+    """
+    try:
+        return [record.address for record in _LOOKUPS[name.lookup](name, seconds)]
+    except (OSError, ValueError) as error:
+        raise SourceUnreachable(f"{name}: {_reason(error)}") from None
+
+
 def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
     future: Future[T] = Future()
 

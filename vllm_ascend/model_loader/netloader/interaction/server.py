@@ -16,6 +16,7 @@ from ..credentials import Credentials
 from ..utils import Buffer, logger, one_line, shortened
 from . import api
 from .api import Bytes, Code, Done, Join, Joined, Refusal, Status
+from .page import PAGE, PAGE_HEADERS
 from .tls import Doorkeeper, NotAdmitted, TlsWire
 from .wire import Wire
 
@@ -25,6 +26,7 @@ _LINGER = 1.0  # seconds for a peer to stop sending once it was told that it nee
 _JSON, _TEXT, _BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
 _TLS = b"\x16"  # how a handshake begins
 _NO_TLS_HERE = "it uses TLS, and this instance has none (SECRET_FILE or TLS_CERT)"
+_HTML, _PROMETHEUS = "text/html; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
 # What this package's own clients ask for most: parsing it with the standard library takes longer
 # than all else that is done for it.
 _PLAIN_GET = re.compile(
@@ -137,6 +139,9 @@ class Service(Protocol):
 
     def status(self, sessions: int) -> Status:
         """Say how this instance is."""
+
+    def metrics(self) -> bytes:
+        """Return the metrics of this process as Prometheus reads them."""
 
 
 class ElasticServer:
@@ -569,6 +574,14 @@ class _Handler(BaseHTTPRequestHandler):
             status = self._server.service.status(self._server.sessions)
         self._say(status)
 
+    def _metrics(self, body: bytes) -> None:
+        with self._calls():
+            exposition = self._server.service.metrics()
+        self._reply(HTTPStatus.OK, _PROMETHEUS, exposition)
+
+    def _page(self, body: bytes) -> None:
+        self._reply(HTTPStatus.OK, _HTML, PAGE, *PAGE_HEADERS)
+
     def _healthz(self, body: bytes) -> None:
         self._reply(HTTPStatus.OK, _TEXT, b"ok\n")
 
@@ -651,6 +664,8 @@ _ANSWERS: dict[str, Callable[..., None]] = {
     api.SEND: _Handler._send,
     api.DONE: _Handler._done,
     api.STATUS: _Handler._status,
+    api.METRICS: _Handler._metrics,
+    api.PAGE: _Handler._page,
     api.HEALTHZ: _Handler._healthz,
 }
 

@@ -1,0 +1,294 @@
+"""The operator's commands against real sources."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from vllm_ascend.model_loader.netloader import cli, copies
+from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
+from vllm_ascend.model_loader.netloader.utils import parse_address
+
+from . import sides
+from .faults import closed_port
+from .models import ROW, assorted, many_rows, nothing, only_empty, rows, tied
+from .sides import HOST, PATIENCE, expected, identity, plain_bytes, settings, store_of
+from .test_relays import ALL
+from .ways import Way
+
+pytestmark = pytest.mark.ways(Way.HTTP)
+
+ROOT = Path(__file__).parents[2]
+FILE = "netloader-rank-0.safetensors"
+
+
+def source(way, model=many_rows, **config):
+    return sides.source(way, model, **config)
+
+
+@contextlib.contextmanager
+def two_ranks(way, model=many_rows):
+    """The ranks of one instance, which know of each other."""
+    with contextlib.ExitStack() as stack:
+        servers = [WeightServer(settings(way), rank, HOST) for rank in range(2)]
+        for rank, server in enumerate(servers):
+            server.process = f"process of rank {rank}"
+            stack.callback(server.stop)
+            server.start(0)
+        stores = [sides.fresh(store_of(way, model, rank)) for rank in range(2)]
+        ranks = {rank: store.digests.weights for rank, store in enumerate(stores)}
+        ends = {rank: server.endpoint for rank, server in enumerate(servers)}
+        for rank, server in enumerate(servers):
+            who = identity(way, rank=rank, tp=2)
+            offer = Offer(who, stores[rank], ranks=lambda: ranks, endpoints=lambda: ends)
+            server.offer(offer)
+        yield [parse_address(end.address) for end in ends.values()]
+
+
+def run(*arguments):
+    return cli.main([*map(str, arguments)])
+
+
+def answer(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# status
+
+
+def test_a_status_shows_all_ranks_of_an_instance_if_one_is_named(way, capsys):
+    with two_ranks(way) as addresses:
+        assert run("status", addresses[1]) == cli.OK
+        lines = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in lines[1:]} == {*map(str, addresses)}
+        assert all(" serving " in line and f" {ALL}/{ALL} " in line for line in lines[1:])
+        assert run("status", "--json", addresses[0]) == cli.OK
+        assert answer(capsys)["ranks"].keys() == {*map(str, addresses)}
+
+
+def test_a_status_says_who_does_not_answer(way, capsys):
+    gone = closed_port()
+    with source(way) as seed:
+        assert run("status", seed.address, gone) == cli.NO
+        said = capsys.readouterr()
+        assert str(seed.address) in said.out
+        assert f"{gone}: cannot connect" in said.err
+
+
+def test_a_rank_that_cannot_serve_is_no_good_answer(way):
+    with sides.source(way, None, reason="no copy was kept") as seed:
+        assert run("status", seed.address) == cli.NO
+
+
+# probe
+
+
+def test_a_probe_measures_each_number_of_connections(way, capsys):
+    with source(way) as seed:
+        arguments = ("--connections", 1, 3, "--seconds", 0.1, "--json")
+        assert run("probe", seed.address, *arguments) == cli.OK
+        told = answer(capsys)
+    assert 0 < told["latency_s"] < PATIENCE
+    assert [one["connections"] for one in told["measured"]] == [1, 3]
+    assert all(one["nbytes"] > 0 and one["wrong"] == 0 for one in told["measured"])
+
+
+def test_a_probe_notices_wrong_blocks(way, capsys):
+    with source(way) as seed:
+        seed.store.tensors[3].view(torch.uint8).flatten()[7] ^= 1
+        try:
+            assert run("probe", seed.address, "--connections", 1, "--seconds", 0.1) == cli.NO
+        finally:
+            seed.store.tensors[3].view(torch.uint8).flatten()[7] ^= 1
+    assert "blocks wrong" in capsys.readouterr().out
+
+
+def test_a_probe_says_that_places_are_missing(way, capsys):
+    with source(way, max_sessions=2) as seed:
+        assert run("probe", seed.address, "--connections", 4, "--seconds", 0.1) == cli.NO
+    assert "busy" in capsys.readouterr().out
+
+
+# pull
+
+
+def same(path, way, model, seed=0):
+    got, wanted = load_file(path), expected(way, model, seed)
+    assert got.keys() <= wanted.keys()
+    missing = {wanted[name].data_ptr() for name in wanted.keys() - got.keys()}
+    assert missing <= {wanted[name].data_ptr() for name in got}  # as they are tied
+    return all(
+        torch.equal(plain_bytes(way, got[name]), plain_bytes(way, wanted[name]))
+        and got[name].dtype in (wanted[name].dtype, torch.uint8)
+        for name in got
+    )
+
+
+@pytest.mark.parametrize("model", [many_rows, assorted, tied, nothing, only_empty])
+def test_what_is_pulled_is_a_file_of_safetensors(way, tmp_path, model):
+    with source(way, model) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.OK
+        digest = seed.store.digests.weights
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert same(tmp_path / FILE, way, model)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        assert file.metadata()["weights"] == digest
+        assert json.loads(file.metadata()["attributes"]) == {}
+
+
+def test_all_ranks_of_an_instance_are_pulled(way, tmp_path, capsys):
+    with two_ranks(way) as addresses:
+        assert run("pull", addresses[0], tmp_path, "--json") == cli.OK
+    assert len(answer(capsys)) == 2
+    for rank in range(2):
+        assert same(tmp_path / f"netloader-rank-{rank}.safetensors", way, many_rows, rank)
+
+
+def test_a_pull_goes_on_where_an_earlier_one_has_ended(way, tmp_path):
+    path = tmp_path / FILE
+    with source(way) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.OK
+        sent = seed.status.bytes_sent
+        # The last byte is wrong, and the file has been left as one that is not complete.
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.unlink()
+        path.with_name(f"{FILE}.part").write_bytes(data)
+        in_small_chunks = ("--config", '{"CHUNK_MIB": 1}')
+        assert run("pull", seed.address, tmp_path, *in_small_chunks) == cli.OK
+        sides.until(lambda: not seed.status.sessions)
+        assert 0 < seed.status.bytes_sent - sent < ALL * ROW
+        before = seed.status.bytes_sent
+        assert run("pull", seed.address, tmp_path) == cli.OK
+        sides.until(lambda: not seed.status.sessions)
+        assert seed.status.bytes_sent == before
+    assert same(path, way, many_rows)
+
+
+def test_of_other_weights_nothing_is_kept(way, tmp_path):
+    with sides.source(way, rows, 1) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.OK
+    with source(way) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.OK
+    assert same(tmp_path / FILE, way, many_rows)
+
+
+def test_a_pull_from_nobody_fails_and_says_why(way, tmp_path, capsys):
+    gone = closed_port()
+    assert run("pull", gone, tmp_path) == cli.NO
+    said = capsys.readouterr().err
+    assert f"{gone}: cannot connect" in said
+    assert "no instance answers" in said
+
+
+def test_instances_with_different_weights_are_not_mixed(way, tmp_path, capsys):
+    with source(way) as one, sides.source(way, many_rows, 1) as other:
+        other.server.process = "another process"
+        assert run("pull", one.address, other.address, tmp_path) == cli.NO
+    assert "different weights for rank 0" in capsys.readouterr().err
+
+
+# hold
+
+
+def test_what_is_held_in_files_outlives_the_instance(way, tmp_path):
+    command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
+    with source(way) as seed:
+        holder = subprocess.Popen(
+            [*command, "--folder", str(tmp_path / "held"), str(seed.address)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        with holder:
+            try:
+                held = json.loads(holder.stdout.readline())
+                seed.server.stop()
+                [(address, digest)] = held.items()
+                assert digest == seed.store.digests.weights
+                got = sides.load_here(way, [parse_address(address)], many_rows).check()
+                assert got.digest == digest
+                holder.send_signal(signal.SIGTERM)
+                assert holder.wait(PATIENCE) == 0
+            finally:
+                holder.kill()
+
+
+def test_what_is_held_in_memory_is_that_of_all_ranks(way):
+    config = settings(way)
+    with two_ranks(way) as addresses:
+        held = []
+        for address in addresses:
+            model = copies.status_of(address, config).models[0]
+            with copies.connect(address, config) as client:
+                what = copies.describe(client, model.identity)
+            held.append((what, copies.pull([address], what, None, config), "an instance"))
+    with copies.holding(held, config, HOST) as addresses:
+        for rank, address in enumerate(addresses):
+            model = copies.status_of(address, config).models[0]
+            assert (model.state, model.loaded_from) == ("serving", "an instance")
+            assert model.ranks == {each.identity.rank: s.digests.weights for each, s, _ in held}
+            assert [end.address for end in model.endpoints.values()] == [*map(str, addresses)]
+            who = identity(way, rank=rank, tp=2)
+            sides.load_here(way, [address], many_rows, rank, who=who).check()
+
+
+def test_what_accelerators_serve_is_held_as_well(way):
+    device = Way.STREAM  # another layout, strides, and digests that devices compute
+    config = settings(device)
+    with sides.source(device, assorted) as seed:
+        model = copies.status_of(seed.address, config).models[0]
+        with copies.connect(seed.address, config) as client:
+            what = copies.describe(client, model.identity)
+        store = copies.pull([seed.address], what, None, config)
+    assert store.digests.weights == seed.store.digests.weights
+    with copies.holding([(what, store, "an instance")], config, HOST) as [address]:
+        got = sides.load_here(device, [address], assorted).check()
+    assert got.said("no process group, so the weights come over HTTP")
+
+
+# diff
+
+
+def test_instances_with_equal_weights_are_equal(way, capsys):
+    with source(way) as one, source(way) as other:
+        assert run("diff", one.address, other.address) == cli.OK
+        assert capsys.readouterr().out == f"equal, digest {one.store.digests.weights}\n"
+
+
+def test_tensors_that_differ_are_named(way, capsys):
+    with source(way, rows) as one, sides.source(way, rows, 1) as other:
+        assert run("diff", one.address, other.address, "--json") == cli.NO
+    names = {f"{name} has other values" for name in expected(way, rows, 0)}
+    told = answer(capsys)
+    assert not told["equal"]
+    assert {*told["differences"]} <= names
+    assert told["differences"]
+
+
+def test_a_field_of_the_identity_is_named_with_both_values(way, capsys):
+    other_model = identity(way, model="another")
+    with source(way) as one, sides.source(way, many_rows, 1, who=other_model) as other:
+        assert run("diff", one.address, other.address) == cli.NO
+    here, there = identity(way).model, "another"
+    expected_line = f"model is {here!r} at {one.address} and {there!r} at {other.address}\n"
+    assert capsys.readouterr().out == expected_line
+
+
+# All of them
+
+
+def test_a_source_that_lies_about_its_digests_is_no_source(way, monkeypatch, capsys):
+    with source(way) as seed:
+        monkeypatch.setattr(copies, "combine", lambda *_: seed.store.digests.__class__(b"", "x:1"))
+        assert run("probe", seed.address) == cli.NO
+    assert "and the source says" in capsys.readouterr().err

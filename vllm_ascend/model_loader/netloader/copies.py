@@ -1,0 +1,451 @@
+"""Weights of running instances without a model: in host memory, in files, or only measured."""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from .config import NetLoaderConfig
+from .errors import NetLoaderError, ProtocolError, SourceError, SourceRefused
+from .executor.chunks.blocks import Blocks, Run
+from .executor.chunks.digests import Digests, combine
+from .executor.chunks.manifest import Manifest, TensorEntry
+from .executor.devices import rowsums
+from .executor.devices.cpu import CpuDevice
+from .executor.memory import host_view
+from .executor.store import BlockStore
+from .identity import ModelIdentity
+from .interaction import api
+from .interaction.api import Join, ModelStatus, Status
+from .interaction.client import ElasticClient
+from .load import elastic_load
+from .serve import Offer, WeightServer
+from .utils import Address, one_line, parse_address
+
+_CHUNK = 8 << 20  # bytes of a request that only measures
+_ROUND_TRIPS = 21
+_MAX_ASKED = 1024  # ranks of one instance
+# How safetensors names dtypes. What it has no name for is a row of bytes there.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the weights of one rank are.
+
+    Attributes:
+        identity: whose they are.
+        manifest: their tensors.
+        blocks: how these are cut.
+        digests: of the blocks.
+        ranks: the weights digests of the instance's ranks, as far as known.
+    """
+
+    identity: ModelIdentity
+    manifest: Manifest
+    blocks: Blocks
+    digests: Digests
+    ranks: Mapping[int, str]
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """The tensors that have bytes of their own, in order."""
+        return [entry for entry in self.manifest.tensors if entry.alias_of is None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a number of connections has brought.
+
+    Attributes:
+        connections: how many.
+        nbytes: bytes of blocks that came.
+        seconds: for which they were asked.
+        wrong: blocks that were not what their digests say.
+        failures: why connections ended early.
+    """
+
+    connections: int
+    nbytes: int
+    seconds: float
+    wrong: int
+    failures: Sequence[str]
+
+
+class _Host(CpuDevice):
+    """Host memory that holds what any kind of device has.
+
+    Args:
+        algorithm: of the digests.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self.digest_algorithm = algorithm
+
+    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+        """Hash each block."""
+        if self.digest_algorithm == rowsums.ALGORITHM:
+            return rowsums.digests(parts)
+        return super().digests(parts)
+
+
+def connect(address: Address, config: NetLoaderConfig) -> ElasticClient:
+    """Connect as a client with this configuration does.
+
+    Raises:
+        SourceUnreachable: it cannot be reached.
+    """
+    return ElasticClient.connect(
+        address,
+        connect=config.connect_timeout,
+        handshake=config.handshake_timeout,
+        progress=config.progress_timeout,
+    )
+
+
+def status_of(address: Address, config: NetLoaderConfig) -> Status:
+    """Ask a rank for its status.
+
+    Raises:
+        SourceError: it does not answer.
+    """
+    with connect(address, config) as client:
+        return client.status()
+
+
+def statuses(
+    addresses: Sequence[Address], config: NetLoaderConfig
+) -> tuple[dict[Address, Status], list[SourceError]]:
+    """Ask ranks, and all other ranks of their instances, for their status.
+
+    Returns:
+        Those that answer, each process once, and why others do not.
+    """
+    found: dict[Address, Status] = {}
+    problems: list[SourceError] = []
+    instances: set[str] = set()
+    asked: set[Address] = set()
+    left = [*addresses]
+    while left and len(asked) < _MAX_ASKED:
+        address = left.pop(0)
+        if address in asked:
+            continue
+        asked.add(address)
+        try:
+            status = status_of(address, config)
+        except SourceError as error:
+            problems.append(error)
+            continue
+        if status.instance in instances:
+            continue
+        instances.add(status.instance)
+        found[address] = status
+        for model in status.models:
+            for _, end in sorted(model.endpoints.items()):
+                with contextlib.suppress(ValueError):  # no address
+                    if end.instance not in instances:
+                        left.append(parse_address(end.address))
+    return found, problems
+
+
+def model_of(address: Address, status: Status, group: str) -> ModelStatus:
+    """Return what a status says of a model that can be pulled.
+
+    Raises:
+        SourceRefused: there is none.
+    """
+    for model in status.models:
+        if model.identity.group == group:
+            if model.weights is not None:
+                return model
+            raise SourceRefused(f"{address}: {model.state}: {model.reason}")
+    raise SourceRefused(f"{address}: there is no model of group {group!r}")
+
+
+def describe(client: ElasticClient, identity: ModelIdentity) -> Description:
+    """Ask a source what it has; the session has begun then.
+
+    Raises:
+        SourceError: it does not say, or what it says does not fit together.
+    """
+    joined = client.join(Join(identity))
+    try:
+        if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
+            raise ProtocolError("sent no manifest")
+        manifest = msgspec.json.decode(joined.manifest, type=Manifest)
+        sizes = [
+            math.prod(entry.shape) * _dtype(entry).itemsize
+            for entry in manifest.tensors
+            if entry.alias_of is None
+        ]
+        blocks = Blocks(sizes)
+        digests = combine(joined.weights.partition(":")[0], manifest, blocks, joined.blocks)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ProtocolError) as error:
+        raise ProtocolError(f"{client.address}: {one_line(error)}") from None
+    if digests.weights != joined.weights:
+        raise ProtocolError(
+            f"{client.address}: manifest and block digests make {digests.weights}, and the source "
+            f"says {joined.weights}"
+        )
+    return Description(identity, manifest, blocks, digests, joined.ranks)
+
+
+# In files
+
+
+def pull(
+    sources: Sequence[Address],
+    description: Description,
+    path: Path | None,
+    config: NetLoaderConfig,
+    *,
+    show_progress: bool = False,
+) -> BlockStore:
+    """Pull the weights of a rank into host memory, or into a file of safetensors that is mapped.
+
+    Blocks that an earlier attempt has left in the file are not fetched again if they are right.
+
+    Args:
+        sources: ranks that have them.
+        description: of these weights.
+        path: of the file; None: they stay in memory.
+        config: deadlines and connections.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        LoadFailed: no source gave all of them.
+        OSError: the file cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part") if path is not None else None
+    memory = _memory(description, path, part)
+    loaded = elastic_load(
+        {},
+        (),
+        sources,
+        description.identity,
+        config,
+        _Host(description.digests.algorithm),
+        worker=description.identity.rank,
+        wanted=description.digests.weights,
+        show_progress=show_progress,
+        place=lambda manifest: memory,
+    )
+    if path is not None and part is not None:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    return loaded.store
+
+
+def file_name(identity: ModelIdentity) -> str:
+    """Return how the file with the weights of a rank is called."""
+    return f"{identity.group}-rank-{identity.rank}.safetensors"
+
+
+def _dtype(entry: TensorEntry) -> torch.dtype:
+    dtype = getattr(torch, entry.dtype.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ProtocolError(f"{entry.name} has the dtype {entry.dtype}, which torch does not have")
+    return dtype
+
+
+def _memory(description: Description, path: Path | None, part: Path | None) -> list[torch.Tensor]:
+    """Return the bytes of each tensor."""
+    # The largest elements first, so that all are at multiples of their size.
+    sizes, entries = description.blocks.sizes, description.entries
+    order = sorted(range(len(sizes)), key=lambda index: -_dtype(entries[index]).itemsize)
+    at, places = 0, [0] * len(sizes)
+    for index in order:
+        places[index], at = at, at + sizes[index]
+    if path is None or part is None:
+        return [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+    head = _head(description, [(index, places[index]) for index in order])
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(part)
+    with part.open("r+b" if part.exists() else "w+b") as file:
+        if file.read(len(head)) != head:  # of other weights, or new
+            file.seek(0)
+            file.truncate()
+            file.write(head)
+        file.truncate(len(head) + at)
+    mapped = torch.from_file(str(part), shared=True, size=len(head) + at, dtype=torch.uint8)
+    return [mapped[len(head) + at :][:nbytes] for at, nbytes in zip(places, sizes, strict=True)]
+
+
+def _head(description: Description, order: Sequence[tuple[int, int]]) -> bytes:
+    """Return what a file of safetensors begins with."""
+    manifest, entries = description.manifest, description.entries
+    head: dict[str, object] = {
+        "__metadata__": {
+            "format": "pt",
+            "weights": description.digests.weights,
+            "layout": manifest.layout,
+            "attributes": json.dumps(manifest.attributes),
+            # Tied weights are there once; strides and formats of NPUs are only told here.
+            "manifest": msgspec.json.encode(manifest).decode(),
+        }
+    }
+    for index, at in order:
+        entry, nbytes = entries[index], description.blocks.sizes[index]
+        name, shape = _DTYPES.get(_dtype(entry)), [*entry.shape]
+        if name is None:
+            name, shape = "U8", [nbytes]
+        elif entry.stride is not None or entry.format is not None:
+            shape = [math.prod(shape)]
+        head[entry.name] = {"dtype": name, "shape": shape, "data_offsets": [at, at + nbytes]}
+    text = msgspec.json.encode(head)
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+# For others
+
+
+@contextlib.contextmanager
+def holding(
+    held: Sequence[tuple[Description, BlockStore, str]], config: NetLoaderConfig, host: str
+) -> Iterator[list[Address]]:
+    """Serve weights of ranks as their instances do.
+
+    Args:
+        held: of each rank: what it has, its weights, where they came from.
+        config: port and bounds; the rank is added to the port.
+        host: the address of this machine that others reach.
+
+    Yields:
+        Where each of them listens.
+
+    Raises:
+        NetLoaderError: the ports are out of range.
+        OSError: a port is taken.
+    """
+    servers: dict[int, WeightServer] = {}
+    ranks = {what.identity.rank: store.digests.weights for what, store, _ in held}
+    known = {**dict(held[0][0].ranks), **ranks} if held else {}
+
+    def endpoints() -> dict[int, api.Endpoint]:
+        ends = {rank: server.endpoint for rank, server in servers.items()}
+        return {rank: end for rank, end in ends.items() if end is not None}
+
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for what, store, source in held:
+            rank = what.identity.rank
+            port = config.port_for(rank)
+            if port is None:
+                raise NetLoaderError(
+                    f"LISTEN_PORT is {config.listen_port}, and rank {rank} has none"
+                )
+            server = WeightServer(config, rank, host)
+            server.offer(
+                Offer(
+                    what.identity,
+                    store,
+                    loaded_from=source,
+                    ranks=lambda: known,
+                    endpoints=endpoints,
+                )
+            )
+            stack.callback(server.stop)
+            addresses.append(server.start(port))
+            servers[rank] = server
+        yield addresses
+
+
+# Only measured
+
+
+def latency(client: ElasticClient, weights: str) -> float:
+    """Return the seconds that a request and its answer take, as a rule."""
+    took = []
+    for _ in range(_ROUND_TRIPS):
+        started = time.monotonic()
+        client.peers(weights)
+        took.append(time.monotonic() - started)
+    return statistics.median(took)
+
+
+def measure(
+    address: Address,
+    description: Description,
+    connections: int,
+    seconds: float,
+    config: NetLoaderConfig,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Measured:
+    """Pull blocks to nowhere, and check them, over so many connections for so long.
+
+    Args:
+        address: the source.
+        description: of its weights.
+        connections: how many.
+        seconds: for which blocks are asked for.
+        config: deadlines.
+        progress: called with the bytes that have come.
+    """
+    lock, failures = threading.Lock(), []
+    nbytes = wrong = 0
+    runs = description.blocks.cut(_CHUNK)
+    started = time.monotonic()
+
+    def work(number: int) -> None:
+        nonlocal nbytes, wrong
+        buffer = torch.empty(max(map(description.blocks.size_of, runs)), dtype=torch.uint8)
+        device = _Host(description.digests.algorithm)
+        at = number * len(runs) // connections
+        try:
+            with connect(address, config) as client:
+                while time.monotonic() - started < seconds:
+                    run = runs[at % len(runs)]
+                    at += 1
+                    came = buffer[: description.blocks.size_of(run)]
+                    client.ask_blocks(description.digests.weights, run.first, run.last)
+                    client.receive_blocks([host_view(came)])
+                    bad = _wrong(description, device, run, came)
+                    with lock:
+                        nbytes += len(came)
+                        wrong += bad
+                        progress(len(came))
+        except SourceError as error:
+            with lock:
+                failures.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return Measured(connections, nbytes, time.monotonic() - started, wrong, failures)
+
+
+def _wrong(description: Description, device: _Host, run: Run, came: torch.Tensor) -> int:
+    """Return how many blocks of a run are not what their digests say."""
+    sizes = [span.nbytes for span in description.blocks.spans(run)]
+    found = device.digests(came.split(sizes))
+    return sum(
+        found[16 * at : 16 * at + 16] != description.digests.of(block)
+        for at, block in enumerate(range(run.first, run.last + 1))
+    )
