@@ -130,7 +130,7 @@ def test_one_that_is_chosen_and_does_nothing_is_passed_over():
 
 
 class World:
-    """Instances that start, look and die in any order; others act between a look and what it says."""
+    """Instances that start, look, say what follows from it, and die, in any order."""
 
     def __init__(self, can_read):
         self.now = 0.0
@@ -178,7 +178,9 @@ class World:
 
 NAMES = "abcde"
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["start", "look", "look", "say", "say", "die"]), st.sampled_from(NAMES)),
+    st.tuples(
+        st.sampled_from(["start", "look", "look", "say", "say", "die"]), st.sampled_from(NAMES)
+    ),
     max_size=100,
 )
 READERS = st.fixed_dictionaries({name: st.booleans() for name in NAMES})

@@ -485,8 +485,8 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     status = to.status(2)
     ranks |= {0: weights}
     assert [msgspec.structs.astuple(model) for model in status.models] == [
-        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks, {}),
-        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}, {}),
+        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks, {}, False),
+        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}, {}, False),
     ]
     assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
         ("192.0.2.7:1", weights, 8 * MIB),

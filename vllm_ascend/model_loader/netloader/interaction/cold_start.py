@@ -15,12 +15,12 @@ the disk, so it is waited for, but not for longer than that either.
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 _PATIENCE = 30.0  # seconds to wait for one that does not answer, or that does not do its part
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """How far an instance is that cannot be loaded from yet, as it stands in its status."""
 
     WAITING = "waiting"

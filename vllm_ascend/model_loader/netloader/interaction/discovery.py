@@ -16,7 +16,14 @@ from typing import NamedTuple, TypeVar
 
 import psutil
 
-from ..errors import SourceBusy, SourceError, SourceRefused, SourceUnreachable
+from ..errors import (
+    SourceBusy,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnreachable,
+)
 from ..identity import ModelIdentity
 from ..utils import (
     Address,
@@ -28,8 +35,9 @@ from ..utils import (
     unmapped,
 )
 from . import api
-from .api import Status
+from .api import Code, ModelStatus, Status
 from .client import ElasticClient
+from .cold_start import Phase, Replica, Seen, has_weights
 
 MAX_ASKED = 32  # instances that are asked for their status in one look-up
 _OTHERS = 0.5  # seconds to wait for further answers once one has come
@@ -94,6 +102,9 @@ class Discovery:
         own: what is left out.
         connect: seconds for each name, and again to reach an instance.
         handshake: seconds for the answer to a status request.
+
+    Attributes:
+        seen: what the last look-up has shown of all instances of the model.
     """
 
     def __init__(
@@ -110,6 +121,8 @@ class Discovery:
         self._connect = connect
         self._handshake = handshake
         self._asked: Counter[Address] = Counter()
+        self._listed = False
+        self.seen = Seen()
 
     def look_up(self) -> tuple[list[tuple[Address, str]], dict[str, SourceError]]:
         """Look everything up anew.
@@ -122,6 +135,7 @@ class Discovery:
         """
         problems: dict[str, SourceError] = {}
         found: dict[Address, _Place] = {}
+        self._listed, whole = False, True
         # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
         wait(looking.values(), self._connect)
@@ -129,20 +143,28 @@ class Discovery:
             try:
                 found |= future.result(0)
             except TimeoutError:
+                whole = False
                 problems[str(name)] = SourceUnreachable(f"{name}: nothing in time")
             except Exception as error:
+                whole = False
                 problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
         # Of many, those first that were not asked before.
         candidates = sorted(found, key=lambda address: (self._asked[address], found[address]))
         candidates = candidates[:MAX_ASKED]
         self._asked.update(candidates)
         endpoints: dict[object, _Found] = {}
+        replicas: dict[str, Replica] = {}
+        silent: set[str] = set()
         for address, status in self._answers(candidates).items():
             try:
+                self._note_replica(address, status.result(0), replicas)
                 endpoint = self._endpoint(address, found[address], status.result(0))
             except TimeoutError:
+                silent.add(str(address))
                 problems[str(address)] = SourceUnreachable(f"{address}: no status yet")
             except SourceError as error:
+                if isinstance(error, SourceSilent) or type(error) is SourceLost:
+                    silent.add(str(address))
                 problems[str(address)] = error
             except Exception as error:  # nothing that others say is to cost the load
                 problems[str(address)] = SourceRefused(f"{address}: {_reason(error)}")
@@ -154,6 +176,7 @@ class Discovery:
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
+        self.seen = Seen(replicas, self._listed, silent, whole)
         return [*distinct.items()], problems
 
     def _addresses(self, name: Name) -> Mapping[Address, _Place]:
@@ -164,6 +187,7 @@ class Discovery:
             local = _is_local(address.host)
             # Nobody listens there yet, so only the address tells that it is this instance's own.
             if address.port in self._own.ports and (local or own & _ips(address.host)):
+                self._listed = True
                 continue
             found[address] = _Place(priority, not local, self._turn(address, weight))
         return found
@@ -187,11 +211,32 @@ class Discovery:
         ) as client:
             return client.status()
 
+    def _note_replica(self, asked: Address, status: Status, replicas: dict[str, Replica]) -> None:
+        """Take note of what an instance says of the model that is being loaded, if it has it."""
+        model = next((m for m in status.models if m.identity.group == self._identity.group), None)
+        there = model.endpoints.get(self._identity.rank) if model is not None else None
+        if model is None or there is None or self._differences(model):
+            return
+        if there.instance == self._own.process:
+            self._listed = True
+        # Of an instance's ranks it is this one that knows first.
+        elif model.state != Code.CANNOT_SERVE.text and (
+            there.instance not in replicas or there.instance == status.instance
+        ):
+            replicas[there.instance] = Replica(model.state, model.can_read, str(asked))
+
+    def _differences(self, model: ModelStatus) -> list[str]:
+        return [
+            str(one)
+            for one in api.differences(self._identity, model.identity)
+            if one.field not in _OF_RANK
+        ]
+
     def _endpoint(self, asked: Address, place: _Place, status: Status) -> _Found:
         """Return where this rank listens in the instance that has answered.
 
         Raises:
-            SourceBusy: it does not say so yet.
+            SourceBusy: it does not say so yet, or has no weights yet.
             SourceRefused: it has no such rank.
         """
         identity = self._identity
@@ -201,15 +246,17 @@ class Discovery:
         if model is None:
             raise SourceBusy(f"{asked}: has no model of group {identity.group!r} yet")
         there = model.endpoints.get(identity.rank)
+        same_group = model.identity.group == identity.group
         if there is None:
-            differ = [
-                str(one)
-                for one in api.differences(identity, model.identity)
-                if one.field not in _OF_RANK
-            ]
-            if differ and model.identity.group == identity.group:
+            differ = self._differences(model)
+            if differ and same_group:
                 raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
             raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
+        other = there.instance != self._own.process
+        if same_group and other and not has_weights(model.state) and not self._differences(model):
+            reading = model.state == Phase.READING.value
+            does = "reads the weights from disk" if reading else "has no weights either"
+            raise SourceBusy(f"{asked}: {does}")
         own = model.endpoints.get(model.identity.rank)
         elsewhere = place.elsewhere
         try:
@@ -251,7 +298,7 @@ def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
     try:
         threading.Thread(target=run, name="netloader-discover", daemon=True).start()
     except RuntimeError as error:  # no more threads
-        future.set_exception(SourceUnreachable(one_line(error)))
+        future.set_exception(SourceSilent(one_line(error)))
     return future
 
 
