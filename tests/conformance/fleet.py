@@ -50,9 +50,11 @@ class Replica:
     reasons: str = ""
     cold: bool = False
     can_read: bool = True
+    told: object = None
     has_read: bool = False
     dead: bool = False
     hold: bool = False
+    said: list = dataclasses.field(default_factory=list)
     holding: threading.Event = dataclasses.field(default_factory=threading.Event)
     go_on: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -88,7 +90,9 @@ class Replica:
                 way.device(),
                 own=Own(self.server.process),
                 relay=relay,
-                cold=ColdStart(self.can_read, relay.announce) if self.cold else None,
+                cold=ColdStart(self.can_read, relay.announce, self.said.append, self.told)
+                if self.cold
+                else None,
             )
         except ChosenToRead:
             self._read()

@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice
 from vllm_ascend.model_loader.netloader.utils import Lookup, Name
 
 from .fleet import fleet
@@ -42,6 +43,8 @@ def test_of_eight_that_start_together_one_reads_and_the_others_get_it_from_there
         for replica in replicas:
             replica.check()
         assert [one.name for one in readers(replicas)] == ["replica 0"]
+        assert replicas[0].said == [Choice.WAIT, Choice.READ]
+        assert all(one.said[-1] is Choice.LEAVE for one in replicas[1:])
     assert sum("chosen to read the weights from disk" in line for line in lines) == 1
 
 
@@ -119,3 +122,16 @@ def test_one_whose_weights_come_from_a_source_reads_nothing(way):
         second.check()
         assert readers([first, second]) == [first]
         assert second.gave == str(first.address)
+
+
+def test_a_rank_that_does_not_choose_does_what_the_first_one_has_told(way):
+    with fleet(way, 2, rows) as [reads, leaves]:
+        told = {reads: None, leaves: None}
+        for one in told:
+            start([one], told=lambda one=one: told[one])
+        until(lambda: all(state_of(one) == [("waiting", True)] for one in told))
+        assert not reads.has_read
+        told.update({reads: Choice.READ, leaves: Choice.LEAVE})
+        reads.check()
+        leaves.thread.join(PATIENCE)
+        assert reads.has_read and not leaves.has_read and leaves.reasons

@@ -3,16 +3,25 @@
 import contextlib
 import socket
 import threading
+from dataclasses import replace as replace_in
 
 import dns.resolver
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests.identity import identity
 from tests.name_server import name_server, resolver_at
-from vllm_ascend.model_loader.netloader.errors import SourceBusy, SourceRefused, SourceUnreachable
+from vllm_ascend.model_loader.netloader.errors import (
+    SourceBusy,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnreachable,
+)
 from vllm_ascend.model_loader.netloader.interaction import discovery
-from vllm_ascend.model_loader.netloader.interaction.api import Endpoint, ModelStatus, Status
+from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint, ModelStatus, Status
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase, Seen
 from vllm_ascend.model_loader.netloader.interaction.discovery import Discovery, Own
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
@@ -307,7 +316,7 @@ class Statuses:
         self.asked.append(address.host)
         taken, state = self.said.get(address.host, (0, "serving"))
         endpoint = Endpoint(str(address), f"at {address}")
-        model = ModelStatus(identity(), state, "", None, 1, "disk", None, {}, {0: endpoint})
+        model = ModelStatus(identity(), state, "", None, 1, "disk", None, {}, {0: endpoint}, False)
         return Status("0.1.0", f"at {address}", 0, [model], [], 4, taken, 0)
 
 
@@ -389,3 +398,98 @@ def test_what_is_no_instance_is_a_problem(stack):
     threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
     found, problems = look_up(f"{HOST}:{server.getsockname()[1]}")
     assert found == [] and len(problems) == 1
+
+
+# What a look-up shows of all instances of the model
+
+
+class Waiting(Statuses):
+    """Instances that have no weights, as they say themselves."""
+
+    def __init__(self, monkeypatch, **options):
+        super().__init__(monkeypatch, **options)
+        self.of_model, self.can_read = {}, {}
+
+    def _status(self, address):
+        said = self.said.get(address.host)
+        if isinstance(said, Exception):
+            raise said
+        status = super()._status(address)
+        [model] = status.models
+        who = identity(**self.of_model.get(address.host, {}))
+        can_read = self.can_read.get(address.host, False)
+        return replace(status, models=[replace(model, identity=who, can_read=can_read)])
+
+
+def test_who_waits_or_reads_is_no_source_and_is_told_of_with_what_it_says(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    states = ["waiting", "volunteering", "reading", "loading", "serving"]
+    statuses.said = {f"192.0.2.{index}": (0, state) for index, state in enumerate(states)}
+    statuses.can_read["192.0.2.1"] = True
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    found, problems = names.look_up()
+    assert {address.host for address, _ in found} == {"192.0.2.3", "192.0.2.4"}
+    assert all(isinstance(problem, SourceBusy) for problem in problems.values())
+    assert "reads the weights from disk" in str(problems["192.0.2.2:1"])
+    assert {one: (seen.state, seen.can_read) for one, seen in names.seen.replicas.items()} == {
+        f"at 192.0.2.{index}:1": (state, index == 1) for index, state in enumerate(states)
+    }
+    assert names.seen == Seen(names.seen.replicas)  # not listed, nobody silent, all names known
+
+
+def test_another_model_or_one_that_cannot_be_a_source_does_not_count(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    statuses.said = {
+        "192.0.2.1": (0, "waiting"),
+        "192.0.2.2": (0, "cannot_serve"),
+        "192.0.2.3": (0, "waiting"),
+    }
+    statuses.of_model = {"192.0.2.1": {"model": "another"}, "192.0.2.3": {"rank": 0, "dp_rank": 1}}
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    found, _ = names.look_up()
+    assert {address.host for address, _ in found} == {"192.0.2.1", "192.0.2.2"}
+    assert [*names.seen.replicas] == ["at 192.0.2.3:1"]
+
+
+def test_an_instance_knows_whether_the_names_stand_for_it_too(monkeypatch):
+    Waiting(monkeypatch, local=["192.0.2.1"])
+    for own, listed in [
+        (Own("x", [1]), True),  # its address is not even asked
+        (Own("at 192.0.2.2:1"), True),
+        (Own("x", [2]), False),
+        (Own("x"), False),
+    ]:
+        names = discover("192.0.2.1:1", "192.0.2.2:1", own=own)
+        names.look_up()
+        assert names.seen.listed == listed
+
+
+def test_who_does_not_answer_is_silent_and_where_nobody_listens_nobody_is(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    statuses.said = {
+        "192.0.2.1": SourceSilent("no connection in time"),
+        "192.0.2.2": SourceLost("no answer in time"),
+        "192.0.2.3": SourceUnreachable("Connection refused"),
+        "192.0.2.4": SourceRefused("not ours"),
+    }
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    names.look_up()
+    assert names.seen == Seen(silent={"192.0.2.1:1", "192.0.2.2:1"})
+
+
+def test_a_name_that_cannot_be_looked_up_is_told_of(zone):
+    names = discover("dns+nowhere.test:1")
+    names.look_up()
+    assert not names.seen.whole
+
+
+def test_of_the_ranks_of_an_instance_the_one_that_loads_the_same_part_knows(stack):
+    instance = Instance(stack)
+    for rank, phase in enumerate([Phase.READING, Phase.WAITING]):
+        offer = Offer(identity(rank=rank), None, code=Code.LOADING, phase=phase)
+        instance.servers[rank].offer(replace_in(offer, endpoints=lambda: instance.endpoints))
+    for order in (0, 1), (1, 0):
+        names = discover(*[str(instance.address(rank)) for rank in order])
+        names.look_up()
+        [(process, replica)] = names.seen.replicas.items()
+        assert (process, replica.state) == (f"process 0 of {HOST}", "reading")

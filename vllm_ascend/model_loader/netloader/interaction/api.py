@@ -355,7 +355,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     instance_digest: str | None
     ranks: dict[int, str]
     endpoints: dict[int, Endpoint]
-    can_read: bool = False
+    can_read: bool
 
 
 class SessionStatus(msgspec.Struct, frozen=True):
