@@ -554,6 +554,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 cold=self._cold if load.wanted is None else None,
                 show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
             )
+        except ChosenToRead:
+            raise
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None

@@ -583,10 +583,12 @@ def test_an_instance_that_is_chosen_reads_the_disk_and_warns_of_nothing(monkeypa
     steps = Steps(monkeypatch, **SOURCES)
     listening = Listening(monkeypatch, steps)
 
-    def choose(*_):
+    def choose(*_, cold, **options):
+        assert cold is steps.loader._cold is not None
         raise ChosenToRead("chosen")
 
-    monkeypatch.setattr(steps.loader, "_load_from_sources", choose)
+    monkeypatch.setattr(netloader, "elastic_load", choose)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
     steps.load()
     assert listening.said == [Phase.WAITING, Phase.READING]
     assert steps.taken == ["restore", "disk True"] and log == []
