@@ -146,7 +146,7 @@ def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_pat
             stack.callback(instances[-1].kill)
             instances[-1].start()
         for instance in instances:
-            instance.wait_until_ready()
+            instance.wait_until_ready(300.0)  # five share the cores
         assert [[one.complete(prompt, TOKENS) for prompt in PROMPTS] for one in instances] == [
             said
         ] * 5

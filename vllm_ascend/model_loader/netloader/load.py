@@ -183,7 +183,12 @@ def elastic_load(
     ]
     if names:
         discovery = Discovery(
-            names, identity, own, config.connect_timeout, config.handshake_timeout
+            names,
+            identity,
+            own,
+            config.connect_timeout,
+            config.handshake_timeout,
+            electing=cold is not None and cold.told is None,
         )
         search = _Search(discovery, sessions, target, queue, cold, own.process, worker)
         search.look_up()

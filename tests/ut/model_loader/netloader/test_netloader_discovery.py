@@ -32,10 +32,11 @@ ONE, OTHER = "127.0.0.2", "127.0.0.3"
 WEIGHTS = {"a": torch.ones(1)}
 
 
-def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, **who):
+def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, electing=False, **who):
     names = [parse_name(name) for name in names]
     own = own or Own("this process")
-    return Discovery(names, identity(rank=rank, **who), own, connect, handshake)
+    who = identity(rank=rank, **who)
+    return Discovery(names, who, own, connect, handshake, electing=electing)
 
 
 def look_up(*names, **options):
@@ -493,3 +494,33 @@ def test_of_the_ranks_of_an_instance_the_one_that_loads_the_same_part_knows(stac
         names.look_up()
         [(process, replica)] = names.seen.replicas.items()
         assert (process, replica.state) == (f"process 0 of {HOST}", "reading")
+
+
+def test_of_many_all_ask_the_same_ones_each_time_and_only_these_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(discovery, "MAX_ASKED", 4)
+    statuses = Waiting(monkeypatch, local=["192.0.2.1"])
+    names = [f"192.0.2.{number}:1" for number in range(1, 10)]
+    statuses.said = {name.partition(":")[0]: (0, "waiting") for name in names}
+    looks, asked = [], []
+    for own in "ab":
+        search = discover(*names, own=Own(own), electing=True)
+        for _ in range(8):
+            search.look_up()
+            looks.append({*search.seen.replicas})
+        asked.append({*statuses.asked})
+    assert len(looks[0]) == 2 and looks == looks[:1] * 16
+    assert asked[0] == {*statuses.said}  # the others are asked in turn
+    elector, other = next(iter(looks[0])), next(n for n in names if f"at {n}" not in looks[0])
+    for process, listed in (elector, True), (f"at {other}", False):
+        search = discover(*names, own=Own(process), electing=True)
+        for _ in range(8):
+            search.look_up()
+            assert search.seen.listed == listed
+    # What is not to be missed is told of by all.
+    statuses.said[other.partition(":")[0]] = (0, "reading")
+    search = discover(*names, electing=True)
+    for _ in range(8):
+        search.look_up()
+        if f"at {other}" in search.seen.replicas:
+            break
+    assert search.seen.replicas[f"at {other}"].state == "reading"

@@ -102,6 +102,7 @@ class Discovery:
         own: what is left out.
         connect: seconds for each name, and again to reach an instance.
         handshake: seconds for the answer to a status request.
+        electing: whether to ask some instances each time, the same ones as all others that elect.
 
     Attributes:
         seen: what the last look-up has shown of all instances of the model.
@@ -114,6 +115,8 @@ class Discovery:
         own: Own,
         connect: float,
         handshake: float,
+        *,
+        electing: bool = False,
     ) -> None:
         self._names = names
         self._identity = identity
@@ -121,7 +124,9 @@ class Discovery:
         self._connect = connect
         self._handshake = handshake
         self._asked: Counter[Address] = Counter()
+        self._electing = electing
         self._listed = False
+        self._own_addresses: set[Address] = set()
         self.seen = Seen()
 
     def look_up(self) -> tuple[list[tuple[Address, str]], dict[str, SourceError]]:
@@ -135,7 +140,8 @@ class Discovery:
         """
         problems: dict[str, SourceError] = {}
         found: dict[Address, _Place] = {}
-        self._listed, whole = False, True
+        whole = True
+        self._own_addresses.clear()
         # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
         wait(looking.values(), self._connect)
@@ -150,21 +156,21 @@ class Discovery:
                 problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
         # Of many, those first that were not asked before.
         candidates = sorted(found, key=lambda address: (self._asked[address], found[address]))
+        electors = _electors({*found, *self._own_addresses})
+        self._listed = not electors.isdisjoint(self._own_addresses)
+        if self._electing:
+            candidates.sort(key=lambda address: address not in electors)
         candidates = candidates[:MAX_ASKED]
         self._asked.update(candidates)
         endpoints: dict[object, _Found] = {}
         replicas: dict[str, Replica] = {}
-        silent: set[str] = set()
         for address, status in self._answers(candidates).items():
             try:
-                self._note_replica(address, status.result(0), replicas)
+                self._note_replica(address, status.result(0), replicas, address in electors)
                 endpoint = self._endpoint(address, found[address], status.result(0))
             except TimeoutError:
-                silent.add(str(address))
-                problems[str(address)] = SourceUnreachable(f"{address}: no status yet")
+                problems[str(address)] = SourceSilent(f"{address}: no status yet")
             except SourceError as error:
-                if isinstance(error, SourceSilent) or type(error) is SourceLost:
-                    silent.add(str(address))
                 problems[str(address)] = error
             except Exception as error:  # nothing that others say is to cost the load
                 problems[str(address)] = SourceRefused(f"{address}: {_reason(error)}")
@@ -176,6 +182,11 @@ class Discovery:
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
+        silent = {
+            str(address)
+            for address in candidates
+            if address in electors and _is_silent(problems.get(str(address)))
+        }
         self.seen = Seen(replicas, self._listed, silent, whole)
         return [*distinct.items()], problems
 
@@ -187,7 +198,7 @@ class Discovery:
             local = _is_local(address.host)
             # Nobody listens there yet, so only the address tells that it is this instance's own.
             if address.port in self._own.ports and (local or own & _ips(address.host)):
-                self._listed = True
+                self._own_addresses.add(address)
                 continue
             found[address] = _Place(priority, not local, self._turn(address, weight))
         return found
@@ -211,14 +222,21 @@ class Discovery:
         ) as client:
             return client.status()
 
-    def _note_replica(self, asked: Address, status: Status, replicas: dict[str, Replica]) -> None:
-        """Take note of what an instance says of the model that is being loaded, if it has it."""
+    def _note_replica(
+        self, asked: Address, status: Status, replicas: dict[str, Replica], elector: bool
+    ) -> None:
+        """Take note of what an instance says of the model that is being loaded, if it has it.
+
+        One that is not asked by all cannot be chosen, and counts only for what it is doing.
+        """
         model = next((m for m in status.models if m.identity.group == self._identity.group), None)
         there = model.endpoints.get(self._identity.rank) if model is not None else None
         if model is None or there is None or self._differences(model):
             return
         if there.instance == self._own.process:
-            self._listed = True
+            self._listed |= elector
+        elif not elector and model.state == Phase.WAITING.value:
+            return
         # Of an instance's ranks it is this one that knows first.
         elif model.state != Code.CANNOT_SERVE.text and (
             there.instance not in replicas or there.instance == status.instance
@@ -280,8 +298,7 @@ class Discovery:
 
         It is as if drawn from an exponential distribution, and the same for each look-up.
         """
-        said = f"{self._own.process} {address}".encode()
-        drawn = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) / 2**64
+        drawn = _hash(f"{self._own.process} {address}") / 2**64
         # A weight of 0 is to have a very small chance.
         return -math.log1p(-drawn) / (weight or 0.001)
 
@@ -300,6 +317,22 @@ def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
     except RuntimeError as error:  # no more threads
         future.set_exception(SourceSilent(one_line(error)))
     return future
+
+
+def _electors(addresses: set[Address]) -> set[Address]:
+    """Return those that are asked by all, in an order that is the same for all."""
+    if len(addresses) <= MAX_ASKED:
+        return addresses
+    return {*sorted(addresses, key=lambda one: _hash(str(one)))[: MAX_ASKED // 2]}
+
+
+def _is_silent(problem: SourceError | None) -> bool:
+    """Return whether nobody knows if an instance is there."""
+    return isinstance(problem, SourceSilent) or type(problem) is SourceLost
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _reason(error: Exception) -> str:
