@@ -1,5 +1,7 @@
 """Who reads the disk when instances start together and none of them has the weights."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -184,6 +186,19 @@ STEPS = st.lists(
     max_size=100,
 )
 READERS = st.fixed_dictionaries({name: st.booleans() for name in NAMES})
+
+
+def test_of_two_that_start_at_any_moment_one_reads_whatever_the_order_of_their_steps():
+    able = dict.fromkeys("ab", True)
+    for order in itertools.product("ab", repeat=13):
+        world = World(able)
+        for name in order:
+            world.start(name)
+            if name in world.looks:
+                world.say(name)
+            else:
+                world.look(name)
+        assert len(world.reads) <= 1, order
 
 
 @given(READERS, STEPS)
