@@ -6,16 +6,28 @@ import socket
 import threading
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import ChosenToRead, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore
 from vllm_ascend.model_loader.netloader.interaction.api import Code
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.interaction.discovery import Own
-from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.load import ColdStart, elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 
 from .models import many_rows
-from .sides import HOST, PATIENCE, addresses_of, differing, expected, identity, make, settings
+from .sides import (
+    HOST,
+    PATIENCE,
+    addresses_of,
+    differing,
+    expected,
+    fresh,
+    identity,
+    make,
+    settings,
+    store_of,
+)
 
 # Nobody is lost because the machine is busy.
 _PATIENCE = 4 * PATIENCE  # more than any of its deadlines together
@@ -36,7 +48,13 @@ class Replica:
     gave: str = ""
     lists: tuple = ()
     reasons: str = ""
+    cold: bool = False
+    can_read: bool = True
+    told: object = None
+    has_read: bool = False
+    dead: bool = False
     hold: bool = False
+    said: list = dataclasses.field(default_factory=list)
     holding: threading.Event = dataclasses.field(default_factory=threading.Event)
     go_on: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -52,8 +70,16 @@ class Replica:
         way, model = self.way, self.model
         self.tensors = make(way, model, 1000)
         who = identity(way)
-        offer = Offer(who, None, "the weights are being loaded", code=Code.LOADING)
+        offer = Offer(
+            who,
+            None,
+            "the weights are being loaded",
+            code=Code.LOADING,
+            phase=Phase.WAITING if self.cold else Phase.LOADING,
+            can_read=self.cold and self.can_read,
+        )
         self.server.announce(offer)
+        relay = _Watched(self, offer)
         try:
             loaded = elastic_load(
                 self.tensors,
@@ -63,8 +89,14 @@ class Replica:
                 self.config,
                 way.device(),
                 own=Own(self.server.process),
-                relay=_Watched(self, offer),
+                relay=relay,
+                cold=ColdStart(self.can_read, relay.announce, self.said.append, self.told)
+                if self.cold
+                else None,
             )
+        except ChosenToRead:
+            self._read()
+            return
         except LoadFailed as error:
             self.reasons = str(error) or "no reason"
             return
@@ -73,6 +105,19 @@ class Replica:
             self.holding.set()
             self.go_on.wait(PATIENCE)
         self.server.offer(Offer(who, self.store))
+
+    def _read(self):
+        """Do as if reading the disk, which has the weights with the seed 0."""
+        self.has_read = True
+        self.holding.set()
+        if self.hold:
+            self.go_on.wait(PATIENCE)
+        if self.dead:
+            self.reasons = "dead"
+            return
+        self.tensors = make(self.way, self.model, 0)
+        self.store = fresh(store_of(self.way, self.model))
+        self.server.offer(Offer(identity(self.way), self.store))
 
     def check(self):
         """All weights are right."""
@@ -90,6 +135,7 @@ class Replica:
 
     def die(self):
         """Let those who load from here see no more than the end of their connections."""
+        self.dead = True
         server = self.server._server
         server._stopping.set()
         with contextlib.suppress(OSError):

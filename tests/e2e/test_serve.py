@@ -140,10 +140,8 @@ dns.resolver.default_resolver.port = {port}
 """
 
 
-def test_instances_started_at_once_with_one_name_get_the_weights_of_the_one_that_has_them(
-    tmp_path, llama, said
-):
-    ports = [free_port() for _ in range(3)]
+def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_path, llama, said):
+    ports = [free_port() for _ in range(5)]
     records = [f"0 1 {port} localhost." for port in ports]
     with name_server("fleet.test", *records) as port, ExitStack() as stack:
         (tmp_path / "sitecustomize.py").write_text(_RESOLVER.format(port=port))
@@ -153,25 +151,28 @@ def test_instances_started_at_once_with_one_name_get_the_weights_of_the_one_that
             config = {"MODEL": "llama", "SOURCE": "dnssrv+fleet.test", "LISTEN_PORT": listen}
             instances.append(
                 VllmServer(
-                    llama.bare if index else llama.full,
+                    llama.full if index else llama.bare,
                     tmp_path / f"{index}.txt",
-                    # Nobody else has the weights that the first one would wait for.
-                    extra_config=config | {"SOURCE_WAIT": 240 if index else 0},
+                    extra_config=config,
                     environment={"PYTHONPATH": path},
                 )
             )
             stack.callback(instances[-1].kill)
             instances[-1].start()
         for instance in instances:
-            instance.wait_until_ready()
+            instance.wait_until_ready(300.0)  # five share the cores
         assert [[one.complete(prompt, TOKENS) for prompt in PROMPTS] for one in instances] == [
             said
-        ] * 3
-        seed, *clients = [instance.read_log() for instance in instances]
-        assert not find_loads(seed)
-        for client in clients:
-            [load] = find_loads(client)
-            assert {*map(int, re.findall(r":(\d+)\b", load.source))} <= {*ports}
+        ] * 5
+        readers = [one for one in instances if one.search_log("chosen to read the weights")]
+        assert [one for one in instances if one.search_log(r"loaded .* from disk")] == readers
+        assert len(readers) == 1
+        assert not any(one.search_log("trying the disk") for one in instances)
+        for client in instances:
+            loads = find_loads(client.read_log())
+            assert len(loads) == (client not in readers)
+            for load in loads:
+                assert {*map(int, re.findall(r":(\d+)\b", load.source))} <= {*ports}
         weights = r"instance digest (instance:\S+), "
         assert len({one.search_log(weights)[1] for one in instances}) == 1
 

@@ -42,6 +42,7 @@ from torch.distributed import Store
 
 from .errors import LoadFailed
 from .interaction.api import Endpoint
+from .interaction.cold_start import Choice
 from .utils import logger, one_line, shortened
 
 DISK = "disk"
@@ -52,7 +53,7 @@ _MOST_LISTS = 4
 # died ends the instance before, and one that reads a slow disk is to be waited for.
 _DEADLINE, _NEWS = 4 * 3600.0, 60.0
 _NOTHING = "-"  # in the place of a digest
-_ENDPOINT, _HOST = "/endpoint", "/host"
+_ENDPOINT, _HOST, _CHOICE = "/endpoint", "/host", "/choice"
 
 RankWeights = Mapping[int, str]
 T = TypeVar("T")
@@ -213,6 +214,20 @@ class Ranks:
     def hosts(self) -> list[str]:
         """Return the hosts of the ranks, as far as they are known."""
         return [host.decode() for host in self._told(_HOST).values()]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether this is the rank that chooses for all whether they read the disk."""
+        return self.rank == self.all[0]
+
+    def publish_choice(self, choice: Choice) -> None:
+        """Tell what this rank has chosen for all."""
+        self._tell(_CHOICE, choice.value.encode())
+
+    def choice(self) -> Choice | None:
+        """Return what was chosen for all ranks, None before that is known."""
+        said = self._told(_CHOICE).get(self.all[0])
+        return Choice(said.decode()) if said is not None else None
 
     def _tell(self, what: str, value: bytes) -> None:
         if self.store is not None:

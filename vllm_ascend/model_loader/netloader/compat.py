@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,9 @@ from .utils import LOAD_FORMAT
 # Integers that say which expert is where: of vLLM, of its EPLB, of vLLM Ascend; not how busy it is.
 _EXPERT_MAP = re.compile(r"^(?!.*load).*(expert_|log2phy|phy2log|physical|logical)")
 _DEEPEST_KERNEL = 2
+# Files that vLLM's default loader reads weights from, and the parts of one that was split.
+_WEIGHTS = re.compile(r"(?!training_args|optimizer|scheduler|scaler).*\.(safetensors|bin|pt)")
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)(\.(?:safetensors|bin|pt))")
 
 
 def is_cpu_platform() -> bool:
@@ -380,6 +385,45 @@ def _commit_of(model_config: ModelConfig) -> str | None:
             if isinstance(cached, str) and (snapshot := cached_snapshot(os.path.dirname(cached))):
                 return snapshot[1]
     return None
+
+
+def has_checkpoint(model_config: ModelConfig) -> bool:
+    """Return whether vLLM's default loader would find all weights on this machine's disk.
+
+    That is a folder with all files of a checkpoint, which may be one of the Hub's cache.
+    """
+    folder = str(getattr(model_config, "model_weights", "") or model_config.model)
+    if not os.path.isdir(folder):
+        if envs.VLLM_USE_MODELSCOPE:
+            return False
+        try:
+            revision = model_config.revision or None
+            cached = try_to_load_from_cache(folder, "config.json", revision=revision)
+        except ValueError:  # no name of the Hub's
+            return False
+        if not isinstance(cached, str):
+            return False
+        folder = os.path.dirname(cached)
+    return _is_checkpoint(Path(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has all files of a checkpoint, as far as their names tell."""
+    try:
+        files = {path.name for path in folder.iterdir() if path.exists()}  # links may lead nowhere
+        wanted = {
+            name
+            for index in files
+            if index.endswith(".index.json")
+            for name in json.loads((folder / index).read_bytes())["weight_map"].values()
+        }
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return False
+    for match in filter(None, map(_SHARD.fullmatch, files)):
+        first, count, suffix = match.groups()
+        numbers = range(1, int(count) + 1)
+        wanted |= {f"{first}-{number:0{len(count)}}-of-{count}{suffix}" for number in numbers}
+    return wanted <= files and any(map(_WEIGHTS.fullmatch, files))
 
 
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:

@@ -70,6 +70,10 @@ class SourceUnreachable(SourceLost):
     """No connection to the source came about: it may not have started yet."""
 
 
+class SourceSilent(SourceUnreachable):
+    """Nothing has answered in time at the source's address: nobody knows whether it is there."""
+
+
 class TransferCorrupt(SourceError):
     """A source sent bytes that differ from their digest more often than chance explains.
 
@@ -102,3 +106,7 @@ class LayoutUnsupported(NetLoaderError):
 
 class LoadFailed(NetLoaderError):
     """No source gave the whole model; the message has every source's reason."""
+
+
+class ChosenToRead(LoadFailed):
+    """No instance has the weights, and this one reads them from disk for all."""

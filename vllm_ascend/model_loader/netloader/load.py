@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from . import metrics
 from .config import MIB, NetLoaderConfig, Transport
 from .errors import (
+    ChosenToRead,
     LayoutUnsupported,
     LoadFailed,
     ProtocolError,
@@ -43,6 +44,7 @@ from .executor.transport.http import HttpReceiver
 from .identity import ModelIdentity, Revision
 from .interaction import api
 from .interaction.api import Code, Done, Join, Joined
+from .interaction.cold_start import Choice, Election, Phase, Seen
 from .interaction.discovery import NOBODY, Discovery, Own
 from .interaction.elastic import ElasticClient, GroupControl
 from .interaction.source_queue import SourceQueue
@@ -56,6 +58,8 @@ _CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
 _FIRST_QUESTION, _LAST_QUESTION = 1.0, 10.0
 # Seconds between two look-ups of names: at first, and at most.
 _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
+# At most, while others may decide who reads the disk, or somebody does.
+_COLD_LOOK_UP = 1.0
 # Connections for news that are made anew in a session, as they hold no place at the source.
 _NEWS_AGAIN = 2
 _ITSELF = "this is the instance itself"
@@ -111,6 +115,23 @@ class Relay(Protocol):
         """Bytes of blocks that were passed on."""
 
 
+@dataclass(frozen=True)
+class ColdStart:
+    """How a load takes part where none of the instances that names stand for has the weights.
+
+    Attributes:
+        can_read: whether this instance would read its disk for all.
+        announce: says how far the load is to whoever asks for the status.
+        tell: tells the instance's other ranks what this one has chosen.
+        told: returns what the rank that chooses has told; None: this one chooses.
+    """
+
+    can_read: bool
+    announce: Callable[[Phase], object]
+    tell: Callable[[Choice], object] = lambda choice: None
+    told: Callable[[], Choice | None] | None = None
+
+
 def elastic_load(
     tensors: Mapping[str, torch.Tensor],
     required: Collection[str],
@@ -125,6 +146,7 @@ def elastic_load(
     made: Mapping[str, Sample] | None = None,
     own: Own = NOBODY,
     relay: Relay | None = None,
+    cold: ColdStart | None = None,
     show_progress: bool = False,
     place: Callable[[Manifest], Sequence[torch.Tensor]] | None = None,
 ) -> Loaded:
@@ -149,11 +171,14 @@ def elastic_load(
         own: what names may stand for and is not asked.
         relay: lets others have what has come while the rest is on its way. It is used where the
             tensors are in host memory and digests are checked.
+        cold: lets instances that start together choose one that reads the disk; None: this one
+            takes no part.
         show_progress: whether to draw a progress bar.
         place: returns memory for a manifest's tensors, in the place of a model's; what is right
             already in it is not fetched. None: they go to `tensors`.
 
     Raises:
+        ChosenToRead: no instance has the weights, and this one is to read them from disk.
         LoadFailed: no source gave the whole model; the tensors' contents are undefined.
     """
     started = time.monotonic()
@@ -162,7 +187,7 @@ def elastic_load(
     queue = SourceQueue(addresses, config.source_wait, most_hearsay=config.max_sources)
     if device.accelerator is not None or not config.verify:
         relay = None
-    target = _Target(tensors, required, identity, config, device, meaning, made, relay, place)
+    target = _Target(tensors, required, identity, config, device, meaning, made, relay, cold, place)
     sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
     # One that only others have named, and that is slow, is not to keep a source waiting.
     most = config.max_sources + 1 if relay is not None else config.max_sources
@@ -180,10 +205,12 @@ def elastic_load(
             config.connect_timeout,
             config.handshake_timeout,
             config.credentials,
+            electing=cold is not None and cold.told is None,
         )
-        sessions.look_up(discovery)
+        search = _Search(discovery, sessions, target, queue, cold, own.process, worker)
+        search.look_up()
         looking = threading.Thread(
-            target=sessions.keep_looking, args=(discovery,), name="netloader-look-up", daemon=True
+            target=search.keep_looking, name="netloader-look-up", daemon=True
         )
         with contextlib.suppress(RuntimeError):  # no more threads: what was found has to do
             looking.start()
@@ -213,6 +240,8 @@ def elastic_load(
         store = target.complete()
     except RuntimeError as error:
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
+    if store is None and target.chosen:
+        raise ChosenToRead("this instance was chosen to read the disk, as no other has the weights")
     if store is None:
         raise LoadFailed("; ".join(queue.reasons()) or "there are no sources")
     loaded = Loaded(store, sessions.shares(), target.lists)
@@ -277,12 +306,15 @@ class _Target:
         meaning: Mapping[str, str],
         made: Mapping[str, Sample] | None,
         relay: Relay | None,
+        cold: ColdStart | None,
         place: Callable[[Manifest], Sequence[torch.Tensor]] | None,
     ) -> None:
         self._tensors = tensors
         self._place = place or self._match
         self._resume = place is not None
         self._relay = relay
+        self._cold = cold
+        self.chosen = False
         self.met: Callable[[str, api.Peer], object] = lambda weights, peer: None
         self.feeds: Callable[[], list[api.Feed]] = list
         self._required = required
@@ -319,6 +351,20 @@ class _Target:
     def weights(self) -> str | None:
         """Digest of the weights that are being loaded, None before the first source has told."""
         return self._store.digests.weights if self._store else None
+
+    def announce(self, phase: Phase) -> bool:
+        """Say how far a load is to which nothing has come; return whether that is so.
+
+        If it reads the disk, nothing is to come any more.
+        """
+        with self._lock:
+            if self._store is not None or self._cold is None:
+                return False
+            self._cold.announce(phase)
+            if phase is Phase.READING:
+                self.chosen = True
+                self._over.set()
+            return True
 
     @contextlib.contextmanager
     def agreed(self, address: Address, joined: Joined) -> Iterator[tuple[BlockStore, Scheduler]]:
@@ -403,6 +449,8 @@ class _Target:
                 f"says {joined.weights}"
             )
         self._prefault(tensors)
+        if self._cold is not None:
+            self._cold.announce(Phase.LOADING)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
@@ -479,20 +527,6 @@ class _Sessions:
         with self._device.attached():
             while (address := self._queue.next()) is not None:
                 self._try(address)
-
-    def look_up(self, discovery: Discovery) -> None:
-        """Let the sources that names stand for now be asked as well."""
-        news = self._queue.found(*discovery.look_up())
-        for problem in [] if self._queue.over.is_set() else news:
-            self._warn(problem, isinstance(problem, SourceBusy | SourceUnreachable))
-
-    def keep_looking(self, discovery: Discovery) -> None:
-        """Look names up again, while there is nobody to ask, until the load is over."""
-        pause = _FIRST_LOOK_UP
-        while not self._queue.over.wait(pause):
-            if self._queue.idle:
-                self.look_up(discovery)
-                pause = min(2 * pause, _LAST_LOOK_UP)
 
     def keep_asking(self) -> None:
         """Ask now and then who else gets the same weights, until the load is over."""
@@ -603,9 +637,10 @@ class _Sessions:
         metrics.SOURCE_ATTEMPTS.labels(error.code or _KINDS.get(type(error), "refused")).inc()
         news = self._queue.failed(address, error, soon=soon)
         if news:
-            self._warn(error, self._queue.waits(address))
+            self.warn(error, self._queue.waits(address))
 
-    def _warn(self, error: SourceError, again: bool) -> None:
+    def warn(self, error: SourceError, again: bool) -> None:
+        """Say what went wrong with a source; `again`: it is asked again."""
         wait = f"; asking again for up to SOURCE_WAIT {self._config.source_wait:g} s"
         logger.warning(
             "NetLoader rank %d: source %s%s",
@@ -909,6 +944,91 @@ class _Sessions:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
+
+
+class _Search:
+    """Looks names up, and takes part in the choice of an instance that reads the disk."""
+
+    def __init__(
+        self,
+        discovery: Discovery,
+        sessions: _Sessions,
+        target: _Target,
+        queue: SourceQueue,
+        cold: ColdStart | None,
+        process: str,
+        worker: int,
+    ) -> None:
+        self._discovery = discovery
+        self._sessions = sessions
+        self._target = target
+        self._queue = queue
+        self._cold = cold
+        self._election = Election(process, can_read=cold is not None and cold.can_read)
+        self._worker = worker
+        self._said = ""
+        self._told: Choice | None = None
+        self._waits = False
+
+    def look_up(self) -> None:
+        """Let the sources that names stand for now be asked as well, or decide to ask nobody."""
+        endpoints, problems = self._discovery.look_up()
+        while (choice := self._choose(self._discovery.seen)) is Choice.VOLUNTEER:
+            endpoints, problems = self._discovery.look_up()
+        if choice is Choice.READ:
+            self._queue.succeeded()
+            return
+        self._waits = choice is Choice.WAIT
+        self._queue.hold(self._waits)
+        for problem in self._queue.found(endpoints, problems):
+            busy = isinstance(problem, SourceBusy)
+            if not self._queue.over.is_set() and not (busy and self._waits):
+                self._sessions.warn(problem, busy or isinstance(problem, SourceUnreachable))
+
+    def keep_looking(self) -> None:
+        """Look names up again, while there is nobody to ask, until the load is over."""
+        pause = _FIRST_LOOK_UP
+        while not self._queue.over.wait(pause):
+            if self._queue.idle:
+                self.look_up()
+                pause = min(2 * pause, _COLD_LOOK_UP if self._waits else _LAST_LOOK_UP)
+
+    def _choose(self, seen: Seen) -> Choice:
+        """Decide by what a look-up has shown, and tell of it."""
+        cold, election = self._cold, self._election
+        if cold is None or self._target.weights is not None:
+            return Choice.LEAVE
+        if cold.told is not None:
+            choice = cold.told() or Choice.WAIT
+            if choice is Choice.READ and not self._target.announce(Phase.READING):
+                return Choice.LEAVE
+            return choice
+        before = election.phase
+        choice = election.choose(time.monotonic(), seen)
+        if election.phase is not before and not self._target.announce(election.phase):
+            choice = Choice.LEAVE
+        if choice is not self._told and choice is not Choice.VOLUNTEER:
+            self._told = choice
+            cold.tell(choice)
+        reader = seen.replicas.get(election.reader)
+        if choice is Choice.READ:
+            logger.info(
+                "NetLoader rank %d: chosen to read the weights from disk, as none of %d instances "
+                "has them",
+                self._worker,
+                1 + len(seen.replicas),
+            )
+        elif reader is not None and reader.state == Phase.READING.value:
+            if self._said != election.reader:
+                logger.info(
+                    "NetLoader rank %d: waiting for %s (instance %s), which reads the weights "
+                    "from disk",
+                    self._worker,
+                    reader.address,
+                    election.reader,
+                )
+            self._said = election.reader
+        return choice
 
 
 class _HttpSession:

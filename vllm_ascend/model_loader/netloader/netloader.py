@@ -30,6 +30,7 @@ from .compat import (
     default_dtype_kept,
     feed_reload,
     groups_to_come,
+    has_checkpoint,
     identity_of,
     instance_of,
     meaning_of,
@@ -47,7 +48,7 @@ from .compat import (
     worker_of,
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
-from .errors import ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
+from .errors import ChosenToRead, ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.chunks.digests import is_one_of, of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, device_of
@@ -72,8 +73,9 @@ from .executor.model.raw import (
 from .executor.store import BlockStore
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP, Code
+from .interaction.cold_start import Phase
 from .interaction.discovery import Own
-from .load import elastic_load
+from .load import ColdStart, elastic_load
 from .serve import Offer, Relay
 from .utils import LOAD_FORMAT, Address, Name, logger, one_line, process_id, rate, size
 
@@ -172,6 +174,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._vllm_config: VllmConfig | None = None
         self._load: _Load | None = None
         self._relay: Relay | None = None
+        self._cold: ColdStart | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
@@ -219,15 +222,18 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     if not self._config.fallback or order != AS_CONFIGURED:
                         raise
                     failure, reason = str(error), _reason(error)
-                    logger.warning(
-                        "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                        self._worker(),
-                        failure,
-                    )
+                    if not isinstance(error, ChosenToRead):
+                        logger.warning(
+                            "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
+                            self._worker(),
+                            failure,
+                        )
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
                 metrics.FALLBACKS.labels(reason).inc()
                 start_over()
+                if self._relay is not None:
+                    self._relay.announce(Phase.READING)
                 load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
                 with default_dtype_kept():
                     model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
@@ -245,21 +251,33 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _listening(
         self, identity: ModelIdentity, model_config: ModelConfig, ranks: Ranks
     ) -> Iterator[None]:
-        """Let others ask while a model is loaded from sources, and have what has come of it."""
+        """Let others ask while a model is loaded, and have what has come of it from sources."""
         load, vllm_config = self._new_load(identity, model_config), self._vllm_config
         sources = self._config.sources_of(identity.rank).addresses
-        relaying = load.serving and self._config.verify and load.device.accelerator is None
-        if relaying and sources and vllm_config is not None:
-            reason = "the weights are being loaded"
+        names = any(isinstance(source, Name) for source in sources)
+        can_read = names and self._config.fallback and has_checkpoint(model_config)
+        if load.serving and vllm_config is not None:
+            phase = Phase.WAITING if names else Phase.LOADING if sources else Phase.READING
             self._relay = registry.begin_load(
                 self._config,
                 self._host(),
-                Offer(identity, None, reason, endpoints=ranks.endpoints, code=Code.LOADING),
+                Offer(
+                    identity,
+                    None,
+                    "the weights are being loaded",
+                    endpoints=ranks.endpoints,
+                    code=Code.LOADING,
+                    phase=phase,
+                    can_read=can_read,
+                ),
                 groups_to_come(vllm_config, identity),
                 worker=load.worker,
                 instance=instance_of(vllm_config),
                 ranks=ranks,
             )
+        if self._relay is not None and names:  # else nobody sees what this instance does
+            told = None if ranks.chooses else ranks.choice
+            self._cold = ColdStart(can_read, self._relay.announce, ranks.publish_choice, told)
         try:
             yield
         except BaseException:
@@ -267,7 +285,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 registry.give_up_load(self._relay)
             raise
         finally:
-            self._relay = None
+            self._relay = self._cold = None
 
     def _together(
         self, identity: ModelIdentity, attempt: Callable[[Order], Attempt[T]]
@@ -539,8 +557,12 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     made=made,
                     own=self._own(load),
                     relay=self._relay,
+                    # What goes with other ranks' weights is with an instance that has weights.
+                    cold=self._cold if load.wanted is None else None,
                     show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
                 )
+        except ChosenToRead:
+            raise
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
             raise LoadFailed("; ".join((*malformed, str(error)))) from None
@@ -732,6 +754,8 @@ def _world_size() -> int:
 
 def _reason(error: NetLoaderError) -> str:
     """Return why a load goes to disk, as the metrics name it."""
+    if isinstance(error, ChosenToRead):
+        return "chosen"
     return "no_source" if isinstance(error, LoadFailed) else "unsupported"
 
 

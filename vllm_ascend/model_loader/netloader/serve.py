@@ -27,6 +27,7 @@ from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
 from .interaction import api
 from .interaction.api import Bytes, Code, Done, Endpoint, Feed, Join, Joined, Peer, Refusal
+from .interaction.cold_start import Phase
 from .interaction.elastic import ElasticServer, Session
 from .interaction.peer_book import PeerBook
 from .port_file import PortFile
@@ -65,6 +66,8 @@ class Offer:
         endpoints: returns where the instance's ranks listen, as far as that is known.
         feeds: returns where the weights come from that are being loaded.
         code: what a client is refused with that asks for what is not to be had.
+        phase: how far its load is.
+        can_read: whether this instance would read its disk for others; see `cold_start`.
     """
 
     identity: ModelIdentity
@@ -75,6 +78,8 @@ class Offer:
     endpoints: Callable[[], Mapping[int, Endpoint]] = dict
     feeds: Callable[[], list[Feed]] = list
     code: Code = Code.CANNOT_SERVE
+    phase: Phase = Phase.LOADING
+    can_read: bool = False
 
     def instance(self) -> dict[int, str]:
         """Return the weights digests of the instance's ranks, as far as they are known now."""
@@ -426,6 +431,7 @@ class WeightServer:
             of_instance(ranks) if ranks else None,
             ranks,
             self._endpoints(offer),
+            offer.can_read,
             nbytes=store.blocks.nbytes if store is not None else 0,
             blocks=store.blocks.count if store is not None else 0,
             blocks_here=store.blocks_here if store is not None else 0,
@@ -597,6 +603,11 @@ class Relay:
     def bytes_sent(self) -> int:
         """Bytes of blocks that were passed on."""
         return self.server.bytes_sent - self._sent_before
+
+    def announce(self, phase: Phase) -> None:
+        """Say how far the load is, of which nothing is passed on."""
+        self._offer = replace(self._offer, phase=phase)
+        self.server.announce(self._offer)
 
     def begin(
         self,
@@ -829,7 +840,7 @@ def _map(store: BlockStore) -> str:
 
 def _state(offer: Offer) -> str:
     if offer.store is None:
-        return offer.code.text
+        return offer.phase.value if offer.code is Code.LOADING else offer.code.text
     return "serving" if offer.store.complete else Code.LOADING.text
 
 

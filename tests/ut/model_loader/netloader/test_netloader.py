@@ -16,6 +16,7 @@ from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
+    ChosenToRead,
     ConfigError,
     LayoutUnsupported,
     LoadFailed,
@@ -23,6 +24,7 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name, process_id
@@ -501,23 +503,28 @@ def test_registrations_are_brought_back_as_they_were():
 
 
 class Listening:
-    """What a loader asks of the registry around a load."""
+    """What a loader asks of the registry around a load, and what it says of itself."""
 
     def __init__(self, monkeypatch, steps):
         self.begun, self.given_up, self.seen = [], [], []
         monkeypatch.setattr(netloader.registry, "begin_load", self._begin)
         monkeypatch.setattr(netloader.registry, "give_up_load", self.given_up.append)
+        monkeypatch.setattr(netloader, "has_checkpoint", lambda model_config: True)
         fail = steps.loader._load_from_sources
 
         def load(*arguments):
-            self.seen.append(steps.loader._relay)
+            self.seen.append((steps.loader._relay, steps.loader._cold))
             return fail(*arguments)
 
         monkeypatch.setattr(steps.loader, "_load_from_sources", load)
 
     def _begin(self, config, host, offer, to_come, **_):
-        self.begun.append((host, offer.code.text, offer.store))
-        return "relay"
+        self.begun.append((host, offer.code.text, offer.store, offer.can_read))
+        self.said = [offer.phase]
+        return self
+
+    def announce(self, phase):
+        self.said.append(phase)
 
 
 SOURCES = {"LISTEN_PORT": None, "SOURCE": "10.0.0.1:28000"}
@@ -527,9 +534,11 @@ def test_a_load_from_sources_is_heard_of_before_it_begins(monkeypatch):
     steps = Steps(monkeypatch, **SOURCES)
     listening = Listening(monkeypatch, steps)
     steps.load()
-    assert listening.begun == [("192.0.2.1", "loading", None)]
-    assert listening.seen == ["relay"]
-    assert listening.given_up == [] and steps.loader._relay is None
+    assert listening.begun == [("192.0.2.1", "loading", None, True)]
+    assert listening.said == [Phase.WAITING, Phase.READING]
+    [(relay, cold)] = listening.seen
+    assert relay is listening and cold.can_read and cold.told is None
+    assert listening.given_up == [] and (steps.loader._relay, steps.loader._cold) == (None, None)
 
 
 def test_a_load_that_fails_is_given_up(monkeypatch):
@@ -537,24 +546,49 @@ def test_a_load_that_fails_is_given_up(monkeypatch):
     listening = Listening(monkeypatch, steps)
     with pytest.raises(LoadFailed):
         steps.load()
-    assert listening.given_up == ["relay"] and steps.loader._relay is None
+    assert listening.given_up == [listening] and steps.loader._relay is None
+    assert not listening.begun[0][-1]  # it does not read the disk, not even for all
 
 
 @pytest.mark.parametrize(
-    "keys",
-    [{}, {**SOURCES, "LISTEN_PORT": 1}, {"LISTEN_PORT": None}, {**SOURCES, "VERIFY": False}],
+    ("keys", "said"),
+    [
+        ({}, [Phase.READING] * 2),
+        (
+            {"SOURCE": [{"device_id": 0, "sources": ["10.0.0.1:1"]}]},
+            [Phase.LOADING, Phase.READING],
+        ),
+        ({"SOURCE": "10.0.0.1:28000", "VERIFY": False}, [Phase.WAITING, Phase.READING]),
+    ],
 )
-def test_a_load_that_passes_nothing_on_is_not_heard_of(monkeypatch, keys):
-    steps = Steps(monkeypatch, **keys)
-    listening = Listening(monkeypatch, steps)
-    steps.load()
-    assert listening.begun == [] and listening.seen == [None]
-
-
-def test_a_load_onto_an_accelerator_is_not_heard_of_before_it_is_complete(monkeypatch):
-    steps = Steps(monkeypatch, **SOURCES)
+def test_every_load_is_heard_of_and_only_those_by_name_choose_who_reads(monkeypatch, keys, said):
+    steps = Steps(monkeypatch, LISTEN_PORT=None, **keys)
     device = types.SimpleNamespace(layout=RAW, accelerator="one")
     monkeypatch.setattr(steps.loader, "_device", lambda: device)
     listening = Listening(monkeypatch, steps)
     steps.load()
-    assert listening.begun == [] and listening.seen == [None]
+    assert listening.said == said
+    [(relay, cold)] = listening.seen
+    assert relay is listening and (cold is not None) == (Phase.WAITING in said)
+
+
+def test_an_instance_that_is_no_source_is_not_heard_of(monkeypatch):
+    steps = Steps(monkeypatch, **{**SOURCES, "LISTEN_PORT": 1})
+    listening = Listening(monkeypatch, steps)
+    steps.load()
+    assert listening.begun == [] and listening.seen == [(None, None)]
+
+
+def test_an_instance_that_is_chosen_reads_the_disk_and_warns_of_nothing(monkeypatch, log):
+    steps = Steps(monkeypatch, **SOURCES)
+    listening = Listening(monkeypatch, steps)
+
+    def choose(*_, cold, **options):
+        assert cold is steps.loader._cold is not None
+        raise ChosenToRead("chosen")
+
+    monkeypatch.setattr(netloader, "elastic_load", choose)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
+    steps.load()
+    assert listening.said == [Phase.WAITING, Phase.READING]
+    assert steps.taken == ["restore", "disk True"] and log == []

@@ -22,6 +22,7 @@ from vllm_ascend.model_loader.netloader.agreement import (
 )
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.interaction.api import Endpoint
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice
 
 from .support import python
 
@@ -405,3 +406,17 @@ def test_what_many_ranks_have_told_costs_two_questions():
     store.asked = 0
     assert many[0].present({}) == {rank: digest("a", rank) for rank in range(64)}
     assert store.asked == 2
+
+
+def test_each_rank_knows_what_the_first_one_has_chosen_for_all():
+    store = HashStore()
+    one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    assert (one.chooses, other.chooses) == (True, False)
+    assert other.choice() is None
+    other.publish_choice(Choice.LEAVE)  # has no say
+    assert other.choice() is None
+    one.publish_choice(Choice.WAIT)
+    one.publish_choice(Choice.READ)
+    assert other.choice() is Choice.READ
+    later = Ranks(1, range(2), "netloader", store, instance=2)  # of the same processes
+    assert later.choice() is None

@@ -29,7 +29,7 @@ SAID = [
     api.SendRuns([(0, 3), (9, 9)]),
     api.Sizes([4 << 20, 1]),
     api.Endpoint("10.0.0.1:28000", "process"),
-    api.ModelStatus(IDENTITY, "serving", "", DIGEST, 1, "disk", DIGEST, {0: DIGEST}, {}),
+    api.ModelStatus(IDENTITY, "serving", "", DIGEST, 1, "disk", DIGEST, {0: DIGEST}, {}, False),
     api.Feed("10.0.0.1:28000", 7),
     api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
     api.Done(False, "tired"),

@@ -19,6 +19,7 @@ from vllm_ascend.model_loader.netloader import compat
 from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.compat import (
     groups_to_come,
+    has_checkpoint,
     identity_of,
     instance_of,
     modules_without_files,
@@ -633,3 +634,49 @@ def test_modules_whose_files_are_missing_are_made_while_sources_are_asked(monkey
         raise ZeroDivisionError
     assert adapters._load_dense_weights("linear", "2_Dense") is False
     assert asked == [("linear", "2_Dense")] * 2
+
+
+# Whether the weights are on the disk
+
+
+INDEX = '{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "complete"),
+    [
+        ({}, False),
+        ({"config.json": "{}", "training_args.bin": ""}, False),
+        ({"model.safetensors": ""}, True),
+        ({"pytorch_model.bin": ""}, True),
+        ({"model-00001-of-00002.safetensors": ""}, False),
+        ({f"model-0000{n}-of-00002.safetensors": "" for n in (1, 2)}, True),
+        ({"model.safetensors.index.json": INDEX, "one.safetensors": ""}, False),
+        (
+            {"model.safetensors.index.json": INDEX, "one.safetensors": "", "two.safetensors": ""},
+            True,
+        ),
+        ({"model.safetensors.index.json": "[1]", "one.safetensors": ""}, False),
+        ({"model.safetensors.index.json": "{", "one.safetensors": ""}, False),
+    ],
+)
+def test_a_checkpoint_is_on_the_disk_if_all_its_files_are(hub, tmp_path, files, complete):
+    cached = hub / "models--org--model" / "snapshots" / ONE
+    for folder in tmp_path / "own", cached:
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    for model in tmp_path / "own", cached, "org/model":
+        assert has_checkpoint(asked_for(model)) == complete, model
+    assert not has_checkpoint(asked_for("org/model", "v2"))
+
+
+def test_what_is_no_folder_and_not_in_the_cache_is_not_on_the_disk(hub, tmp_path, monkeypatch):
+    for model in "org/other", "/no/such/folder", "s3://bucket/model":
+        assert not has_checkpoint(asked_for(model))
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    assert not has_checkpoint(asked_for(tmp_path))
+    (hub / "models--org--model" / "snapshots" / ONE / "model.safetensors").touch()
+    assert has_checkpoint(asked_for("org/model"))
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert not has_checkpoint(asked_for("org/model"))

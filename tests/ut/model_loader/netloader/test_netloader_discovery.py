@@ -3,16 +3,25 @@
 import contextlib
 import socket
 import threading
+from dataclasses import replace as replace_in
 
 import dns.resolver
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests.identity import identity
 from tests.name_server import name_server, resolver_at
-from vllm_ascend.model_loader.netloader.errors import SourceBusy, SourceRefused, SourceUnreachable
+from vllm_ascend.model_loader.netloader.errors import (
+    SourceBusy,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnreachable,
+)
 from vllm_ascend.model_loader.netloader.interaction import discovery
-from vllm_ascend.model_loader.netloader.interaction.api import Endpoint, ModelStatus, Status
+from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint, ModelStatus, Status
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase, Seen
 from vllm_ascend.model_loader.netloader.interaction.discovery import Discovery, Own
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
@@ -23,10 +32,11 @@ ONE, OTHER = "127.0.0.2", "127.0.0.3"
 WEIGHTS = {"a": torch.ones(1)}
 
 
-def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, **who):
+def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, electing=False, **who):
     names = [parse_name(name) for name in names]
     own = own or Own("this process")
-    return Discovery(names, identity(rank=rank, **who), own, connect, handshake)
+    who = identity(rank=rank, **who)
+    return Discovery(names, who, own, connect, handshake, electing=electing)
 
 
 def look_up(*names, **options):
@@ -307,7 +317,7 @@ class Statuses:
         self.asked.append(address.host)
         taken, state = self.said.get(address.host, (0, "serving"))
         endpoint = Endpoint(str(address), f"at {address}")
-        model = ModelStatus(identity(), state, "", None, 1, "disk", None, {}, {0: endpoint})
+        model = ModelStatus(identity(), state, "", None, 1, "disk", None, {}, {0: endpoint}, False)
         return Status("0.1.0", f"at {address}", 0, [model], [], 4, taken, 0)
 
 
@@ -389,3 +399,128 @@ def test_what_is_no_instance_is_a_problem(stack):
     threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
     found, problems = look_up(f"{HOST}:{server.getsockname()[1]}")
     assert found == [] and len(problems) == 1
+
+
+# What a look-up shows of all instances of the model
+
+
+class Waiting(Statuses):
+    """Instances that have no weights, as they say themselves."""
+
+    def __init__(self, monkeypatch, **options):
+        super().__init__(monkeypatch, **options)
+        self.of_model, self.can_read = {}, {}
+
+    def _status(self, address):
+        said = self.said.get(address.host)
+        if isinstance(said, Exception):
+            raise said
+        status = super()._status(address)
+        [model] = status.models
+        who = identity(**self.of_model.get(address.host, {}))
+        can_read = self.can_read.get(address.host, False)
+        return replace(status, models=[replace(model, identity=who, can_read=can_read)])
+
+
+def test_who_waits_or_reads_is_no_source_and_is_told_of_with_what_it_says(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    states = ["waiting", "volunteering", "reading", "loading", "serving"]
+    statuses.said = {f"192.0.2.{index}": (0, state) for index, state in enumerate(states)}
+    statuses.can_read["192.0.2.1"] = True
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    found, problems = names.look_up()
+    assert {address.host for address, _ in found} == {"192.0.2.3", "192.0.2.4"}
+    assert all(isinstance(problem, SourceBusy) for problem in problems.values())
+    assert "reads the weights from disk" in str(problems["192.0.2.2:1"])
+    assert {one: (seen.state, seen.can_read) for one, seen in names.seen.replicas.items()} == {
+        f"at 192.0.2.{index}:1": (state, index == 1) for index, state in enumerate(states)
+    }
+    assert names.seen == Seen(names.seen.replicas)  # not listed, nobody silent, all names known
+
+
+def test_another_model_or_one_that_cannot_be_a_source_does_not_count(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    statuses.said = {
+        "192.0.2.1": (0, "waiting"),
+        "192.0.2.2": (0, "cannot_serve"),
+        "192.0.2.3": (0, "waiting"),
+    }
+    statuses.of_model = {"192.0.2.1": {"model": "another"}, "192.0.2.3": {"rank": 0, "dp_rank": 1}}
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    found, _ = names.look_up()
+    assert {address.host for address, _ in found} == {"192.0.2.1", "192.0.2.2"}
+    assert [*names.seen.replicas] == ["at 192.0.2.3:1"]
+
+
+def test_an_instance_knows_whether_the_names_stand_for_it_too(monkeypatch):
+    Waiting(monkeypatch, local=["192.0.2.1"])
+    for own, listed in [
+        (Own("x", [1]), True),  # its address is not even asked
+        (Own("at 192.0.2.2:1"), True),
+        (Own("x", [2]), False),
+        (Own("x"), False),
+    ]:
+        names = discover("192.0.2.1:1", "192.0.2.2:1", own=own)
+        names.look_up()
+        assert names.seen.listed == listed
+
+
+def test_who_does_not_answer_is_silent_and_where_nobody_listens_nobody_is(monkeypatch):
+    statuses = Waiting(monkeypatch)
+    statuses.said = {
+        "192.0.2.1": SourceSilent("no connection in time"),
+        "192.0.2.2": SourceLost("no answer in time"),
+        "192.0.2.3": SourceUnreachable("Connection refused"),
+        "192.0.2.4": SourceRefused("not ours"),
+    }
+    names = discover(*[f"{host}:1" for host in statuses.said])
+    names.look_up()
+    assert names.seen == Seen(silent={"192.0.2.1:1", "192.0.2.2:1"})
+
+
+def test_a_name_that_cannot_be_looked_up_is_told_of(zone):
+    names = discover("dns+nowhere.test:1")
+    names.look_up()
+    assert not names.seen.whole
+
+
+def test_of_the_ranks_of_an_instance_the_one_that_loads_the_same_part_knows(stack):
+    instance = Instance(stack)
+    for rank, phase in enumerate([Phase.READING, Phase.WAITING]):
+        offer = Offer(identity(rank=rank), None, code=Code.LOADING, phase=phase)
+        instance.servers[rank].offer(replace_in(offer, endpoints=lambda: instance.endpoints))
+    for order in (0, 1), (1, 0):
+        names = discover(*[str(instance.address(rank)) for rank in order])
+        names.look_up()
+        [(process, replica)] = names.seen.replicas.items()
+        assert (process, replica.state) == (f"process 0 of {HOST}", "reading")
+
+
+def test_of_many_all_ask_the_same_ones_each_time_and_only_these_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(discovery, "MAX_ASKED", 4)
+    statuses = Waiting(monkeypatch, local=["192.0.2.1"])
+    names = [f"192.0.2.{number}:1" for number in range(1, 10)]
+    statuses.said = {name.partition(":")[0]: (0, "waiting") for name in names}
+    looks, asked = [], []
+    for own in "ab":
+        search = discover(*names, own=Own(own), electing=True)
+        for _ in range(8):
+            search.look_up()
+            looks.append({*search.seen.replicas})
+        asked.append({*statuses.asked})
+    assert len(looks[0]) == 2 and looks == looks[:1] * 16
+    assert asked[0] == {*statuses.said}  # the others are asked in turn
+    elector, other = next(iter(looks[0])), next(n for n in names if f"at {n}" not in looks[0])
+    for process, listed in (elector, True), (f"at {other}", False):
+        search = discover(*names, own=Own(process), electing=True)
+        for _ in range(8):
+            search.look_up()
+            assert search.seen.listed == listed
+    # What is not to be missed is told of by all.
+    statuses.said[other.partition(":")[0]] = (0, "reading")
+    search = discover(*names, electing=True)
+    for _ in range(8):
+        search.look_up()
+        if f"at {other}" in search.seen.replicas:
+            break
+    assert search.seen.replicas[f"at {other}"].state == "reading"

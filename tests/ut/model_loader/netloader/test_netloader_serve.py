@@ -487,8 +487,11 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
     ranks |= {0: weights}
     all_here, nothing = (ALL, 12, 12, "9" * 12, []), (0, 0, 0, "", [])
     assert [msgspec.structs.astuple(model) for model in status.models] == [
-        (WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks, {}, *all_here),
-        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}, {}, *nothing),
+        (
+            *(WHO, "serving", "", weights, 1, "192.0.2.9:1", of_instance(ranks), ranks, {}),
+            *(False, *all_here),
+        ),
+        (DRAFT, "cannot_serve", "no copy was kept", None, 1, "disk", None, {}, {}, False, *nothing),
     ]
     assert [(one.peer, one.weights, one.bytes_sent) for one in status.sessions] == [
         ("192.0.2.7:1", weights, 8 * MIB),

@@ -601,3 +601,24 @@ def test_those_that_others_name_are_asked_in_an_order_of_ones_own(world):
     world.jitter.value = 0.8
     queue.heard(C, "c")
     assert [queue.next(), queue.next(), queue.next()] == [A, C, B]
+
+
+# Held for what a look-up may show
+
+
+def test_a_load_that_is_held_goes_on_without_sources_until_its_deadline(world):
+    queue = world.queue([], 300)
+    queue.hold(True)
+    assert queue.next() is None
+    assert world.clock.passed == pytest.approx(300)
+
+
+def test_a_load_that_is_held_no_more_is_over_without_sources(world):
+    queue = world.queue([A], 300)
+    queue.hold(True)
+    assert queue.next() == A
+    queue.failed(A, SourceRefused("no"))
+    assert queue.poll() is None and not queue.over.is_set()
+    queue.hold(False)
+    assert queue.next() is None
+    assert world.clock.passed == 0

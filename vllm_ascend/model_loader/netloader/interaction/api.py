@@ -355,7 +355,9 @@ class ModelStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         identity: what has to be equal to load from it.
-        state: `serving`, or the code that a join is answered with.
+        state: `serving`, or the code that a join is answered with; in the place of `loading` what
+            it does while nothing has come: `waiting` for others, `volunteering` to read the disk,
+            `reading` it.
         reason: why it is not serving, for people.
         weights: digest of its weights, if known.
         epoch: counts the changes of these weights in this instance.
@@ -363,6 +365,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
         instance_digest: digest of `ranks`, null while that is empty.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
         endpoints: where the instance's ranks listen, by global rank, as far as known.
+        can_read: whether it would read its disk for others that have no weights either.
         nbytes: size of the weights; 0: there are none to be had.
         blocks: how many blocks they have.
         blocks_here: how many of these are here.
@@ -379,6 +382,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     instance_digest: str | None
     ranks: dict[int, str]
     endpoints: dict[int, Endpoint]
+    can_read: bool
     nbytes: Count = 0
     blocks: Count = 0
     blocks_here: Count = 0

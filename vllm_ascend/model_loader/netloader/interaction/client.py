@@ -21,6 +21,7 @@ from ..errors import (
     SourceError,
     SourceLost,
     SourceRefused,
+    SourceSilent,
     SourceUnreachable,
 )
 from ..utils import Address, Buffer, Patience, shortened, within
@@ -513,7 +514,8 @@ def _connected(
         # In a thread, as nothing else bounds the time that finding a name takes.
         return within(Patience(seconds, lambda: False, 0.0), connect, Wire.close)
     except TimeoutError:
-        why = f"no connection within {seconds:g} s"
+        silent = f"no connection within {seconds:g} s"
+        raise SourceSilent(f"{address}: cannot connect: {silent}") from None
     except (OSError, UnicodeError) as error:
         why = _reason(error)
     raise SourceUnreachable(f"{address}: cannot connect: {why}")

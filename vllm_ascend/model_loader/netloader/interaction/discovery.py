@@ -17,7 +17,14 @@ from typing import NamedTuple, TypeVar
 import psutil
 
 from ..credentials import Credentials
-from ..errors import SourceBusy, SourceError, SourceRefused, SourceUnreachable
+from ..errors import (
+    SourceBusy,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnreachable,
+)
 from ..identity import ModelIdentity
 from ..utils import (
     Address,
@@ -29,8 +36,9 @@ from ..utils import (
     unmapped,
 )
 from . import api
-from .api import Status
+from .api import Code, ModelStatus, Status
 from .client import ElasticClient
+from .cold_start import Phase, Replica, Seen, has_weights
 
 MAX_ASKED = 32  # instances that are asked for their status in one look-up
 _OTHERS = 0.5  # seconds to wait for further answers once one has come
@@ -96,6 +104,10 @@ class Discovery:
         connect: seconds for each name, and again to reach an instance.
         handshake: seconds for the answer to a status request.
         credentials: of this instance; None: there is no TLS.
+        electing: whether to ask some instances each time, the same ones as all others that elect.
+
+    Attributes:
+        seen: what the last look-up has shown of all instances of the model.
     """
 
     def __init__(
@@ -106,6 +118,8 @@ class Discovery:
         connect: float,
         handshake: float,
         credentials: Credentials | None = None,
+        *,
+        electing: bool = False,
     ) -> None:
         self._credentials = credentials
         self._names = names
@@ -114,6 +128,10 @@ class Discovery:
         self._connect = connect
         self._handshake = handshake
         self._asked: Counter[Address] = Counter()
+        self._electing = electing
+        self._listed = False
+        self._own_addresses: set[Address] = set()
+        self.seen = Seen()
 
     def look_up(self) -> tuple[list[tuple[Address, str]], dict[str, SourceError]]:
         """Look everything up anew.
@@ -126,6 +144,8 @@ class Discovery:
         """
         problems: dict[str, SourceError] = {}
         found: dict[Address, _Place] = {}
+        whole = True
+        self._own_addresses.clear()
         # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
         wait(looking.values(), self._connect)
@@ -133,19 +153,27 @@ class Discovery:
             try:
                 found |= future.result(0)
             except TimeoutError:
+                whole = False
                 problems[str(name)] = SourceUnreachable(f"{name}: nothing in time")
             except Exception as error:
+                whole = False
                 problems[str(name)] = SourceUnreachable(f"{name}: {_reason(error)}")
         # Of many, those first that were not asked before.
         candidates = sorted(found, key=lambda address: (self._asked[address], found[address]))
+        electors = _electors({*found, *self._own_addresses})
+        self._listed = not electors.isdisjoint(self._own_addresses)
+        if self._electing:
+            candidates.sort(key=lambda address: address not in electors)
         candidates = candidates[:MAX_ASKED]
         self._asked.update(candidates)
         endpoints: dict[object, _Found] = {}
+        replicas: dict[str, Replica] = {}
         for address, status in self._answers(candidates).items():
             try:
+                self._note_replica(address, status.result(0), replicas, address in electors)
                 endpoint = self._endpoint(address, found[address], status.result(0))
             except TimeoutError:
-                problems[str(address)] = SourceUnreachable(f"{address}: no status yet")
+                problems[str(address)] = SourceSilent(f"{address}: no status yet")
             except SourceError as error:
                 problems[str(address)] = error
             except Exception as error:  # nothing that others say is to cost the load
@@ -158,6 +186,12 @@ class Discovery:
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
+        silent = {
+            str(address)
+            for address in candidates
+            if address in electors and _is_silent(problems.get(str(address)))
+        }
+        self.seen = Seen(replicas, self._listed, silent, whole)
         return [*distinct.items()], problems
 
     def _addresses(self, name: Name) -> Mapping[Address, _Place]:
@@ -168,6 +202,7 @@ class Discovery:
             local = _is_local(address.host)
             # Nobody listens there yet, so only the address tells that it is this instance's own.
             if address.port in self._own.ports and (local or own & _ips(address.host)):
+                self._own_addresses.add(address)
                 continue
             found[address] = _Place(priority, not local, self._turn(address, weight))
         return found
@@ -195,11 +230,39 @@ class Discovery:
         ) as client:
             return client.status()
 
+    def _note_replica(
+        self, asked: Address, status: Status, replicas: dict[str, Replica], elector: bool
+    ) -> None:
+        """Take note of what an instance says of the model that is being loaded, if it has it.
+
+        One that is not asked by all cannot be chosen, and counts only for what it is doing.
+        """
+        model = next((m for m in status.models if m.identity.group == self._identity.group), None)
+        there = model.endpoints.get(self._identity.rank) if model is not None else None
+        if model is None or there is None or self._differences(model):
+            return
+        if there.instance == self._own.process:
+            self._listed |= elector
+        elif not elector and model.state == Phase.WAITING.value:
+            return
+        # Of an instance's ranks it is this one that knows first.
+        elif model.state != Code.CANNOT_SERVE.text and (
+            there.instance not in replicas or there.instance == status.instance
+        ):
+            replicas[there.instance] = Replica(model.state, model.can_read, str(asked))
+
+    def _differences(self, model: ModelStatus) -> list[str]:
+        return [
+            str(one)
+            for one in api.differences(self._identity, model.identity)
+            if one.field not in _OF_RANK
+        ]
+
     def _endpoint(self, asked: Address, place: _Place, status: Status) -> _Found:
         """Return where this rank listens in the instance that has answered.
 
         Raises:
-            SourceBusy: it does not say so yet.
+            SourceBusy: it does not say so yet, or has no weights yet.
             SourceRefused: it has no such rank.
         """
         identity = self._identity
@@ -209,15 +272,17 @@ class Discovery:
         if model is None:
             raise SourceBusy(f"{asked}: has no model of group {identity.group!r} yet")
         there = model.endpoints.get(identity.rank)
+        same_group = model.identity.group == identity.group
         if there is None:
-            differ = [
-                str(one)
-                for one in api.differences(identity, model.identity)
-                if one.field not in _OF_RANK
-            ]
-            if differ and model.identity.group == identity.group:
+            differ = self._differences(model)
+            if differ and same_group:
                 raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
             raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
+        other = there.instance != self._own.process
+        if same_group and other and not has_weights(model.state) and not self._differences(model):
+            reading = model.state == Phase.READING.value
+            does = "reads the weights from disk" if reading else "has no weights either"
+            raise SourceBusy(f"{asked}: {does}")
         own = model.endpoints.get(model.identity.rank)
         elsewhere = place.elsewhere
         try:
@@ -241,8 +306,7 @@ class Discovery:
 
         It is as if drawn from an exponential distribution, and the same for each look-up.
         """
-        said = f"{self._own.process} {address}".encode()
-        drawn = int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) / 2**64
+        drawn = _hash(f"{self._own.process} {address}") / 2**64
         # A weight of 0 is to have a very small chance.
         return -math.log1p(-drawn) / (weight or 0.001)
 
@@ -275,8 +339,24 @@ def _in_thread(call: Callable[..., T], *arguments: object) -> "Future[T]":
     try:
         threading.Thread(target=run, name="netloader-discover", daemon=True).start()
     except RuntimeError as error:  # no more threads
-        future.set_exception(SourceUnreachable(one_line(error)))
+        future.set_exception(SourceSilent(one_line(error)))
     return future
+
+
+def _electors(addresses: set[Address]) -> set[Address]:
+    """Return those that are asked by all, in an order that is the same for all."""
+    if len(addresses) <= MAX_ASKED:
+        return addresses
+    return {*sorted(addresses, key=lambda one: _hash(str(one)))[: MAX_ASKED // 2]}
+
+
+def _is_silent(problem: SourceError | None) -> bool:
+    """Return whether nobody knows if an instance is there."""
+    return isinstance(problem, SourceSilent) or type(problem) is SourceLost
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _reason(error: Exception) -> str:

@@ -86,6 +86,7 @@ class SourceQueue:
         self._changed = threading.Condition()
         self._problems: Mapping[str, SourceError] = {}
         self._idle = 0
+        self._held = False
         self._polled = 0.0
         self._progress = clock()
         self.over = threading.Event()
@@ -117,7 +118,7 @@ class SourceQueue:
         """Return the seconds until something is due; None: somebody else has to act first."""
         with self._changed:
             waiting = self._in(_State.LATER, _State.UNREACHABLE)
-            if not (waiting or self._problems):
+            if not (waiting or self._problems or self._held):
                 return None
             times = [time for source in waiting for time in (source.due, source.until)]
             # Since the queue was looked at, not since now: nothing may come due in between unseen.
@@ -129,6 +130,12 @@ class SourceQueue:
         """Whether a thread waits for a source to ask, and the load for sources."""
         with self._changed:
             return self._idle > 0 and self._clock() < self._deadline
+
+    def hold(self, held: bool) -> None:
+        """Say whether the load waits for what a look-up may show, though there is nobody to ask."""
+        with self._changed:
+            self._held = held
+            self._changed.notify_all()
 
     def progressed(self) -> None:
         """Take note that something has come."""
@@ -315,6 +322,8 @@ class SourceQueue:
             return True
         if now >= self._deadline:
             return False
+        if self._held:
+            return True
         problems = [*self._problems.values()]
         later = [problem for problem in problems if isinstance(problem, SourceBusy)]
         if later:
