@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
 import threading
 
@@ -15,7 +16,17 @@ from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 
 from .models import many_rows
-from .sides import HOST, PATIENCE, addresses_of, differing, expected, identity, make, settings
+from .sides import (
+    HOST,
+    PATIENCE,
+    addresses_of,
+    differing,
+    expected,
+    here,
+    identity,
+    make,
+    settings,
+)
 
 # Nobody is lost because the machine is busy.
 _PATIENCE = 4 * PATIENCE  # more than any of its deadlines together
@@ -50,6 +61,7 @@ class Replica:
 
     def _load(self, sources):
         way, model = self.way, self.model
+        way.use_device()
         self.tensors = make(way, model, 1000)
         who = identity(way)
         offer = Offer(who, None, "the weights are being loaded", code=Code.LOADING)
@@ -110,7 +122,7 @@ class _Watched(Relay):
 
 
 @contextlib.contextmanager
-def fleet(way, count, model=many_rows, **config):
+def fleet(way, count, model=many_rows, name="replica", **config):
     """Replicas whose servers listen and that have not begun to load."""
     usual = {"source_wait": 20.0, "max_sessions": 8, **PATIENT}
     with contextlib.ExitStack() as stack:
@@ -118,15 +130,22 @@ def fleet(way, count, model=many_rows, **config):
         for number in range(count):
             its = settings(way, **usual | config)
             server = WeightServer(its, 0, HOST)
-            server.process = f"replica {number}"
+            server.process = f"{name} {number}"
             stack.callback(server.stop)
             server.start(0)
             replicas.append(Replica(way, server.process, model, its, server))
         yield replicas
 
 
-def load_and_relay(way, sources, **config):
-    """In a process of its own: be one of a fleet."""
-    with fleet(way, 1, **config) as [replica]:
-        replica.start(sources)
-        replica.check()
+def load_and_relay(way, sources, *arguments, **config):
+    """In a process of its own: be one of a fleet, also when the load is over.
+
+    Returns where the weights came from, and what was passed on until then.
+    """
+    stack = contextlib.ExitStack()
+    name = f"process {os.getpid()}"
+    [replica] = stack.enter_context(fleet(way, 1, *arguments, name=name, **config))
+    here["relay"] = stack
+    replica.start(sources)
+    replica.check()
+    return replica.gave, replica.server.bytes_sent

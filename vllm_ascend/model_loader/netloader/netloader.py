@@ -244,7 +244,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Let others ask while a model is loaded from sources, and have what has come of it."""
         load, vllm_config = self._new_load(identity, model_config), self._vllm_config
         sources = self._config.sources_of(identity.rank).addresses
-        relaying = load.serving and self._config.verify and load.device.accelerator is None
+        relaying = load.serving and self._config.verify
         if relaying and sources and vllm_config is not None:
             reason = "the weights are being loaded"
             self._relay = registry.begin_load(

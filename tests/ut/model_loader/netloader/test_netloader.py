@@ -551,10 +551,11 @@ def test_a_load_that_passes_nothing_on_is_not_heard_of(monkeypatch, keys):
     assert listening.begun == [] and listening.seen == [None]
 
 
-def test_a_load_onto_an_accelerator_is_not_heard_of_before_it_is_complete(monkeypatch):
+def test_a_load_onto_an_accelerator_is_heard_of_before_it_begins(monkeypatch):
     steps = Steps(monkeypatch, **SOURCES)
     device = types.SimpleNamespace(layout=RAW, accelerator="one")
     monkeypatch.setattr(steps.loader, "_device", lambda: device)
     listening = Listening(monkeypatch, steps)
     steps.load()
-    assert listening.begun == [] and listening.seen == [None]
+    assert listening.begun == [("192.0.2.1", "loading", None)]
+    assert listening.seen == ["relay"]
