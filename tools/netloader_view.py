@@ -32,7 +32,7 @@ class Sent:
 _SIZE = r"([\d.]+) ([MG])B"
 _LOAD = re.compile(
     rf"NetLoader rank (\d+): loaded (\d+) tensors, {_SIZE} in ([\d.]+) s \(.+?\) from (.+), "
-    r"weights digest (\S+)",
+    r"weights digest ([^\s,]+)",
 )
 _SENT = re.compile(
     rf"NetLoader rank (\d+): sent {_SIZE} of .+ to \S+, weights digest (\S+): (.+)$",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
 import threading
 
@@ -23,6 +24,7 @@ from .sides import (
     differing,
     expected,
     fresh,
+    here,
     identity,
     make,
     settings,
@@ -68,6 +70,7 @@ class Replica:
 
     def _load(self, sources):
         way, model = self.way, self.model
+        way.use_device()
         self.tensors = make(way, model, 1000)
         who = identity(way)
         offer = Offer(
@@ -156,7 +159,7 @@ class _Watched(Relay):
 
 
 @contextlib.contextmanager
-def fleet(way, count, model=many_rows, **config):
+def fleet(way, count, model=many_rows, name="replica", **config):
     """Replicas whose servers listen and that have not begun to load."""
     usual = {"source_wait": 20.0, "max_sessions": 8, **PATIENT}
     with contextlib.ExitStack() as stack:
@@ -164,15 +167,22 @@ def fleet(way, count, model=many_rows, **config):
         for number in range(count):
             its = settings(way, **usual | config)
             server = WeightServer(its, 0, HOST)
-            server.process = f"replica {number}"
+            server.process = f"{name} {number}"
             stack.callback(server.stop)
             server.start(0)
             replicas.append(Replica(way, server.process, model, its, server))
         yield replicas
 
 
-def load_and_relay(way, sources, **config):
-    """In a process of its own: be one of a fleet."""
-    with fleet(way, 1, **config) as [replica]:
-        replica.start(sources)
-        replica.check()
+def load_and_relay(way, sources, *arguments, **config):
+    """In a process of its own: be one of a fleet, also when the load is over.
+
+    Returns where the weights came from, and what was passed on until then.
+    """
+    stack = contextlib.ExitStack()
+    name = f"process {os.getpid()}"
+    [replica] = stack.enter_context(fleet(way, 1, *arguments, name=name, **config))
+    here["relay"] = stack
+    replica.start(sources)
+    replica.check()
+    return replica.gave, replica.server.bytes_sent

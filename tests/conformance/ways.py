@@ -51,6 +51,11 @@ class Way(Enum):
             return device_of(f"npu:{index}", 16)
         return CpuDevice() if self is Way.HTTP else GlooDevice()
 
+    def use_device(self):
+        """Let this thread use the device of this process."""
+        if self.on_npu:
+            torch.npu.set_device(INDEX)
+
 
 # The device of this process, of those that it sees.
 INDEX = int(os.environ.get("CONFORMANCE_DEVICE", "0"))

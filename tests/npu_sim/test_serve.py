@@ -7,6 +7,8 @@ vLLM Ascend's own kernels that are not simulated. MTP needs none, see test_exper
 
 import re
 import sys
+import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -14,7 +16,7 @@ from tools.netloader_view import find_sent, source_list
 from tools.vllm_server import ServerError
 
 from ..e2e.support import drafting
-from .serving import TP2, assert_as_on_cpu, make_llama, run
+from .serving import START_SECONDS, TP2, NpuInstance, assert_as_on_cpu, make_llama, run
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -133,6 +135,41 @@ def test_source_killed_in_mid_transfer_then_the_next_source(fleet, llama, other_
     client.assert_loaded_from(second)
     assert client.server.search_log(rf"WARNING .*NetLoader rank 0: source {lost}: transfer failed")
     assert not doomed.digests_sent()
+
+
+def test_three_clients_at_once_pass_on_what_has_come_and_one_is_killed_meanwhile(fleet, llama):
+    # So slow that all have begun before one is complete, though they start on a busy machine.
+    deadlines = {"CHUNK_MIB": 1, "PROGRESS_TIMEOUT": 45}
+    slow = deadlines | {"MAX_SEND_RATE": "320KB/s", "MAX_SESSIONS": 3}
+    seed = fleet.start("seed", llama, slow, arguments=TP2).wait()
+    config = deadlines | {"SOURCE": seed.address(), "SOURCE_WAIT": START_SECONDS}
+    clients = [
+        fleet.start(f"client{number}", llama, config, bare=True, arguments=TP2)
+        for number in range(3)
+    ]
+    killed = first_to_relay(clients)
+    killed.server.kill()
+    survivors = [client.wait() for client in clients if client is not killed]
+    for client in survivors:
+        assert client.say() == seed.say()
+        assert not client.why_from_disk()
+        assert [load.digest for load in client.loads()] == [
+            seed.status(rank)["models"][0]["weights"] for rank in range(2)
+        ]
+    assert any(client.server.search_log(r": loaded .*, relayed ") for client in survivors)
+
+
+def first_to_relay(clients: Sequence[NpuInstance]) -> NpuInstance:
+    """Returns a client that loads and has passed something on, once there is one."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        for client in clients:
+            if client.address_file().exists():
+                status = client.status(0)
+                if status["models"][0]["state"] == "loading" and status["bytes_sent"]:
+                    return client
+        time.sleep(0.05)
+    raise AssertionError("no client passes anything on")
 
 
 def test_stopped_client_and_killed_client_do_not_disturb_their_source(fleet, llama):

@@ -62,6 +62,13 @@ _FIRST_LOOK_UP, _LAST_LOOK_UP = 0.5, 10.0
 _COLD_LOOK_UP = 1.0
 # Connections for news that are made anew in a session, as they hold no place at the source.
 _NEWS_AGAIN = 2
+# Sources pulled from at once through groups, unless SOURCE lists more of them: each group takes
+# memory of the device and seconds to form.
+_PARENTS = 2
+# Seconds, at least and at most, after which an incomplete source is asked to form a group again.
+_FORM_AGAIN = 0.02, 0.1
+# Seconds without news in a group after which another source is asked, with which one has to form.
+_TRY_ANOTHER = 3.0
 _ITSELF = "this is the instance itself"
 # What a failure without a code is called among the metrics.
 _KINDS = {
@@ -109,6 +116,10 @@ class Relay(Protocol):
 
     def end(self, *, complete: bool) -> None:
         """Pass nothing on any more."""
+
+    @property
+    def connecting(self) -> AbstractContextManager[object]:
+        """Held while this rank forms a group as a client: none with its own clients then."""
 
     @property
     def bytes_sent(self) -> int:
@@ -169,8 +180,8 @@ def elastic_load(
         meaning: what decided what the tensors are; see `Manifest`.
         made: samples of what the model has made itself; None: they are not compared.
         own: what names may stand for and is not asked.
-        relay: lets others have what has come while the rest is on its way. It is used where the
-            tensors are in host memory and digests are checked.
+        relay: lets others have what has come while the rest is on its way. It is used where digests
+            are checked.
         cold: lets instances that start together choose one that reads the disk; None: this one
             takes no part.
         show_progress: whether to draw a progress bar.
@@ -184,18 +195,18 @@ def elastic_load(
     started = time.monotonic()
     addresses = [source for source in sources if isinstance(source, Address)]
     names = [source for source in sources if isinstance(source, Name)]
-    queue = SourceQueue(addresses, config.source_wait, most_hearsay=config.max_sources)
-    if device.accelerator is not None or not config.verify:
+    limit = config.max_sources
+    if _in_groups(device, config):
+        limit = min(limit, max(_PARENTS, len(addresses)))
+    # One that only others have named, and that is slow, is not to keep a source waiting.
+    queue = SourceQueue(addresses, config.source_wait, most_hearsay=max(1, limit - 1))
+    if not config.verify:
         relay = None
     target = _Target(tensors, required, identity, config, device, meaning, made, relay, cold, place)
     sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
-    # One that only others have named, and that is slow, is not to keep a source waiting.
-    most = config.max_sources + 1 if relay is not None else config.max_sources
-    if not names and relay is None:
-        most = min(most, len(sources))
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
-        for index in range(most)
+        for index in range(limit if names or relay is not None else min(limit, len(sources)))
     ]
     if names:
         discovery = Discovery(
@@ -339,10 +350,6 @@ class _Target:
         self._restore: Callable[[], None] | None = None
 
     @property
-    def _in_groups(self) -> bool:
-        return self._device.accelerator is not None and self._config.transport is Transport.AUTO
-
-    @property
     def nbytes(self) -> int:
         """Number of bytes to receive, 0 while that is not known."""
         return self._store.blocks.nbytes if self._store else 0
@@ -453,7 +460,8 @@ class _Target:
             self._cold.announce(Phase.LOADING)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
-        chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
+        groups = _in_groups(self._device, self._config)
+        chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if groups else _CHUNK_MIB)
         start = random.random() if self._relay is not None else 0.0
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
         for run in self._scheduler.wanted if self._resume else ():
@@ -763,10 +771,13 @@ class _Sessions:
         complete: bool,
     ) -> None:
         accelerator = self._device.accelerator
+        peer = Peer(complete=complete, trusted=complete and not self._queue.is_hearsay(address))
         if accelerator is not None and self._config.transport is Transport.AUTO:
             try:
                 control, group = self._form_group(client, store, accelerator)
             except (RuntimeError, SourceBusy, SourceRefused) as error:
+                if isinstance(error, SourceBusy) and not complete:
+                    raise  # it was forming others all the time
                 logger.warning(
                     "NetLoader rank %d: source %s: no process group, so the weights come over "
                     "HTTP: %s",
@@ -776,12 +787,12 @@ class _Sessions:
                 )
             else:
                 through = GroupReceiver(control, group, store, accelerator, control.max_bytes)
-                try:
-                    self._receive(address, through, store, scheduler, group)
-                except RuntimeError as error:  # torch's, which says what failed and not why
-                    raise client.last_words() or error from None
+                with group, self._news_of(address, store, scheduler, peer):
+                    try:
+                        self._receive(address, through, store, scheduler, peer, group)
+                    except RuntimeError as error:  # torch's, which says what failed and not why
+                        raise client.last_words() or error from None
                 return
-        peer = Peer(complete=complete, trusted=complete and not self._queue.is_hearsay(address))
         session = _HttpSession(peer, client)
         if accelerator is None:
             peer.cut = lambda: session.cut(
@@ -794,8 +805,7 @@ class _Sessions:
             ):
                 receiver = HttpReceiver(client, store)
                 try:
-                    here = contextlib.nullcontext()
-                    self._receive(address, receiver, store, scheduler, here, peer)
+                    self._receive(address, receiver, store, scheduler, peer)
                 except TransferCorrupt as error:
                     if not peer.trusted:
                         session.cut(error)  # its further connections bring nothing better
@@ -866,18 +876,28 @@ class _Sessions:
     def _form_group(
         self, client: ElasticClient, store: BlockStore, accelerator: Accelerator
     ) -> tuple[GroupControl, TransferGroup]:
-        control = client.open_group(store.digests.weights)
-        group = form_group(
-            accelerator,
-            control.tell,
-            control.hear,
-            CLIENT,
-            client.local_host,
-            handshake=self._config.handshake_timeout,
-            progress=self._config.progress_timeout,
-            gone=client.hung_up,
-        )
-        return control, group
+        deadline = time.monotonic() + self._config.handshake_timeout
+        while True:
+            try:
+                with self._relay.connecting if self._relay else contextlib.nullcontext():
+                    control = client.open_group(store.digests.weights)
+                    group = form_group(
+                        accelerator,
+                        control.tell,
+                        control.hear,
+                        CLIENT,
+                        client.local_host,
+                        handshake=self._config.handshake_timeout,
+                        progress=self._config.progress_timeout,
+                        gone=client.hung_up,
+                    )
+                    return control, group
+            except SourceBusy:
+                # An incomplete source forms one at a time. Two that want one of each other must
+                # not come back at the same moment.
+                over = self._queue.over.wait(random.uniform(*_FORM_AGAIN))
+                if over or time.monotonic() > deadline:
+                    raise
 
     def _receive(
         self,
@@ -885,8 +905,8 @@ class _Sessions:
         receiver: Receiver,
         store: BlockStore,
         scheduler: Scheduler,
-        group: AbstractContextManager[object],
-        peer: Peer | None = None,
+        peer: Peer,
+        group: TransferGroup | None = None,
     ) -> None:
         pull = P2PLoad(
             receiver,
@@ -896,12 +916,13 @@ class _Sessions:
             keep_alive=self._config.progress_timeout / 3,
             peer=peer,
             others=self._queue.lacks_threads,
+            patience=0.0 if group is None else _TRY_ANOTHER,
         )
         origin = address, store.digests.weights
         with self._lock:
             self._pulls.append((origin, pull))
         try:
-            with group:
+            with group or contextlib.nullcontext():
                 pull.run()
         finally:
             # Only now, with the group closed, can nothing of this session reach the tensors.
@@ -923,8 +944,7 @@ class _Sessions:
                     session.add(client)
                     client.join(Join(self._identity, store.digests.weights, self._peer))
                     through = HttpReceiver(client, store)
-                    here = contextlib.nullcontext()
-                    self._receive(address, through, store, scheduler, here, session.peer)
+                    self._receive(address, through, store, scheduler, session.peer)
                     client.done(Done(complete=True))
             except Exception as error:
                 logger.debug("NetLoader: a further connection: %s", one_line(error))
@@ -1058,6 +1078,10 @@ class _HttpSession:
             self.cut_by = self.cut_by or why
             for client in self._clients:
                 client.cut()
+
+
+def _in_groups(device: Device, config: NetLoaderConfig) -> bool:
+    return device.accelerator is not None and config.transport is Transport.AUTO
 
 
 def _blamed(address: Address, error: Exception) -> SourceError:

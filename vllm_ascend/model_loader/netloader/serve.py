@@ -49,6 +49,9 @@ _LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory i
 _UNTIL_CUT = 5.0  # seconds for sessions to let go of that memory once they have been cut
 _BETWEEN_CHECKS = 1.0  # seconds from one check of blocks for a client to the next
 _MOST_CHECKED = 16  # blocks of one
+# Clients that pass on what they get and are fed at once through groups, each of which takes memory
+# of the device and seconds to form. Others get from these what they have.
+_CHILDREN = 2
 _LOOK = 0.5  # seconds between two looks at whether a client that waits is still there
 _SHUTTING_DOWN = "the source is shutting down"
 
@@ -101,6 +104,7 @@ class WeightServer:
     Attributes:
         process: names this process to others.
         endpoint: where it listens; None: it has not been started.
+        connecting: held while this rank forms a group for a load, in either role.
         renew: called with a group whose weights have changed without notice, once withdrawn.
         met: called with a weights digest and a peer that gets these weights.
     """
@@ -110,6 +114,7 @@ class WeightServer:
         self.rank = rank
         self.process = process_id()
         self.endpoint: Endpoint | None = None
+        self.connecting = threading.Lock()
         self.renew: Callable[[str], object] = lambda group: None
         self.met: Callable[[str, Peer], object] = lambda weights, peer: None
         self._host = host
@@ -259,16 +264,17 @@ class WeightServer:
             known = offer.store.digests.weights
             if join.weights not in (None, known):
                 raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
+            with self._lock:
+                if join.peer is not None:
+                    self._check_children(session, offer.store)
+                served = self._session(session, offer.store)
+                if join.peer is not None:
+                    served.relay = served.relay or join.peer
+                    self._peers.know(known, served.relay, session)
         except Refusal as refusal:
             self._log_refusal(session, refusal)
             refusal.problem = msgspec.structs.replace(refusal.problem, instance=self.process)
             raise
-        with self._lock:
-            served = self._session(session, offer.store)
-            if join.peer is not None:
-                if served.relay is None:
-                    served.relay = join.peer
-                self._peers.know(known, served.relay, session)
         if join.peer is not None:
             self.met(known, join.peer)
         joined = Joined(
@@ -299,7 +305,7 @@ class WeightServer:
             raise Refusal(Code.OUT_OF_RANGE, allowed)
         with _as_refusals():
             store.check(run)
-        if served.relay is not None and store.complete and not self._sends(served, run):
+        if not self._sends(served, run):
             raise Refusal(Code.ASK_OTHERS, f"others have got blocks {run} from here")
         return Bytes(store.blocks.size_of(run), self._pieces(served, run))
 
@@ -344,7 +350,13 @@ class WeightServer:
         accelerator = served.store.device.accelerator
         if accelerator is None or self.config.transport is Transport.HTTP:
             raise Refusal(Code.NO_GROUPS, "this instance sends over HTTP only")
-        group = _ServedGroup(session, served, accelerator, self.config, self._limiter)
+        loading = not served.store.complete
+        # Clients that form groups with each other would wait for each other in turn.
+        if loading and not self.connecting.acquire(blocking=False):
+            raise Refusal(Code.BUSY, "another group is being formed")
+        group = _ServedGroup(session, served, accelerator, self.config, self._limiter, self._sends)
+        if loading:
+            group.call_when_formed(self.connecting.release)
         served.groups.append(group)
         session.on_close(group.close)
         group.start()
@@ -494,6 +506,21 @@ class WeightServer:
         served = self._served[session] = _Served(session, store, self._limiter)
         return served
 
+    def _check_children(self, session: Session, store: BlockStore) -> None:
+        """Let further clients get from others what those have that get it through groups.
+
+        Raises:
+            Refusal: there are enough that pass on what they get; the lock is held.
+        """
+        if store.device.accelerator is None or self.config.transport is Transport.HTTP:
+            return
+        children = [
+            other for other, one in self._served.items() if one.store is store and one.relay
+        ]
+        if len(children) >= _CHILDREN and session not in children:
+            feeding = f"{len(children)} clients are fed that pass on what they get"
+            raise Refusal(Code.BUSY, feeding)
+
     def _over(self, session: Session) -> None:
         with self._session_over:
             served = self._served.pop(session)
@@ -507,8 +534,9 @@ class WeightServer:
             return self._peers.others(weights, client.address if client else None, there)
 
     def _sends(self, served: "_Served", run: Run) -> bool:
-        """Return whether a relay gets a run now, or is to ask others for it."""
-        assert served.relay is not None
+        """Return whether a client gets a run now, or is to ask others for it."""
+        if served.relay is None or not served.store.complete:
+            return True
         weights, blocks = served.store.digests.weights, served.store.blocks
         with self._lock:
             if weights not in self._first_copies:
@@ -588,6 +616,7 @@ class Relay:
     Attributes:
         peer: this rank as others know it.
         server: as given.
+        connecting: see `WeightServer`.
         group: of the model.
     """
 
@@ -595,6 +624,7 @@ class Relay:
         assert server.endpoint is not None
         self.peer = Peer(server.endpoint.address, server.endpoint.instance)
         self.server = server
+        self.connecting = server.connecting
         self.group = offer.identity.group
         self._offer = offer
         self._sent_before = server.bytes_sent
@@ -730,7 +760,9 @@ class _ServedGroup:
         accelerator: Accelerator,
         config: NetLoaderConfig,
         limiter: RateLimiter,
+        sends: Callable[[_Served, Run], bool],
     ) -> None:
+        self._sends = sends
         self.max_bytes = config.max_message_bytes
         self._session = session
         self._served = served
@@ -745,24 +777,32 @@ class _ServedGroup:
 
     def start(self) -> None:
         """Begin to form the group, in a thread of its own."""
-        threading.Thread(target=self._form, name="netloader-group", daemon=True).start()
+        try:
+            threading.Thread(target=self._form, name="netloader-group", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._formed.set_exception(error)
+            raise
+
+    def call_when_formed(self, call: Callable[[], object]) -> None:
+        """Call something when the group is formed, or could not be."""
+        self._formed.add_done_callback(lambda _: call())
 
     def exchange(self, values: list[api.Value]) -> list[api.Value]:
         """Pass values of the group's store on, both ways."""
         with _as_refusals():
             return self._mailbox.exchange(values, api.MAX_EXCHANGE_SECONDS)
 
-    def sizes(self, runs: list[api.Run]) -> list[int]:
-        """Return the sizes of runs that can be sent."""
+    def sizes(self, runs: list[api.Run]) -> list[int | None]:
+        """Return the sizes of runs that can be sent; None: others are to be asked for one."""
         blocks = self._served.store.blocks
-        sizes = []
+        sizes: list[int | None] = []
         for run in (Run(*run) for run in runs):
             if not blocks.contains(run) or blocks.size_of(run) > self.max_bytes:
                 allowed = f"blocks 0-{blocks.count - 1}, {self.max_bytes} bytes of them at once"
                 raise Refusal(Code.OUT_OF_RANGE, f"blocks {run} asked for; allowed: {allowed}")
             with _as_refusals():
                 self._served.store.check(run)
-            sizes.append(blocks.size_of(run))
+            sizes.append(blocks.size_of(run) if self._sends(self._served, run) else None)
         return sizes
 
     def send(self, runs: list[api.Run]) -> None:

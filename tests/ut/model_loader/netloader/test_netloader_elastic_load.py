@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -220,6 +221,15 @@ def test_a_source_without_news_is_left_if_there_is_another_to_ask(there, monkeyp
     asked = iter([False, True])
     with pytest.raises(SourceBusy, match="no blocks just now"):
         of_incomplete_source(there, others=lambda: next(asked)).run()
+
+
+def test_a_source_whose_replacement_takes_longer_is_left_later(there, monkeypatch):
+    monkeypatch.setattr(elastic_load, "_TRY_ANOTHER", 0.01)
+    load = of_incomplete_source(there, others=lambda: True, patience=0.2)
+    started = time.monotonic()
+    with pytest.raises(SourceBusy, match="no blocks just now"):
+        load.run()
+    assert time.monotonic() - started >= 0.2
 
 
 def test_a_source_without_news_is_left_in_the_end(there):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.executor import scheduler
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad
 from vllm_ascend.model_loader.netloader.executor.model.match import match
@@ -269,10 +270,12 @@ class Control:
     def _serve(self):
         try:
             while (runs := self._asked.get(timeout=PATIENCE)) is not None:
-                self._answers.put(self.sizes([self._blocks.size_of(run) for run in runs]))
-                for run in runs:
-                    self.sender.send(run)
-                    assert self.sender.in_flight <= WINDOW
+                sizes = self.sizes([self._blocks.size_of(run) for run in runs])
+                self._answers.put(sizes)
+                for run, size in zip(runs, sizes, strict=False):
+                    if size is not None:
+                        self.sender.send(run)
+                        assert self.sender.in_flight <= WINDOW
             self.sender.finish()
         except (RuntimeError, AssertionError) as error:  # the second: closed by the test
             self.failure = error
@@ -347,6 +350,30 @@ def test_runs_are_asked_for_in_batches_before_they_are_needed(pair):
     session.load.run()
     assert [len(batch) for batch in session.control.batches] == [BATCH] * 5
     assert AHEAD == 2 * BATCH
+
+
+def test_what_the_source_has_sent_to_others_is_asked_for_again(pair, monkeypatch):
+    monkeypatch.setattr(scheduler, "_ASK_AGAIN", 0.01)
+    tensors = {f"t{i}": random_tensor(i, torch.uint8, MIB) for i in range(20)}
+    session = Session(pair, tensors)
+    declined = iter([True, False, True, True])
+    session.control.sizes = lambda sizes: [
+        None if next(declined, False) else size for size in sizes
+    ]
+    session.load.run()
+    assert differing(tensors, session.blanks) == []
+    session.control.end()
+    assert session.control.failure is None
+    asked = [run for batch in session.control.batches for run in batch]
+    assert len(asked) == 20 + 3
+
+
+def test_sizes_of_more_runs_than_were_asked_for_end_the_session(pair):
+    session = Session(pair, {"t": random_tensor(0, torch.uint8, 5000)})
+    session.control.sizes = lambda sizes: [*sizes, None]
+    with pytest.raises(ProtocolError, match=r"blocks have \[5000\] bytes here and \[5000, None\]"):
+        session.load.run()
+    assert pair.client.in_flight == 0
 
 
 def test_sizes_that_are_not_those_of_the_runs_end_the_session_before_anything_is_received(pair):

@@ -653,6 +653,16 @@ def test_a_client_may_ask_whether_blocks_are_what_their_digests_say(source):
             client.check(DIGEST, 2, 1)
 
 
+def test_a_run_that_others_are_to_be_asked_for_is_not_sent(source):
+    with source.client() as client:
+        group = client.open_group(DIGEST)
+        there = source.service.groups[0]
+        there.sizes = lambda runs: [None, 5]
+        assert send(client, group._id, [(0, 1), (2, 2)]) == [None, 5]
+        assert until(lambda: there.sent)
+        assert there.sent == [[(2, 2)]]
+
+
 def test_a_group_is_its_connections_own(source):
     with source.client() as client, source.client() as other:
         group = client.open_group(DIGEST)

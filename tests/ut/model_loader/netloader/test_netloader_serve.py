@@ -984,12 +984,70 @@ def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody():
     fetched(to, weights, 3, 8, by=other)
 
 
-def loading(to):
-    made = Offer(WHO, None, "the weights are being loaded", code=Code.LOADING)
+def joins_on_accelerator(to, peer=None):
+    by = session()
+    return by, to.join(by, Join(identity(layout=PROCESSED), peer=peer))
+
+
+def test_through_groups_two_relays_are_fed_and_others_hear_of_them():
+    to, store, _ = on_accelerator()
+    one, _ = joins_on_accelerator(to, relayed(1))
+    joins_on_accelerator(to, relayed(2))
+    joins_on_accelerator(to)  # one that passes nothing on takes no place of theirs
+    third = Join(identity(layout=PROCESSED), peer=relayed(3))
+    code, text = refusal(to.join, session(), third)
+    assert (code, text) == ("busy", "2 clients are fed that pass on what they get")
+    assert {peer.address for peer in to.others(third)[1]} == {
+        relayed(number).address for number in (1, 2)
+    }
+    to.join(one, Join(identity(layout=PROCESSED), store.digests.weights, relayed(1)))  # once more
+    one.close()
+    joins_on_accelerator(to, relayed(3))
+
+
+def test_over_http_there_are_as_many_relays_as_sessions():
+    for to in (server(offer()), on_accelerator(transport=Transport.HTTP)[0]):
+        [one] = to._offers.values()
+        for number in range(4):
+            to.join(session(), Join(one.identity, peer=relayed(number)))
+
+
+def test_through_groups_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody():
+    to, store, _ = on_accelerator()
+    weights = store.digests.weights
+    one, other, plain = (
+        to.open_group(joins_on_accelerator(to, peer)[0], weights)
+        for peer in (relayed(1), relayed(2), None)
+    )
+    assert one.sizes([(0, 5)]) == [6 * MIB]
+    assert other.sizes([(3, 5), (6, 6), (5, 7)]) == [None, MIB, None]
+    assert plain.sizes([(3, 5)]) == [3 * MIB]
+    assert other.sizes([(7, 11), (3, 5)]) == [5 * MIB, 3 * MIB]
+
+
+def test_a_relay_forms_one_group_at_a_time():
+    to = server()
+    who = identity(layout=PROCESSED)
+    relay, store = loading(to, who, LinkDevice())
+    relay.begin(store, lambda weights, peer: None)
+    weights, client = store.digests.weights, session()
+    to.join(client, Join(who))
+    with relay.connecting:
+        assert refusal(to.open_group, client, weights) == ("busy", "another group is being formed")
+    to.open_group(client, weights)
+    assert refusal(to.open_group, session(), weights)[0] == "busy"
+    client.close()  # nobody comes to the group
+    assert until(lambda: not to.connecting.locked())
+    to.open_group(session(), weights)
+
+
+def loading(to, who=WHO, device=None):
+    made = Offer(who, None, "the weights are being loaded", code=Code.LOADING)
     to.endpoint = Endpoint("10.0.0.1:1", to.process)
     to.announce(made)
-    there = store_of(TENSORS)
-    return Relay(to, made), incomplete(there, [torch.empty_like(one) for one in there.tensors])
+    there = store_of(TENSORS, *[device] if device else [])
+    empty = [torch.empty_like(one) for one in there.tensors]
+    return Relay(to, made), incomplete(there, empty, there.device)
 
 
 def test_a_load_passes_on_what_has_come_until_it_ends():

@@ -100,6 +100,7 @@ class P2PLoad:
         keep_alive: seconds after which a session with nothing to fetch says that it is there.
         peer: the source, if it is not known to have every block.
         others: whether there is another source to ask and nobody else to ask it.
+        patience: seconds without news after which it is asked at the earliest.
 
     Attributes:
         bytes_received: bytes of the runs that have come and are right.
@@ -115,7 +116,9 @@ class P2PLoad:
         keep_alive: float,
         peer: Peer | None = None,
         others: Callable[[], bool] = lambda: False,
+        patience: float = 0.0,
     ) -> None:
+        self._patience = patience
         self._peer = peer or Peer()
         self._others = others
         self._receiver = receiver
@@ -210,7 +213,7 @@ class P2PLoad:
             raise self._peer.failure
         if (cut := self._scheduler.slow(self._peer)) is not None:
             cut()
-        longest = _TRY_ANOTHER if self._others() else _IDLE * self._keep_alive
+        longest = max(_TRY_ANOTHER, self._patience) if self._others() else _IDLE * self._keep_alive
         if self._scheduler.idle_for(self._peer) >= longest:
             raise SourceBusy("has no blocks just now that are wanted")
         if not self._scheduler.finished:

@@ -281,9 +281,13 @@ class SendRuns(msgspec.Struct, frozen=True):
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """The source sends the runs in the order asked for; bytes of each."""
+    """The source sends the runs in the order asked for.
 
-    sizes: list[Count]
+    Attributes:
+        sizes: bytes of each run; null: it is not sent, as others have got it from here.
+    """
+
+    sizes: list[Count | None]
 
 
 class Done(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -239,8 +239,8 @@ class ElasticClient:
         with self._failures():
             self._say("POST", api.SEND.format(id=group), body)
 
-    def hear_sizes(self) -> list[int]:
-        """Return the sizes of the runs that were asked for.
+    def hear_sizes(self) -> list[int | None]:
+        """Return the sizes of the runs that were asked for; None: others are to be asked for it.
 
         The answer comes before the bytes, and after those of what was asked for before.
         """
@@ -484,8 +484,8 @@ class GroupControl:
         """Ask for runs; `answer` has to come next."""
         self._client.ask_runs(self._id, runs)
 
-    def answer(self) -> list[int]:
-        """Return the sizes of the runs that the source sends now."""
+    def answer(self) -> list[int | None]:
+        """Return the sizes of the runs that the source sends now; None: it does not send one."""
         return self._client.hear_sizes()
 
     @property

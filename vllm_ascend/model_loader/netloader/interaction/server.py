@@ -96,8 +96,8 @@ class Group(Protocol):
     def max_bytes(self) -> int:
         """Size of a run that is not to be exceeded."""
 
-    def sizes(self, runs: list[api.Run]) -> list[int]:
-        """Return the bytes of each run, which `send` is called for next."""
+    def sizes(self, runs: list[api.Run]) -> list[int | None]:
+        """Return the bytes of each run that `send` is called for next; None: it is not to be."""
 
     def send(self, runs: list[api.Run]) -> None:
         """Send the runs through the group, in order, or start to."""
@@ -558,7 +558,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(api.Sizes(sizes))
         try:
             with self._calls():
-                self._group(id).send(runs)
+                self._group(id).send(
+                    [run for run, size in zip(runs, sizes, strict=True) if size is not None]
+                )
         except Refusal:
             self.close_connection = True
             raise

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import PrefixStore, ProcessGroup
 
-from ...errors import ProtocolError
+from ...errors import AskOthers, ProtocolError
 from ..chunks.blocks import Run
 from ..devices import Accelerator
 from ..store import BlockStore
@@ -32,8 +32,11 @@ class Control(Protocol):
     def ask(self, runs: Sequence[Run]) -> None:
         """Ask for runs, in order, once the answer to what was asked before has been taken."""
 
-    def answer(self) -> list[int]:
-        """Return the sizes in bytes of the runs that the source is about to send."""
+    def answer(self) -> Sequence[int | None]:
+        """Return the sizes in bytes of the runs that the source is about to send.
+
+        None: it does not send this one, as it has sent it to others.
+        """
 
     @property
     def answered(self) -> bool:
@@ -211,6 +214,7 @@ class GroupReceiver:
         self._asked: Sequence[Run] | None = None
         self._announced: deque[Run] = deque()
         self._arriving: deque[tuple[Run, torch.Tensor | None]] = deque()
+        self._declined: set[Run] = set()
 
     def request(self, runs: Sequence[Run]) -> None:
         """Ask as soon as the source has answered what was asked before."""
@@ -231,6 +235,10 @@ class GroupReceiver:
         while self._announced and len(self._arriving) < WINDOW:
             self._start(self._announced.popleft())
         run, buffer = self._arriving[0]
+        if run in self._declined:
+            self._declined.remove(run)
+            self._arriving.popleft()
+            raise AskOthers(f"others have got blocks {run} from the source")
         nbytes = self._store.blocks.size_of(run)
         if nbytes:
             self._group.wait()
@@ -249,15 +257,18 @@ class GroupReceiver:
         sizes, asked = self._control.answer(), self._asked
         assert asked is not None
         expected = [self._store.blocks.size_of(run) for run in asked]
-        if sizes != expected:
+        if len(sizes) != len(asked) or any(
+            there not in (here, None) for here, there in zip(expected, sizes, strict=True)
+        ):
             # A backend may end this process if more comes than there is room for.
             raise ProtocolError(f"blocks have {expected} bytes here and {sizes} there")
+        self._declined.update(run for run, size in zip(asked, sizes, strict=True) if size is None)
         self._announced.extend(asked)
         self._asked = None
         self._ask_next()
 
     def _start(self, run: Run) -> None:
-        nbytes = self._store.blocks.size_of(run)
+        nbytes = 0 if run in self._declined else self._store.blocks.size_of(run)
         message, buffer = own_memory(run, self._store, self._accelerator), None
         if message is None and nbytes:
             buffer = self._staging.take(nbytes)
