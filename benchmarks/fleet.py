@@ -309,10 +309,11 @@ def run(case: Case, mbit: float, weights: Tensors, patience: float = 300.0) -> R
     context = multiprocessing.get_context("fork")
     with contextlib.ExitStack() as stack:
         pipes: dict[int, Connection] = {}
+        processes: dict[int, Any] = {}
         for node in range(case.clients + 1):
             rate = mbit / 10 if 0 < node <= case.slow else mbit
             pipes[node], far = context.Pipe()
-            process = context.Process(
+            process = processes[node] = context.Process(
                 target=be_node, args=(far, node, case, weights, rate), daemon=True
             )
             process.start()
@@ -329,7 +330,11 @@ def run(case: Case, mbit: float, weights: Tensors, patience: float = 300.0) -> R
             pipes[node].send("plugged in")
         for pipe in pipes.values():
             hear(pipe)
-        return watch(case, pipes, digest(weights), patience)
+        result = watch(case, pipes, digest(weights), patience)
+        for node in range(case.clients + 1):
+            if (code := processes[node].exitcode) is not None:
+                result.reasons[node] = f"its process ended with exit code {code}"
+        return result
 
 
 def hear(pipe: Connection) -> Any:
@@ -361,8 +366,7 @@ def watch(case: Case, pipes: dict[int, Connection], right: str, patience: float)
             try:
                 ended, reason = pipe.recv()
             except EOFError:
-                result.reasons[node] = "its process has ended"
-                continue
+                continue  # it was killed
             if reason:
                 result.reasons[node] = reason
             else:
@@ -539,8 +543,8 @@ def measure(options: argparse.Namespace, mbit: int, weights: Tensors) -> None:
             f"{result.used:.0%} of {result.busy:.0%}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-        for client, reason in result.reasons.items() if shown is None else ():
-            print(f"  node {client}: {reason}"[:300])
+        for node, reason in result.reasons.items():
+            print(f"  node {node}: {reason}"[:300])
     if options.case:
         return
     curve = {n: each for n in (1, *SIZES) if (each := times[str(n)]) is not None}
