@@ -3,6 +3,7 @@
 import xml.etree.ElementTree
 
 import pytest
+import torch
 
 from benchmarks import fleet
 from benchmarks.fleet import Case, Result
@@ -69,3 +70,11 @@ def test_lies_change_what_is_passed_on():
     views = [memoryview(b"abcd"), memoryview(b"ef")]
     assert [bytes(view) for view in fleet.flip(views)] == [b"abbd", b"ef"]
     assert [bytes(view) for view in fleet.stale(views)] == [bytes(4), bytes(2)]
+
+
+def test_one_wrong_byte_is_seen():
+    right = {"a": torch.zeros(9, dtype=torch.uint8), "b": torch.ones(9, dtype=torch.uint8)}
+    found = {name: tensor.clone() for name, tensor in right.items()}
+    assert fleet.same(found, right)
+    found["b"][8] = 2
+    assert not fleet.same(found, right)
