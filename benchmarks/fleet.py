@@ -463,7 +463,7 @@ def picture(times: Mapping[int, float], text: str) -> str:
             *(label(at(1, v), f"{v:g}", 'dx="-8" dy="4" text-anchor="end"') for v in (0, 1, 2)),
             *(label(at(n, 0), f"{n}", 'dy="18" text-anchor="middle"') for n in times),
             line({1: 1.0, 2: 2.0}, 'stroke="#999" stroke-dasharray="2 4"'),
-            label(at(2, 1.9), "one after the other", 'dx="4" fill="#777"'),
+            label(at(2, 1.9), "without relays", 'dx="4" fill="#777"'),
             line(TARGETS, 'stroke="#999" stroke-dasharray="6 4"'),
             line(times, 'stroke="#06c" stroke-width="2"'),
             *(
