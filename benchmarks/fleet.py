@@ -3,7 +3,8 @@
 Each node is a process in a network namespace of its own. A link of the same rate each way connects
 it to a bridge; token buckets (tc tbf) in both directions make the rate. A node loads with
 `elastic_load` and passes on what has come with its `WeightServer`, with the default configuration.
-Its memory is in use before it starts, and there is no post-processing.
+Its memory is in use before it starts, and there is no post-processing. The weights are 64 tensors
+of 4 MiB, so a request is for 4 MiB, as in `fleet_simulation`.
 
 All nodes share the cores of this machine, where each would have its own. So the rate of the links
 is chosen by what a load costs the processors: the largest fleet needs about half of their time.
