@@ -14,7 +14,7 @@ VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e proof \
-	proof-npu test-npu lint docs bench bench-serving simulate-fleet clean
+	proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet clean
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -31,6 +31,8 @@ help:
 	@echo "make docs      both languages of the documentation, warnings as errors"
 	@echo "make bench     the data plane, shared storage and vLLM's loaders beside NetLoader (BENCH_JSON=FILE)"
 	@echo "make bench-serving  tokens of an instance while others pull from it (BENCH_JSON=FILE)"
+	@echo "make bench-fleet  up to 16 clients of one seed, with a network link for each (BENCH_JSON=FILE,"
+	@echo "               SVG=FILE: the curve as a picture)"
 	@echo "make simulate-fleet  up to 1,000 replicas in virtual time (SEED=0, BENCH_JSON=FILE)"
 	@echo "make venv      only install (make venv-npu: vLLM Ascend)"
 	@echo "make clean     remove everything that make made"
@@ -102,6 +104,11 @@ bench: venv
 
 bench-serving: venv
 	$(BIN)/python -m benchmarks.serving $(if $(BENCH_JSON),--json $(BENCH_JSON))
+
+# Needs root, or "unshare -rn make bench-fleet": it says so, and does nothing, where that is missing.
+bench-fleet: venv
+	$(BIN)/python -m benchmarks.fleet $(if $(BENCH_JSON),--json $(BENCH_JSON)) \
+		$(if $(SVG),--svg $(SVG))
 
 simulate-fleet: venv
 	$(BIN)/python -m benchmarks.fleet_simulation $(if $(SEED),--seed $(SEED)) \

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -181,3 +183,31 @@ def test_nothing_is_called_by_a_longer_name_than_others_can_pass_on(said):
         fields["instance"] = "i" * (api.MAX_INSTANCE + 1)
         with pytest.raises(Refusal, match="instance"):
             api.decode(msgspec.json.encode(fields), type(said))
+
+
+FIRST_MESSAGES = """
+import importlib, sys, threading
+import msgspec
+from tests.identity import IDENTITY
+from vllm_ascend.model_loader.netloader import identity
+from vllm_ascend.model_loader.netloader.interaction import api
+
+body = msgspec.json.encode(api.Join(IDENTITY, None, api.Peer("10.0.0.1:28000", "process")))
+sys.setswitchinterval(1e-6)
+for _ in range(30):
+    importlib.reload(identity)
+    importlib.reload(api)
+    go = threading.Event()
+    decode = lambda: (go.wait(), api.decode(body, api.Join))
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    go.set()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_the_first_messages_may_come_on_several_connections_at_the_same_time():
+    ended = subprocess.run([sys.executable, "-c", FIRST_MESSAGES], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
