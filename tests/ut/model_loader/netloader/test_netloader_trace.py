@@ -6,6 +6,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped
 from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
@@ -346,3 +347,17 @@ def test_a_load_that_is_watched_does_what_it_does_otherwise():
     alone = Model(load, p=torch.zeros(6, 4))
     alone.load_weights([("w", RAMP)])
     assert torch.equal(watched.p, alone.p)
+
+
+@pytest.mark.parametrize(
+    ("step", "what"), [("_add", "w"), ("_copied", "aten.clone.default"), ("_note", "aten.copy_")]
+)
+def test_what_goes_wrong_while_taking_notes_leaves_the_load_alone(monkeypatch, step, what):
+    def fail(*_):
+        raise RuntimeError("no notes")
+
+    monkeypatch.setattr(Trace, step, fail)
+    model = Model(lambda model, name, tensor: model.p.copy_(tensor.clone()), p=RAMP * 0)
+    with pytest.raises(Unmapped, match=rf"^{what}\S*: RuntimeError: no notes"):
+        records_of(model, {"w": RAMP})
+    assert torch.equal(model.p, RAMP)

@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -61,6 +61,7 @@ def regions(draw):
     return shape, offset, dims
 
 
+@example(((6,), 0, [(2, 1, 5), (3, 1, 7)]))
 @given(regions())
 def test_boxes_have_the_elements_of_a_strided_region_each_in_its_place(region):
     shape, offset, dims = region

@@ -5,9 +5,11 @@ them into other memory are noted as boxes, and what else is done with them is no
 Nothing has to be known of the model, and tensors on the meta device do as well as real ones.
 """
 
+import contextlib
+import functools
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -145,10 +147,14 @@ class Trace(TorchDispatchMode):
     """Notes how checkpoint tensors are copied into a model.
 
     Used as `with trace: model.load_weights(trace.watch(weights))`, and asked for `records` then.
+
+    Attributes:
+        failure: what went wrong while taking notes; the load went on without.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.failure = ""
         self._catalog: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._kept: dict[str, dict[Box, Kept]] = defaultdict(dict)
         self._room = _KEPT_OF_ALL
@@ -165,12 +171,19 @@ class Trace(TorchDispatchMode):
         for name, tensor in weights:
             shape = tuple(tensor.shape)
             self._catalog[name] = tensor.dtype, shape
-            chain = (tensor.dtype,)
-            self._add(tensor, name, shape, 0, row_major(shape), None, chain)
+            with self._noting(name):
+                chain = (tensor.dtype,)
+                self._add(tensor, name, shape, 0, row_major(shape), None, chain)
             yield name, tensor
 
     def records(self, model: nn.Module) -> Records:
-        """Return what the parameters and buffers of a model have of the checkpoint."""
+        """Return what the parameters and buffers of a model have of the checkpoint.
+
+        Raises:
+            Unmapped: something went wrong while taking notes.
+        """
+        if self.failure:
+            raise Unmapped(self.failure)
         sharing: dict[int, dict[tuple[int, int], tuple[str, torch.Tensor]]] = defaultdict(dict)
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),
@@ -244,18 +257,37 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Take note of an operation, and do it."""
         kwargs = kwargs or {}
+        after = None
+        with self._noting(func):
+            after = self._before(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if after is not None:
+            with self._noting(func):
+                after(out)
+        return out
+
+    @contextlib.contextmanager
+    def _noting(self, what: object) -> Iterator[None]:
+        """Let a load go on without records, as it is worth more than they are."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or f"{what}: {type(error).__name__}: {error}"
+
+    def _before(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Take note of an operation before it is done, and return what is to be done after it."""
         if func is _aten.copy_.default and (span := self._span(args[1])) is not None:
             self._note(args[0], self._write_of(args[0], args[1], span))
-            return func(*args, **kwargs)
+            return None
         inputs = [
             one for one in _tensors(args, kwargs) if one.untyped_storage()._cdata in self._known
         ]
         if func in _BLIND or _is_view(func):
-            return func(*args, **kwargs)
+            return None
         if func in _COPIES and inputs and (span := self._span(inputs[0])) is not None:
-            out = func(*args, **kwargs)
-            self._copied(out, inputs[0], span)
-            return out
+            return functools.partial(self._copied, inputs[0], span)
         fills = func in _FILLS and (len(args) < 2 or args[1] not in self._numbers)
         for one in inputs:
             if not fills or self._span(one) is not None:
@@ -264,10 +296,7 @@ class Trace(TorchDispatchMode):
             view = one.storage_offset(), tuple(one.shape), one.stride(), one.dtype
             value = args[1] if len(args) > 1 and fills else 0
             self._note(one, _Write(*view, operation="" if fills else str(func), value=value))
-        out = func(*args, **kwargs)
-        if func is _aten._local_scalar_dense.default and inputs:
-            self._numbers.add(out)
-        return out
+        return self._numbers.add if func is _aten._local_scalar_dense.default and inputs else None
 
     def _hold(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -306,7 +335,7 @@ class Trace(TorchDispatchMode):
             return None
         return spans[at]
 
-    def _copied(self, out: torch.Tensor, tensor: torch.Tensor, span: _Span) -> None:
+    def _copied(self, tensor: torch.Tensor, span: _Span, out: torch.Tensor) -> None:
         """Take note of new memory that has the elements of a tensor."""
         try:
             chain = span.chain_to(tensor.dtype)
