@@ -299,6 +299,21 @@ def test_a_tensor_without_values_keeps_none():
     assert records.computed == {"p": "aten.copy_.default"}
 
 
+def test_a_load_of_tensors_without_values_tells_what_a_real_one_would_copy():
+    def load(model, name, tensor):
+        model.p[:6].copy_(tensor)
+        model.p[6:].fill_(0.5)
+        model.q.copy_(tensor.sum(0))
+
+    def records(checkpoint):
+        return traced(load, checkpoint, p=torch.ones(7, 4), q=torch.ones(4))
+
+    (there, _), (here, model) = records({"w": RAMP}), records({"w": RAMP.to("meta")})
+    assert seen(here).copies == seen(there).copies
+    assert (here.fills, here.computed) == (there.fills, there.computed)
+    assert model.p[:6].eq(1).all() and model.p[6:].eq(0.5).all() and model.q.eq(1).all()
+
+
 def test_a_tensor_that_nobody_reads_has_no_copies():
     records, model = traced(lambda *_: None, {"w": RAMP}, p=torch.zeros(6, 4))
     assert not seen(records).copies and not records.parameters

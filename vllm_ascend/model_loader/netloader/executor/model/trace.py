@@ -2,7 +2,8 @@
 
 Every operation of `load_weights` passes by: views of checkpoint tensors are let through, copies of
 them into other memory are noted as boxes, and what else is done with them is noted as computing.
-Nothing has to be known of the model, and tensors on the meta device do as well as real ones.
+Nothing has to be known of the model. Checkpoint tensors may be on the meta device, which tells what
+a model would copy where: the model, on its own device, then keeps what it has.
 """
 
 import contextlib
@@ -260,6 +261,8 @@ class Trace(TorchDispatchMode):
         after = None
         with self._noting(func):
             after = self._before(func, args, kwargs)
+        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # no values that could be copied
         out = func(*args, **kwargs)
         if after is not None:
             with self._noting(func):
