@@ -1,0 +1,378 @@
+"""What a trace notes of what loaders do with checkpoint tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
+from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
+from vllm_ascend.model_loader.netloader.executor.view.records import (
+    Copy,
+    Fill,
+    Kept,
+    decode,
+    encode,
+)
+
+from .support import bytes_of
+
+RAMP = torch.arange(24.0).reshape(6, 4)
+
+
+class Model(nn.Module):
+    """A model with some tensors, and with a function that loads each checkpoint tensor."""
+
+    def __init__(self, load, device="cpu", **tensors):
+        super().__init__()
+        self.load = load
+        for name, tensor in tensors.items():
+            parameter = nn.Parameter(tensor.to(device), requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.load(self, name, tensor)
+
+
+def traced(load, checkpoint, device="cpu", **tensors):
+    model = Model(load, device, **tensors)
+    return records_of(model, checkpoint), model
+
+
+def records_of(model, checkpoint):
+    trace = Trace()
+    with trace:
+        model.load_weights(trace.watch(checkpoint.items()))
+    return decode(encode(trace.records(model)))
+
+
+def seen(records, name="w"):
+    (found,) = [one for one in records.tensors if one.name == name]
+    return found
+
+
+def rebuilt(records, model, name="w"):
+    """A checkpoint tensor, if all of it is known."""
+    whole, known = rebuild(name, [(records, dict(model.named_parameters()))])
+    return whole if known.all() else None
+
+
+def test_a_copy_is_one_box():
+    def load(model, name, tensor):
+        model.p[1:].copy_(tensor)
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(7, 4))
+    assert seen(records).copies == (Copy((0, 0), (6, 4), 0, 4, (4, 1)),)
+    assert not records.fills and not records.computed
+
+
+def test_columns_that_are_taken_apart_are_a_box_each():
+    def load(model, name, tensor):
+        model.p[:, :2].copy_(tensor[:, ::2])
+        model.p[:, 2:].copy_(tensor[:, 1::2])
+
+    records, model = traced(load, {"w": RAMP}, p=torch.zeros(6, 4))
+    assert len(seen(records).copies) == 4
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_tied_parameters_are_noted_once_under_the_first_name():
+    model = Model(lambda model, name, tensor: model.b.copy_(tensor), a=RAMP * 0)
+    model.b = model.a
+    records = records_of(model, {"w": RAMP})
+    assert [parameter.name for parameter in records.parameters] == ["a"]
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_parameters_that_are_parts_of_one_memory_are_noted_each_under_its_name():
+    memory = torch.zeros(12, 4)
+    model = Model(lambda model, name, tensor: model.get_parameter(name).copy_(tensor))
+    for name, part in zip("ab", memory.split(6), strict=True):
+        model.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    records = records_of(model, {"a": RAMP, "b": -RAMP})
+    assert [parameter.name for parameter in records.parameters] == ["a", "b"]
+    assert torch.equal(rebuilt(records, model, "b"), -RAMP)
+
+
+def test_memory_that_a_checkpoint_tensor_brings_along_is_noted():
+    def load(model, name, tensor):
+        model.p.data = tensor[1:]
+
+    records, _ = traced(load, {"w": RAMP.clone()}, p=torch.zeros(5, 4))
+    assert seen(records).copies == (Copy((1, 0), (5, 4), 0, 0, (4, 1)),)
+
+
+def test_padding_that_is_filled_is_noted_as_filled():
+    def load(model, name, tensor):
+        model.p[:6].copy_(tensor)
+        model.p[6:].fill_(0.5)
+
+    records, model = traced(load, {"w": RAMP}, p=torch.zeros(8, 4))
+    assert records.fills == (Fill(0, 24, (2, 4), (4, 1), 0.5),)
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_what_is_filled_before_it_is_copied_over_stays_noted():
+    def load(model, name, tensor):
+        model.p.zero_()
+        model.p[:6].copy_(tensor)
+
+    records, model = traced(load, {"w": RAMP}, p=torch.ones(8, 4))
+    assert records.fills == (Fill(0, 0, (8, 4), (4, 1), 0),)
+    assert torch.equal(rebuilt(records, model), RAMP) and not records.computed
+
+
+def test_one_scale_for_many_rows_is_in_each_of_them():
+    def load(model, name, tensor):
+        model.p.copy_(tensor)
+
+    records, model = traced(load, {"w": torch.tensor([2.5])}, p=torch.zeros(3))
+    copies = seen(records).copies
+    assert copies == tuple(Copy((0,), (1,), 0, at, (0,)) for at in range(3))
+    assert rebuilt(records, model) == 2.5
+
+
+def test_a_copy_of_a_copy_is_found_in_the_checkpoint():
+    def load(model, name, tensor):
+        columns = tensor.t()[1:3].contiguous()
+        model.p.copy_(columns.to(torch.float64).clone()[1])
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6))
+    assert seen(records).copies == (Copy((0, 2), (6, 1), 0, 0, (1, 0)),)
+
+
+def test_a_cast_is_noted_with_both_dtypes():
+    def load(model, name, tensor):
+        model.p.copy_(tensor)
+
+    records, _ = traced(load, {"w": RAMP.bfloat16()}, p=torch.zeros(6, 4))
+    assert seen(records).copies[0].through == ("bfloat16", "float32")
+
+
+def test_a_rounding_on_the_way_is_noted():
+    def load(model, name, tensor):
+        model.p.copy_(tensor.half())
+
+    records, model = traced(load, {"w": RAMP / 3}, p=torch.zeros(6, 4))
+    assert seen(records).copies[0].through == ("float32", "float16", "float32")
+    assert rebuilt(records, model) is None
+
+
+def test_a_later_copy_replaces_an_earlier_one():
+    def load(model, name, tensor):
+        model.p.copy_(tensor)
+
+    records, _ = traced(load, {"v": RAMP, "w": RAMP}, p=torch.zeros(6, 4))
+    assert not seen(records, "v").copies and seen(records, "w").copies
+    assert not records.computed
+
+
+def test_a_copy_over_a_part_of_another_one_is_told_by_name():
+    def load(model, name, tensor):
+        model.p[: len(tensor)].copy_(tensor)
+
+    records, _ = traced(load, {"v": RAMP, "w": RAMP[:2].clone()}, p=torch.zeros(6, 4))
+    assert records.computed == {"p": "w is over a part of v"}
+    assert not seen(records, "v").copies
+
+
+def test_copies_between_the_columns_of_others_stay_apart():
+    def load(model, name, tensor):
+        model.p[:, "vw".index(name) :: 2].copy_(tensor)
+
+    records, model = traced(load, {"v": RAMP, "w": -RAMP}, p=torch.zeros(6, 8))
+    assert torch.equal(rebuilt(records, model, "v"), RAMP)
+    assert torch.equal(rebuilt(records, model, "w"), -RAMP)
+
+
+def test_what_is_computed_is_told_by_name_and_what_it_was_made_of_is_kept():
+    def load(model, name, tensor):
+        model.p.copy_(-torch.exp(tensor))
+
+    records, model = traced(load, {"w": RAMP}, p=torch.zeros(6, 4))
+    assert records.computed == {"p": "aten.copy_.default"}
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_a_number_that_was_read_from_a_checkpoint_tensor_is_no_constant():
+    def load(model, name, tensor):
+        model.p.fill_(tensor.item())
+
+    records, model = traced(load, {"w": torch.tensor(0.125)}, p=torch.zeros(4))
+    assert records.computed == {"p": "aten.fill_.Scalar"} and not records.fills
+    assert rebuilt(records, model) == 0.125
+
+
+def test_what_is_joined_with_others_is_computed():
+    def load(model, name, tensor):
+        model.p.copy_(torch.cat([tensor, tensor]))
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(12, 4))
+    assert records.computed == {"p": "aten.copy_.default"}
+
+
+def test_what_is_seen_with_elements_of_another_size_is_computed():
+    def load(model, name, tensor):
+        model.p.copy_(tensor.view(torch.int16))
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6, 8).short())
+    assert records.computed == {"p": "aten.copy_.default"} and not seen(records).copies
+
+
+def test_a_parameter_that_is_written_with_elements_of_another_size_is_computed():
+    def load(model, name, tensor):
+        model.p.view(torch.float32).copy_(tensor)
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6, 8).short())
+    assert "float32" in records.computed["p"] and not seen(records).copies
+
+
+def test_a_parameter_that_is_seen_as_another_dtype_of_its_size_holds_copies():
+    def load(model, name, tensor):
+        model.p.view(torch.float32).copy_(tensor)
+
+    records, model = traced(load, {"w": RAMP}, p=torch.zeros(6, 4).int())
+    assert torch.equal(rebuilt(records, model), RAMP) and not records.computed
+
+
+def test_a_checkpoint_tensor_that_loading_changes_is_kept_as_it_was():
+    def load(model, name, tensor):
+        tensor[2:].zero_()
+        model.p.copy_(tensor)
+
+    records, model = traced(load, {"w": RAMP.clone()}, p=torch.zeros(6, 4))
+    assert records.computed == {"p": "aten.copy_.default"}
+    assert not model.p[2:].any()
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_a_checkpoint_tensor_that_loading_copies_into_is_kept_as_it_was():
+    def load(model, name, tensor):
+        tensor[:3].copy_(tensor[3:].clone())
+        model.p.copy_(tensor)
+
+    records, model = traced(load, {"w": RAMP.clone()}, p=torch.zeros(6, 4))
+    assert torch.equal(rebuilt(records, model), RAMP)
+
+
+def test_a_parameter_that_is_computed_with_is_kept_as_the_checkpoint_had_it():
+    def load(model, name, tensor):
+        model.p.copy_(tensor)
+        model.p[1:3].mul_(2)
+
+    records, _ = traced(load, {"w": RAMP.half()}, p=torch.zeros(6, 4))
+    (kept,) = seen(records).kept
+    assert kept == Kept((1, 0), (2, 4), bytes_of(RAMP[1:3].half()).numpy().tobytes())
+    assert records.computed == {"p": "aten.mul_.Tensor"}
+
+
+def test_rows_that_are_looked_up_in_a_parameter_are_kept_alone():
+    def load(model, name, tensor):
+        model.p.copy_(tensor)
+        model.q.copy_(model.p.data[torch.tensor([4, 1])].sum(0))
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6, 4), q=torch.zeros(4))
+    assert [kept.box.start for kept in seen(records).kept] == [(1, 0), (4, 0)]
+    assert records.computed == {"q": "aten.copy_.default"}
+
+
+def test_values_are_kept_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr(trace_module, "_KEPT_OF_ALL", RAMP.nbytes)
+
+    def load(model, name, tensor):
+        model.p.copy_(tensor + 1)
+
+    records, _ = traced(load, {"v": RAMP, "w": RAMP}, p=torch.zeros(6, 4))
+    assert [kept.values is None for kept in seen(records, "v").kept] == [False]
+    assert [kept.values is None for kept in seen(records, "w").kept] == [True]
+
+
+def test_a_tensor_without_values_keeps_none():
+    def load(model, name, tensor):
+        model.p.copy_(tensor + 1)
+
+    checkpoint = {"w": RAMP.to("meta")}
+    records, _ = traced(load, checkpoint, device="meta", p=torch.zeros(6, 4))
+    assert seen(records).kept == (Kept((0, 0), (6, 4)),)
+    assert records.computed == {"p": "aten.copy_.default"}
+
+
+def test_a_load_of_tensors_without_values_tells_what_a_real_one_would_copy():
+    def load(model, name, tensor):
+        model.p[:6].copy_(tensor)
+        model.p[6:].fill_(0.5)
+        model.q.copy_(tensor.sum(0))
+
+    def records(checkpoint):
+        return traced(load, checkpoint, p=torch.ones(7, 4), q=torch.ones(4))
+
+    (there, _), (here, model) = records({"w": RAMP}), records({"w": RAMP.to("meta")})
+    assert seen(here).copies == seen(there).copies
+    assert (here.fills, here.computed) == (there.fills, there.computed)
+    assert model.p[:6].eq(1).all() and model.p[6:].eq(0.5).all() and model.q.eq(1).all()
+
+
+def test_a_tensor_that_nobody_reads_has_no_copies():
+    records, model = traced(lambda *_: None, {"w": RAMP}, p=torch.zeros(6, 4))
+    assert not seen(records).copies and not records.parameters
+    assert rebuilt(records, model) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_of_several_dtypes_in_one_memory_are_told_apart(device):
+    def load(model, name, tensor):
+        model.get_parameter(name).copy_(tensor)
+
+    file = torch.zeros(96 + 48 + 12, dtype=torch.uint8, device=device)
+    checkpoint = {
+        "a": file[:96].view(torch.float32).view(6, 4),
+        "b": file[96:144].view(torch.float16).view(6, 4),
+        "c": file[144:].view(torch.int32),
+    }
+    targets = {name: torch.zeros_like(tensor) for name, tensor in checkpoint.items()}
+    records, _ = traced(load, checkpoint, device, **targets)
+    for number, (name, tensor) in enumerate(checkpoint.items()):
+        start = (0,) * tensor.dim()
+        copy = Copy(start, tuple(tensor.shape), number, 0, tuple(tensor.stride()))
+        assert seen(records, name).copies == (copy,)
+    assert not records.computed
+
+
+def test_a_change_of_one_tensor_leaves_the_others_of_its_file_alone():
+    def load(model, name, tensor):
+        if name == "v":
+            tensor.zero_()
+        model.get_parameter(name).copy_(tensor)
+
+    file = torch.arange(48.0)
+    checkpoint = {"v": file[:24].view(6, 4), "w": file[24:].view(6, 4)}
+    records, model = traced(load, checkpoint, v=torch.zeros(6, 4), w=torch.zeros(6, 4))
+    assert torch.equal(rebuilt(records, model, "w"), RAMP + 24)
+    assert [*records.computed] == ["v"]
+
+
+def test_a_load_that_is_watched_does_what_it_does_otherwise():
+    def load(model, name, tensor):
+        model.p[:, ::2].copy_(tensor[:, :2].half())
+        model.p[:, 1::2] = torch.exp(tensor[:, 2:] / 24)
+
+    _, watched = traced(load, {"w": RAMP}, p=torch.zeros(6, 4))
+    alone = Model(load, p=torch.zeros(6, 4))
+    alone.load_weights([("w", RAMP)])
+    assert torch.equal(watched.p, alone.p)
+
+
+@pytest.mark.parametrize(
+    ("step", "what"), [("_add", "w"), ("_copied", "aten.clone.default"), ("_note", "aten.copy_")]
+)
+def test_what_goes_wrong_while_taking_notes_leaves_the_load_alone(monkeypatch, step, what):
+    def fail(*_):
+        raise RuntimeError("no notes")
+
+    monkeypatch.setattr(Trace, step, fail)
+    model = Model(lambda model, name, tensor: model.p.copy_(tensor.clone()), p=RAMP * 0)
+    with pytest.raises(Unmapped, match=rf"^{what}\S*: RuntimeError: no notes"):
+        records_of(model, {"w": RAMP})
+    assert torch.equal(model.p, RAMP)

@@ -1,0 +1,544 @@
+"""Watching weights on their way into a model, so that its parameters can be read as a checkpoint.
+
+Every operation of `load_weights` passes by: views of checkpoint tensors are let through, copies of
+them into other memory are noted as boxes, and what else is done with them is noted as computing.
+Nothing has to be known of the model. Checkpoint tensors may be on the meta device, which tells what
+a model would copy where: the model, on its own device, then keeps what it has.
+"""
+
+import contextlib
+import functools
+from bisect import bisect_left, bisect_right, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..memory import bytes_of
+from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, row_major, without
+from ..view.plan import keeps, shortest
+from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of
+
+_aten = torch.ops.aten
+# The same elements in the same shape, in other memory.
+_COPIES = {_aten.clone.default, _aten._to_copy.default}
+# Of one number.
+_FILLS = {_aten.fill_.Scalar, _aten.zero_.default}
+# Look at no element: views whose schema does not say so, and new memory.
+_BLIND = {
+    _aten._unsafe_view.default,
+    _aten._reshape_alias.default,
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+    _aten.ones_like.default,
+    _aten.full_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+    _aten.new_zeros.default,
+    _aten.new_ones.default,
+    _aten.new_full.default,
+}
+# Scales and the like are what is computed with: bytes kept of one box, and of all together.
+_KEPT_OF_ONE = 64 << 10
+_KEPT_OF_ALL = 1 << 20
+# A tensor of which more rows are looked up is kept as a whole, or not.
+_MOST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of a storage that has elements of a checkpoint tensor.
+
+    Attributes:
+        name: the checkpoint tensor.
+        shape: its shape.
+        first: the storage's first byte of the span.
+        size: the span's dimensions, in which it lies in row-major order.
+        base: number of its first element in the checkpoint tensor, or in the storage of `parent`.
+        stride: steps there.
+        parent: what it is a copy of; None: the checkpoint tensor itself.
+        chain: the dtypes that its elements went through, see `Copy.through`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    size: tuple[int, ...]
+    base: int
+    stride: tuple[int, ...]
+    parent: "_Span | None"
+    chain: tuple[torch.dtype, ...]
+
+    @property
+    def end(self) -> int:
+        """The byte after the span's last one."""
+        return self.first + prod(self.size) * self.chain[-1].itemsize
+
+    def find(self, offset: int, dims: Iterable[Dim]) -> Iterator[Piece]:
+        """Find elements of the storage in the checkpoint tensor."""
+        for piece in boxes(self.size, offset - self.first // self.chain[-1].itemsize, dims):
+            steps = zip(piece.box.start, self.stride, strict=True)
+            base = self.base + sum(start * step for start, step in steps)
+            above = [*zip(piece.box.size, self.stride, piece.stride, strict=True)]
+            parent = self.parent
+            more = boxes(self.shape, base, above) if parent is None else parent.find(base, above)
+            for one in more:
+                yield one._replace(offset=one.offset + piece.offset)
+
+    def chain_to(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Return the dtypes that elements went through when the storage is seen with a dtype."""
+        if dtype == self.chain[-1]:
+            return self.chain
+        if len(self.chain) > 1 or dtype.itemsize != self.chain[0].itemsize:
+            raise Unmapped(f"{self.chain} seen as {dtype}")
+        return (dtype,)
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Memory that was written.
+
+    Attributes:
+        offset: its first element, in its storage.
+        size: number of elements, for each dimension.
+        stride: steps, for each dimension.
+        dtype: as which it was seen.
+        source: the checkpoint tensor's name; empty: it was not copied from one.
+        pieces: where its elements are in the checkpoint tensor, if they are copies.
+        chain: the dtypes that they went through.
+        operation: what made the values; empty: copies, or `value` everywhere.
+        value: the number that it was filled with.
+    """
+
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    source: str = ""
+    pieces: tuple[Piece, ...] = ()
+    chain: tuple[torch.dtype, ...] = ()
+    operation: str = ""
+    value: bool | int | float = 0
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Its first byte in its storage, and the one after its last one."""
+        return _bounds(self.offset, self.size, self.stride, self.dtype.itemsize)
+
+    @property
+    def is_fill(self) -> bool:
+        """Whether it was filled with one number."""
+        return not self.source and not self.operation
+
+    def area(self, tensor: torch.Tensor) -> list[Box]:
+        """Return what it is of a tensor's memory, seen as rows."""
+        shape = (prod(tensor.shape[:-1]), tensor.shape[-1]) if tensor.dim() else (1, 1)
+        dims = [(n, step, 0) for n, step in zip(self.size, self.stride, strict=True)]
+        return [piece.box for piece in boxes(shape, self.offset - tensor.storage_offset(), dims)]
+
+
+class Trace(TorchDispatchMode):
+    """Notes how checkpoint tensors are copied into a model.
+
+    Used as `with trace: model.load_weights(trace.watch(weights))`, and asked for `records` then.
+
+    Attributes:
+        failure: what went wrong while taking notes; the load went on without.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure = ""
+        self._catalog: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._kept: dict[str, dict[Box, Kept]] = defaultdict(dict)
+        self._room = _KEPT_OF_ALL
+        self._spans: dict[int, list[_Span]] = {}
+        self._writes: dict[int, list[_Write]] = defaultdict(list)
+        # These keep an address from being used again, and not the memory.
+        self._known: dict[int, StorageWeakRef] = {}
+        self._numbers: set[bool | int | float] = set()  # that were read from checkpoint tensors
+
+    def watch(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a checkpoint's tensors as they come, and take note of each."""
+        for name, tensor in weights:
+            shape = tuple(tensor.shape)
+            self._catalog[name] = tensor.dtype, shape
+            with self._noting(name):
+                chain = (tensor.dtype,)
+                self._add(tensor, name, shape, 0, row_major(shape), None, chain)
+            yield name, tensor
+
+    def records(self, model: nn.Module) -> Records:
+        """Return what the parameters and buffers of a model have of the checkpoint.
+
+        Raises:
+            Unmapped: something went wrong while taking notes.
+        """
+        if self.failure:
+            raise Unmapped(self.failure)
+        sharing: dict[int, dict[tuple[int, int], tuple[str, torch.Tensor]]] = defaultdict(dict)
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ):
+            in_storage = sharing[tensor.untyped_storage()._cdata]
+            in_storage.setdefault(_bounds_of(tensor), (name, tensor))
+        copies: dict[str, list[Copy]] = defaultdict(list)
+        parameters: list[Parameter] = []
+        fills: list[Fill] = []
+        computed: dict[str, str] = {}
+        for key, tensors in sharing.items():
+            writes: dict[tuple[int, int], list[_Write]] = defaultdict(list)
+            for write in self._writes.get(key, ()):
+                writes[_owner(write.bounds, tensors)].append(write)
+            for where, (name, tensor) in tensors.items():
+                if (span := self._span(tensor)) is not None:  # the checkpoint's own memory
+                    writes[where].append(self._write_of(tensor, tensor, span))
+                if where not in writes:
+                    continue
+                number, start = len(parameters), tensor.storage_offset()
+                extent = (where[1] - where[0]) // tensor.element_size()
+                parameters.append(Parameter(name, name_of(tensor.dtype), extent))
+                last, problem = _last(writes[where], tensor)
+                if problem:
+                    computed[name] = problem
+                for write in last:
+                    if write.is_fill:
+                        where_filled = write.offset - start, write.size, write.stride
+                        fills.append(Fill(number, *where_filled, write.value))
+                    through = self._through(write)
+                    copies[write.source] += [
+                        Copy(
+                            *piece.box,
+                            number,
+                            write.offset - start + piece.offset,
+                            piece.stride,
+                            through,
+                        )
+                        for piece in write.pieces
+                    ]
+        return Records(
+            tensors=tuple(
+                Seen(
+                    name,
+                    name_of(dtype),
+                    shape,
+                    tuple(copies.get(name, ())),
+                    tuple(self._kept.get(name, {}).values()),
+                )
+                for name, (dtype, shape) in sorted(self._catalog.items())
+            ),
+            parameters=tuple(parameters),
+            fills=tuple(fills),
+            computed=computed,
+        )
+
+    def _through(self, write: _Write) -> tuple[str, ...]:
+        """Return what `Copy.through` is for what was written."""
+        chain = shortest([*write.chain, write.dtype])
+        if write.source and chain == [self._catalog[write.source][0]]:
+            return ()
+        return tuple(map(name_of, chain))
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Take note of an operation, and do it."""
+        kwargs = kwargs or {}
+        after = None
+        with self._noting(func):
+            after = self._before(func, args, kwargs)
+        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # no values that could be copied
+        out = func(*args, **kwargs)
+        if after is not None:
+            with self._noting(func):
+                after(out)
+        return out
+
+    @contextlib.contextmanager
+    def _noting(self, what: object) -> Iterator[None]:
+        """Let a load go on without records, as it is worth more than they are."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or f"{what}: {type(error).__name__}: {error}"
+
+    def _before(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Take note of an operation before it is done, and return what is to be done after it."""
+        if func is _aten.copy_.default and (span := self._span(args[1])) is not None:
+            self._note(args[0], self._write_of(args[0], args[1], span))
+            return None
+        inputs = [
+            one for one in _tensors(args, kwargs) if one.untyped_storage()._cdata in self._known
+        ]
+        if func in _BLIND or _is_view(func):
+            return None
+        if func in _COPIES and inputs and (span := self._span(inputs[0])) is not None:
+            return functools.partial(self._copied, inputs[0], span)
+        fills = func in _FILLS and (len(args) < 2 or args[1] not in self._numbers)
+        for one in inputs:
+            if not fills or self._span(one) is not None:
+                self._read(func, one, args)
+        for one in _changed(func, args, kwargs):
+            view = one.storage_offset(), tuple(one.shape), one.stride(), one.dtype
+            value = args[1] if len(args) > 1 and fills else 0
+            self._note(one, _Write(*view, operation="" if fills else str(func), value=value))
+        return self._numbers.add if func is _aten._local_scalar_dense.default and inputs else None
+
+    def _hold(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
+        if key not in self._known:
+            self._known[key] = StorageWeakRef(storage)
+        return key
+
+    def _add(
+        self,
+        tensor: torch.Tensor,
+        name: str,
+        shape: tuple[int, ...],
+        base: int,
+        stride: Sequence[int],
+        parent: _Span | None,
+        chain: tuple[torch.dtype, ...],
+    ) -> None:
+        """Take note of a tensor whose elements are those of a checkpoint tensor."""
+        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        if not tensor.numel() or not tensor.permute(order).is_contiguous():
+            return
+        size = tuple(tensor.shape[axis] for axis in order)
+        steps = tuple(stride[axis] for axis in order)
+        span = _Span(name, shape, _bounds_of(tensor)[0], size, base, steps, parent, chain)
+        insort(self._spans.setdefault(self._hold(tensor), []), span, key=lambda one: one.first)
+
+    def _span(self, tensor: torch.Tensor) -> _Span | None:
+        """Return what a tensor has of the checkpoint, if all of it is of one checkpoint tensor."""
+        spans = self._spans.get(tensor.untyped_storage()._cdata)
+        if not spans or not tensor.numel():
+            return None
+        low, high = _bounds_of(tensor)
+        at = bisect_right(spans, low, key=lambda one: one.first) - 1
+        if at < 0 or spans[at].end < high or spans[at].chain[-1].itemsize != tensor.element_size():
+            return None
+        return spans[at]
+
+    def _copied(self, tensor: torch.Tensor, span: _Span, out: torch.Tensor) -> None:
+        """Take note of new memory that has the elements of a tensor."""
+        try:
+            chain = span.chain_to(tensor.dtype)
+        except Unmapped:
+            self._read(_aten.clone.default, tensor, ())
+            return
+        if out.dtype != chain[-1]:
+            chain = (*chain, out.dtype)
+        base, stride = tensor.storage_offset(), tensor.stride()
+        self._add(out, span.name, span.shape, base, stride, span, chain)
+
+    def _write_of(self, target: torch.Tensor, tensor: torch.Tensor, span: _Span) -> _Write:
+        """Return what copying a tensor that has a part of a span writes."""
+        view = target.storage_offset(), tuple(target.shape), target.stride(), target.dtype
+        spread = tensor.expand(target.shape)
+        dims = [*zip(target.shape, spread.stride(), target.stride(), strict=True)]
+        try:
+            chain = span.chain_to(tensor.dtype)
+            pieces = tuple(span.find(tensor.storage_offset(), dims))
+        except Unmapped as error:
+            self._read(_aten.copy_.default, tensor, ())
+            return _Write(*view, operation=f"copy of {span.name}: {error}")
+        return _Write(*view, source=span.name, pieces=pieces, chain=chain)
+
+    def _note(self, target: torch.Tensor, write: _Write) -> None:
+        """Take note of what is about to be written."""
+        key = self._hold(target)
+        self._writes[key].append(write)
+        if spans := self._spans.get(key):  # a checkpoint tensor itself, or a copy of it
+            low, high = write.bounds
+            for span in spans:
+                if span.first < high and low < span.end:
+                    self._keep_all(target, span)
+            self._spans[key] = [one for one in spans if high <= one.first or one.end <= low]
+
+    def _keep_all(self, target: torch.Tensor, span: _Span) -> None:
+        """Keep what a span has before it changes."""
+        itemsize = span.chain[-1].itemsize
+        memory = torch.empty(0, dtype=span.chain[-1], device=target.device)
+        memory.set_(target.untyped_storage(), span.first // itemsize, span.size)
+        self._read(_aten.copy_.default, memory, ())
+
+    def _read(self, func: Any, tensor: torch.Tensor, args: Sequence[Any]) -> None:
+        """Keep the values of a tensor that something is computed from."""
+        if func is _aten.index.Tensor and tensor is args[0] and tensor.dim():
+            rows = [one for one in args[1] if one is not None]
+            if len(args[1]) == len(rows) == 1 and _few_rows(rows[0]):
+                for row in sorted(set(rows[0].flatten().tolist())):
+                    self._read(_aten.select.int, tensor[row:][:1], ())
+                return
+        if not tensor.numel():
+            return
+        if (span := self._span(tensor)) is not None:
+            dims = [*zip(tensor.shape, tensor.stride(), tensor.stride(), strict=True)]
+            try:
+                chain = span.chain_to(tensor.dtype)
+                for piece in span.find(tensor.storage_offset(), [dim for dim in dims if dim[1]]):
+                    at = tensor.storage_offset() + piece.offset
+                    self._keep(span.name, piece.box, tensor, at, piece.stride, chain)
+            except Unmapped:
+                pass  # nothing that could be kept
+            return
+        low, high = _bounds_of(tensor)
+        for write in self._writes.get(tensor.untyped_storage()._cdata, ()):
+            first, end = write.bounds
+            if write.dtype == tensor.dtype and first < high and low < end:
+                for piece in write.pieces:
+                    self._keep_rows(write, piece, tensor)
+
+    def _keep_rows(self, write: _Write, piece: Piece, tensor: torch.Tensor) -> None:
+        """Keep the rows of a copy that a tensor has something of."""
+        (start, size), step = piece.box, piece.stride[0] if piece.stride else 0
+        at = write.offset + piece.offset
+        first, end = 0, size[0] if size else 1
+        if step:
+            low, high = (byte // tensor.element_size() for byte in _bounds_of(tensor))
+            deep = last_of(size[1:], piece.stride[1:])
+            first, end = max(0, -((at + deep - low) // step)), min(end, -((at - high) // step))
+        if first >= end:
+            return
+        if size:
+            start, size = (start[0] + first, *start[1:]), (end - first, *size[1:])
+        chain = (*write.chain, write.dtype)
+        box = Box(start, size)
+        self._keep(write.source, box, tensor, at + first * step, piece.stride, chain)
+
+    def _keep(
+        self,
+        name: str,
+        box: Box,
+        tensor: torch.Tensor,
+        offset: int,
+        stride: tuple[int, ...],
+        chain: Sequence[torch.dtype],
+    ) -> None:
+        """Keep a box of a checkpoint tensor, which lies in the storage of another tensor."""
+        dtype = self._catalog[name][0]
+        nbytes = prod(box.size) * dtype.itemsize
+        values = None
+        fits = nbytes <= min(_KEPT_OF_ONE, self._room)
+        exact = all(keeps(a, b) for a, b in pairwise(chain))
+        if box in self._kept[name]:
+            return
+        if fits and exact and not tensor.is_meta:
+            memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            memory.set_(tensor.untyped_storage(), offset, box.size, stride)
+            memory = memory.view(chain[-1]).to(chain[0]).contiguous()
+            values = bytes_of(memory).cpu().numpy().tobytes()
+            self._room -= nbytes
+        self._kept[name][box] = Kept(*box, values)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    for value in (*args, *kwargs.values()):
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, torch.Tensor):
+                yield one
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Return the tensors that an operation writes to."""
+    if not func._schema.is_mutable:
+        return
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | {**kwargs}
+    for one in func._schema.arguments:
+        if one.alias_info is not None and one.alias_info.is_write and one.name in given:
+            yield from _tensors((given[one.name],), {})
+
+
+def _is_view(func: Any) -> bool:
+    """Return whether an operation only makes views."""
+    schema = func._schema
+    returns = schema.returns
+    return bool(not schema.is_mutable and returns and all(one.alias_info for one in returns))
+
+
+def _few_rows(rows: torch.Tensor) -> bool:
+    whole = not rows.dtype.is_floating_point and rows.dtype not in (torch.bool, torch.uint8)
+    return whole and not rows.is_meta and rows.numel() <= _MOST_ROWS and bool((rows >= 0).all())
+
+
+def _bounds(
+    offset: int, size: Sequence[int], stride: Sequence[int], itemsize: int
+) -> tuple[int, int]:
+    if 0 in size:
+        return offset * itemsize, offset * itemsize
+    return offset * itemsize, (offset + 1 + last_of(size, stride)) * itemsize
+
+
+def _bounds_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return a tensor's first byte in its storage, and the one after its last one."""
+    return _bounds(tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.element_size())
+
+
+def _owner(bounds: tuple[int, int], tensors: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return which of the tensors of a storage has some bytes, the first one if none has."""
+    around = (one for one in tensors if one[0] <= bounds[0] and bounds[1] <= one[1])
+    return next(around, next(iter(tensors)))
+
+
+def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write], str]:
+    """Return what is still there of what was written, in order, and what cannot be told."""
+    last: dict[int, _Write] = {}
+    lows: list[tuple[int, int]] = []  # first byte, number
+    longest, problem = 0, ""
+    low, high = _bounds_of(tensor)
+    for number, write in enumerate(writes):
+        first, end = write.bounds
+        if first == end:
+            continue
+        if first < low or high < end or write.dtype.itemsize != tensor.element_size():
+            problem = f"written as {write.dtype} {write.size}"
+            continue
+        around = lows[bisect_left(lows, (first - longest, 0)) : bisect_left(lows, (end, 0))]
+        for place in around:
+            fate = _fate(last[place[1]], write, tensor)
+            if fate is not None:
+                del last[place[1]]
+                lows.remove(place)
+                problem = fate or problem
+        insort(lows, (first, number))
+        last[number] = write
+        longest = max(longest, end - first)
+    for write in last.values():
+        problem = write.operation or problem
+    return [*last.values()], problem
+
+
+def _fate(old: _Write, new: _Write, tensor: torch.Tensor) -> str | None:
+    """Return None if an earlier write stays, empty if it is replaced, or what is wrong."""
+    if old.bounds[1] <= new.bounds[0] or new.bounds[1] <= old.bounds[0]:
+        return None
+    if (old.offset, old.size, old.stride) == (new.offset, new.size, new.stride):
+        return ""
+    try:
+        before, left = old.area(tensor), old.area(tensor)
+        for box in new.area(tensor):
+            left = without(left, box)
+    except Unmapped as error:
+        return f"written more than once: {error}"
+    if left == before or (old.is_fill and left):
+        return None
+    return "" if not left else f"{new.source or new.operation} is over a part of {old.source}"

@@ -1,0 +1,233 @@
+"""Records: which box of which checkpoint tensor is where in the parameters of one rank.
+
+They are what travels, so they hold numbers and names only, and are looked at before they are used.
+"""
+
+import zlib
+from collections.abc import Iterator
+from math import prod
+
+import msgspec
+import torch
+
+from ...errors import ProtocolError
+from .boxes import Box, last_of
+
+VERSION = 1
+
+# What a peer's records may take once unpacked: 50 times those of DeepSeek-V3.
+_MOST_BYTES = 64 << 20
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A box of a checkpoint tensor, and where its elements are in the memory of a parameter.
+
+    Attributes:
+        start: the box's first index, for each dimension.
+        size: number of its elements, for each dimension.
+        parameter: number of the parameter in `Records.parameters`.
+        offset: where the box's first element is, in elements from the parameter's first one.
+        stride: steps in the parameter's memory, for each dimension of the box.
+        through: the dtype that the elements were seen as, then those that they were cast to, the
+            last one as they are in memory; empty: that of the checkpoint tensor.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    parameter: int
+    offset: int
+    stride: tuple[int, ...]
+    through: tuple[str, ...] = ()
+
+    @property
+    def box(self) -> Box:
+        """The box."""
+        return Box(self.start, self.size)
+
+    def at(self, start: tuple[int, ...]) -> int:
+        """Return where an element of the box is, in elements from the parameter's first one."""
+        steps = zip(start, self.start, self.stride, strict=True)
+        return self.offset + sum((here - first) * step for here, first, step in steps)
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A box that something was computed from, or that was changed before it was copied.
+
+    Attributes:
+        start: the box's first index, for each dimension.
+        size: number of its elements, for each dimension.
+        values: its bytes in row-major order; None: too many to keep.
+    """
+
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    values: bytes | None = None
+
+    @property
+    def box(self) -> Box:
+        """The box."""
+        return Box(self.start, self.size)
+
+
+class Seen(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A checkpoint tensor as one rank has it.
+
+    Attributes:
+        name: its name in the checkpoint.
+        dtype: as in `bfloat16`.
+        shape: its dimensions.
+        copies: what the rank's parameters have of it.
+        kept: what was kept of it aside.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    copies: tuple[Copy, ...] = ()
+    kept: tuple[Kept, ...] = ()
+
+
+class Parameter(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A parameter that has something of the checkpoint.
+
+    Attributes:
+        name: its name in the model, the first one if it has several.
+        dtype: as in `bfloat16`.
+        extent: number of elements from its first to its last one in memory.
+    """
+
+    name: str
+    dtype: str
+    extent: int
+
+
+class Fill(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Memory of a parameter that loading fills with one number, before what is copied there.
+
+    Attributes:
+        parameter: number of the parameter in `Records.parameters`.
+        offset: the first element, counted from the parameter's first one.
+        size: number of elements, for each dimension.
+        stride: steps in memory, for each dimension.
+        value: the number.
+    """
+
+    parameter: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    value: bool | int | float
+
+
+class Records(msgspec.Struct, frozen=True):
+    """How one rank's parameters came from a checkpoint.
+
+    Attributes:
+        tensors: the checkpoint tensors that loading looked at, in the order of their names; those
+            without copies and without kept values are in no parameter.
+        parameters: the parameters that were copied into or filled.
+        fills: memory that is filled rather than copied.
+        computed: parameter -> why its values cannot be told from copies, such as the operation
+            that made them.
+    """
+
+    tensors: tuple[Seen, ...]
+    parameters: tuple[Parameter, ...]
+    fills: tuple[Fill, ...] = ()
+    computed: dict[str, str] = {}
+
+
+def chain_of(copy: Copy, seen: Seen) -> tuple[str, ...]:
+    """Return the dtypes that a copy's elements went through, from the first to that in memory."""
+    return copy.through or (seen.dtype,)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name such as `bfloat16`.
+
+    Raises:
+        ProtocolError: there is none of that name.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ProtocolError(f"unknown dtype {name!r}")
+    return dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def encode(records: Records) -> bytes:
+    """Return records as they travel."""
+    return bytes([VERSION]) + zlib.compress(msgspec.msgpack.encode(records))
+
+
+def decode(data: bytes) -> Records:
+    """Return the records that a peer sent, looked at as `check` does.
+
+    Raises:
+        ProtocolError: these are no records, or wrong ones; says what is wrong.
+    """
+    if data[:1] != bytes([VERSION]):
+        raise ProtocolError(f"unsupported version {data[:1].hex()} of records (supported: 01)")
+    unpack = zlib.decompressobj()
+    try:
+        plain = unpack.decompress(data[1:], _MOST_BYTES)
+        if not unpack.eof:
+            raise ProtocolError(f"records of more than {_MOST_BYTES} bytes, or cut short")
+        records = msgspec.msgpack.decode(plain, type=Records)
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise ProtocolError(f"not records: {error}") from None
+    check(records)
+    return records
+
+
+def check(records: Records) -> None:
+    """Check that records stay inside of what they talk about.
+
+    Raises:
+        ProtocolError: they do not; names the tensor or parameter.
+    """
+    for problem in _problems(records):
+        raise ProtocolError(f"wrong records: {problem}")
+
+
+def _problems(records: Records) -> Iterator[str]:
+    parameters = records.parameters
+    widths = [dtype_of(parameter.dtype).itemsize for parameter in parameters]
+    for seen in records.tensors:
+        width = dtype_of(seen.dtype).itemsize
+        for box in (*(copy.box for copy in seen.copies), *(kept.box for kept in seen.kept)):
+            if not _inside(box, seen.shape):
+                yield f"{seen.name} of shape {seen.shape} has no box {box.start} + {box.size}"
+        for kept in seen.kept:
+            if kept.values is not None and len(kept.values) != prod(kept.size) * width:
+                yield f"{seen.name} has {len(kept.values)} bytes for the box of {kept.size}"
+        for copy in seen.copies:
+            if not _in_memory(copy, parameters):
+                yield f"{seen.name} is said to be outside of parameter {copy.parameter}"
+                continue
+            chain = [dtype_of(name) for name in chain_of(copy, seen)]
+            if (chain[0].itemsize, chain[-1].itemsize) != (width, widths[copy.parameter]):
+                yield f"{seen.name} ({seen.dtype}) cannot be in {parameters[copy.parameter]}"
+    for fill in records.fills:
+        if not _in_memory(fill, parameters):
+            yield f"a fill outside of parameter {fill.parameter}"
+
+
+def _inside(box: Box, shape: tuple[int, ...]) -> bool:
+    if not len(box.start) == len(box.size) == len(shape):
+        return False
+    axes = zip(*box, shape, strict=True)
+    return all(start >= 0 and n > 0 and start + n <= whole for start, n, whole in axes)
+
+
+def _in_memory(region: Copy | Fill, parameters: tuple[Parameter, ...]) -> bool:
+    if not 0 <= region.parameter < len(parameters) or len(region.size) != len(region.stride):
+        return False
+    if region.offset < 0 or min(region.size, default=1) < 1 or min(region.stride, default=0) < 0:
+        return False
+    last = region.offset + last_of(region.size, region.stride)
+    return last < parameters[region.parameter].extent
