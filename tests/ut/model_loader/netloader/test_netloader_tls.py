@@ -297,6 +297,16 @@ def test_whoever_does_not_use_tls_gets_nothing_but_its_alert(closed, said):
         assert sock.recv(1 << 16) in (b"\x15\x03\x03\x00\x02\x02\x0a", b"")
 
 
+def test_whoever_is_refused_and_goes_on_sending_hears_why(closed, monkeypatch):
+    monkeypatch.setattr(server, "_LINGER", PATIENCE)
+    with closed.dial() as sock:
+        sock.sendall(b"GET " + bytes(200_000))
+        assert b"".join(iter(lambda: sock.recv(4096), b"")) == b"\x15\x03\x03\x00\x02\x02\x0a"
+        for _ in range(20):  # the system tells a little later that nobody is there any more
+            sock.sendall(b" ")
+            time.sleep(0.005)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_older_tls(closed, log):
     with pytest.raises(OSError):
