@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -349,6 +350,20 @@ def name_of(model_config: ModelConfig) -> str:
     asked = getattr(model_config, "model_weights", "") or model_config.model
     snapshot = cached_snapshot(asked)
     return snapshot[0] if snapshot else str(asked)
+
+
+def folder_of(model_config: ModelConfig) -> Path | None:
+    """Return the folder of a model, which may be one of the Hub's cache, if there is one."""
+    model = model_config.model
+    if os.path.isdir(model):
+        return Path(model)
+    with contextlib.suppress(ValueError):  # the model is no name of the Hub's
+        cached = try_to_load_from_cache(
+            model, "config.json", revision=model_config.revision or None
+        )
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
 
 
 def revision_of(model_config: ModelConfig) -> Revision:

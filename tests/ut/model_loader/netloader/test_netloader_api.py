@@ -33,6 +33,8 @@ SAID = [
     api.Feed("10.0.0.1:28000", 7),
     api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
     api.Done(False, "tired"),
+    api.ModelFile("config.json", 7, "0" * 64),
+    api.Files([api.ModelFile("config.json", 7, "0" * 64)]),
     api.Noted(),
     api.Check(),
     api.Status("0.1.0", "instance", 0, [], [], 4, 1, 7),
