@@ -13,7 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vllm_ascend.model_loader.netloader import cli, copies
+from vllm_ascend.model_loader.netloader import cli, copies, model_files
+from vllm_ascend.model_loader.netloader.errors import SourceRefused
+from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
@@ -21,7 +23,7 @@ from . import sides
 from .faults import closed_port
 from .models import ROW, assorted, many_rows, nothing, only_empty, rows, tied
 from .sides import HOST, PATIENCE, expected, identity, plain_bytes, settings, store_of
-from .test_relays import ALL
+from .test_relays import ALL, dial
 from .ways import Way
 
 pytestmark = pytest.mark.ways(Way.HTTP)
@@ -292,3 +294,88 @@ def test_a_source_that_lies_about_its_digests_is_no_source(way, monkeypatch, cap
         monkeypatch.setattr(copies, "combine", lambda *_: seed.store.digests.__class__(b"", "x:1"))
         assert run("probe", seed.address) == cli.NO
     assert "and the source says" in capsys.readouterr().err
+
+
+# fetch
+
+
+@contextlib.contextmanager
+def with_folder(way, folder):
+    """A source whose model has a folder."""
+    with source(way) as seed:
+        seed.server.offer(Offer(identity(way), seed.store, folder=folder))
+        yield seed
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Has all kinds of files, and links."""
+    made = tmp_path / "model"
+    made.mkdir()
+    (tmp_path / "secret.json").write_text("secret")
+    for name in ("config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        (made / name).write_text(f"{name} of the model")
+    for name in ("model.safetensors", ".env", "id_rsa", "notes.json", "modeling_own.py"):
+        (made / name).write_text("not for everybody")
+    (made / "vocab.json").symlink_to(tmp_path / "secret.json")
+    (made / "merges.txt").mkdir()
+    return made
+
+
+USUAL = {"config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
+
+
+def test_what_is_fetched_are_files_of_known_kinds_from_the_folder_only(way, folder, tmp_path):
+    with with_folder(way, folder) as seed:
+        assert run("fetch", seed.address, tmp_path / "got") == cli.OK
+        got = {path.name: path.read_text() for path in (tmp_path / "got").iterdir()}
+        assert got == {name: f"{name} of the model" for name in USUAL}
+        assert run("fetch", seed.address, tmp_path / "all", "--remote-code") == cli.OK
+    assert {path.name for path in (tmp_path / "all").iterdir()} == USUAL | {"modeling_own.py"}
+
+
+def test_files_of_the_hubs_cache_are_links_that_are_followed(way, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/0123"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").write_text("of the cache")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    with with_folder(way, snapshot) as seed:
+        assert run("fetch", seed.address, tmp_path / "got") == cli.OK
+    assert (tmp_path / "got/config.json").read_text() == "of the cache"
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "notes.json", "id_rsa", "model.safetensors"])
+def test_a_file_that_is_not_told_is_not_sent(way, folder, name):
+    with with_folder(way, folder) as seed, dial(seed.address) as client:
+        told = client.files("netloader")
+        assert {file.name for file in told} == USUAL | {"modeling_own.py"}
+        with pytest.raises(SourceRefused, match=f"no file {name}"):
+            client.file("netloader", api.ModelFile(name, 6, "0" * 64))
+
+
+def test_a_larger_file_than_allowed_is_not_told(way, folder, monkeypatch):
+    monkeypatch.setattr(model_files, "MAX_FILE", 25)
+    with with_folder(way, folder) as seed, dial(seed.address) as client:
+        assert "chat_template.jinja" not in {file.name for file in client.files("netloader")}
+
+
+def test_a_source_without_a_folder_says_so(way, tmp_path, capsys):
+    with source(way) as seed:
+        assert run("fetch", seed.address, tmp_path) == cli.NO
+    assert "no folder of the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("config.json", "other bytes than announced"), ("authorized_keys", "no file beside weights")],
+)
+def test_what_a_hostile_source_sends_is_not_written(
+    way, folder, tmp_path, monkeypatch, capsys, name, words
+):
+    lie = api.ModelFile(name, len("config.json of the model"), "0" * 64)
+    monkeypatch.setattr(WeightServer, "files", lambda self, group: [lie])
+    with with_folder(way, folder) as seed:
+        assert run("fetch", seed.address, tmp_path / "got") == cli.NO
+    assert words in capsys.readouterr().err
+    assert not [*(tmp_path / "got").iterdir()]

@@ -140,7 +140,7 @@ def browse(address, *options):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     command += ["--virtual-time-budget=4000", "--timeout=20000", *options]
     return subprocess.run(
-        [*command, f"http://{address}/"], capture_output=True, text=True, timeout=60, check=True
+        [*command, f"http://{address}/"], capture_output=True, text=True, timeout=120, check=True
     ).stdout
 
 

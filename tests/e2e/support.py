@@ -77,11 +77,15 @@ def running(
         yield Instance(server, prefix)
 
 
+COMMAND = (sys.executable, "-m", "vllm_ascend.model_loader.netloader")
+
+
 @contextmanager
 def holding(address: str) -> Iterator[str]:
     """Holds the weights of a running instance in a process without vLLM; yields its address."""
-    command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
-    with subprocess.Popen([*command, address], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [*COMMAND, "hold", "--json", address], stdout=subprocess.PIPE, text=True
+    ) as holder:
         try:
             assert holder.stdout is not None
             yield next(iter(json.loads(holder.stdout.readline())))

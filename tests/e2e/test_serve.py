@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import time
 from contextlib import ExitStack
 
@@ -20,7 +21,7 @@ from tools.vllm_server import ServerError, VllmServer, free_port
 
 from .killing_proxy import killing_proxy
 from .ranks import Pair
-from .support import PROMPTS, TOKENS, drafting, holding, running
+from .support import COMMAND, PROMPTS, TOKENS, drafting, holding, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -58,7 +59,10 @@ def test_client_is_a_source_and_config_file_goes_first(
     metrics = tmp_path / "metrics"
     metrics.mkdir()
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
-    with running(tmp_path / "third", llama.bare, beside, environment=environment) as third:
+    # Nothing of the model is on disk but what a source has given.
+    fetched = tmp_path / "fetched"
+    subprocess.run([*COMMAND, "fetch", client.address(), str(fetched)], check=True)
+    with running(tmp_path / "third", fetched, beside, environment=environment) as third:
         assert third.say() == said
         assert_loaded_from(third, client)
         # Its ranks' metrics are among vLLM's own.

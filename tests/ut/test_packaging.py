@@ -189,7 +189,7 @@ for line in sys.stdin:
         continue
     os.chdir(os.path.dirname(site))
     for number, name in (1, "stdout"), (2, "stderr"):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     sys.path.insert(0, site)
     sys.argv[1:] = arguments
     os.environ.update(environment)

@@ -35,6 +35,8 @@ def main() -> int:
     """Run a command, and return the exit status."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] != "check":
+        # No other command needs a device, and one that moves weights may run where there is none.
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
         from vllm_ascend.model_loader.netloader import cli
 
         return cli.main(arguments)

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from . import copies
+from . import copies, model_files
 from .config import NetLoaderConfig, parse_config
-from .errors import ConfigError, NetLoaderError, SourceRefused
+from .errors import ConfigError, NetLoaderError, ProtocolError, SourceLost, SourceRefused
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
@@ -92,6 +92,14 @@ def parser() -> argparse.ArgumentParser:
     one = command("pull", _pull, "copy the weights of all ranks of an instance into files")
     one.add_argument("addresses", metavar="ADDRESS", nargs="+", type=_address)
     one.add_argument("folder", metavar="FOLDER", type=Path)
+    of_a_model(one)
+
+    one = command("fetch", _fetch, "copy what a model's folder needs beside weights")
+    one.add_argument("address", metavar="ADDRESS", type=_address)
+    one.add_argument("folder", metavar="FOLDER", type=Path)
+    one.add_argument(
+        "--remote-code", action="store_true", help="also code, which vLLM may run if told to"
+    )
     of_a_model(one)
 
     one = command("hold", _hold, "hold the weights of all ranks of an instance, and serve them")
@@ -296,6 +304,29 @@ def _pull(options: argparse.Namespace) -> int:
         copies.pull(addresses, what, path, config, show_progress=not options.json)
         answer[str(path)] = what.digests.weights
     _say(options, answer, "\n".join(f"{path}: {digest}" for path, digest in answer.items()))
+    return OK
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    config, group, address = client_config(options), _group(options), options.address
+    answer = {}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with copies.connect(address, config) as client:
+        for file in client.files(group):
+            if not model_files.is_allowed(file.name):
+                raise ProtocolError(f"{address}: {file.name} is no file beside weights")
+            if model_files.is_code(file.name) and not options.remote_code:
+                continue
+            content = client.file(group, file)
+            if model_files.digest_of(content) != file.sha256:
+                raise SourceLost(f"{address}: {file.name} came with other bytes than announced")
+            part = options.folder / f".{file.name}.part"
+            part.write_bytes(content)
+            part.replace(options.folder / file.name)
+            answer[file.name] = file.sha256
+    if "config.json" not in answer:
+        raise SourceRefused(f"{address}: has no config.json for clients")
+    _say(options, answer, "\n".join(f"{options.folder / name}" for name in answer))
     return OK
 
 

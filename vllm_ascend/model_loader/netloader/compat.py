@@ -356,6 +356,20 @@ def name_of(model_config: ModelConfig) -> str:
     return snapshot[0] if snapshot else str(asked)
 
 
+def folder_of(model_config: ModelConfig) -> Path | None:
+    """Return the folder of a model, which may be one of the Hub's cache, if there is one."""
+    model = model_config.model
+    if os.path.isdir(model):
+        return Path(model)
+    with contextlib.suppress(ValueError):  # the model is no name of the Hub's
+        cached = try_to_load_from_cache(
+            model, "config.json", revision=model_config.revision or None
+        )
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
+
+
 def revision_of(model_config: ModelConfig) -> Revision:
     """Return which revision of a model an instance has.
 

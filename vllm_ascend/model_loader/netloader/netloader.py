@@ -29,6 +29,7 @@ from .changes import After, Change
 from .compat import (
     default_dtype_kept,
     feed_reload,
+    folder_of,
     groups_to_come,
     has_checkpoint,
     identity_of,
@@ -624,7 +625,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ranks = replace(ranks_of(vllm_config, load.identity), instance=next(_instances))
         present = partial(ranks.present, agreed)
         offer = Offer(
-            load.identity, store, load.unserved, load.loaded_from, present, ranks.endpoints
+            load.identity,
+            store,
+            load.unserved,
+            load.loaded_from,
+            present,
+            ranks.endpoints,
+            folder=folder_of(model_config),
         )
         watched = watch(vllm_config, model, registry.changing, registry.processing)
         if known is not None:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 
-from . import metrics
+from . import metrics, model_files
 from .config import NetLoaderConfig, Transport
 from .credentials import is_loopback
 from .errors import Gone, NotHere, Preparing, ProtocolError, SourceBusy, Withdrawn
@@ -68,6 +69,7 @@ class Offer:
         ranks: returns the weights digests of the instance's ranks, as far as they are known.
         endpoints: returns where the instance's ranks listen, as far as that is known.
         feeds: returns where the weights come from that are being loaded.
+        folder: has the model's other files; None: there is none.
         code: what a client is refused with that asks for what is not to be had.
         phase: how far its load is.
         can_read: whether this instance would read its disk for others; see `cold_start`.
@@ -80,6 +82,7 @@ class Offer:
     ranks: Callable[[], Mapping[int, str]] = dict
     endpoints: Callable[[], Mapping[int, Endpoint]] = dict
     feeds: Callable[[], list[Feed]] = list
+    folder: Path | None = None
     code: Code = Code.CANNOT_SERVE
     phase: Phase = Phase.LOADING
     can_read: bool = False
@@ -426,6 +429,26 @@ class WeightServer:
             places_taken=sessions,
             bytes_sent=bytes_sent,
         )
+
+    def files(self, group: str) -> list[api.ModelFile]:
+        """Return which files a model has beside its weights."""
+        return model_files.files_of(self._folder(group))
+
+    def file(self, group: str, name: str) -> bytes:
+        """Return what such a file has."""
+        content = model_files.read(self._folder(group), name)
+        if content is None:
+            raise Refusal(Code.NOT_FOUND, f"there is no file {name} for clients here")
+        return content
+
+    def _folder(self, group: str) -> Path:
+        with self._lock:
+            offer = self._offers.get(group)
+        if offer is None:
+            raise Refusal(Code.NO_MODEL, f"there is no model of group {group!r} here")
+        if offer.folder is None:
+            raise Refusal(Code.NOT_FOUND, "this instance has no folder of the model")
+        return offer.folder
 
     def metrics(self) -> bytes:
         """Return the metrics of this process."""

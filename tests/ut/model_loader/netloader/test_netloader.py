@@ -11,7 +11,7 @@ from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import netloader, register_netloader
+from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order
 from vllm_ascend.model_loader.netloader.compat import remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
@@ -212,7 +212,7 @@ class Steps:
         monkeypatch.setattr(self.loader, "_follow_vllm", self._follow)
 
     def load(self):
-        return self.loader.load_model(ON_CPU, types.SimpleNamespace(model="m"))
+        return self.loader.load_model(ON_CPU, types.SimpleNamespace(model="m", revision=None))
 
     def _fail(self, load, *_):
         self.taken.append("sources")
@@ -230,8 +230,12 @@ class Steps:
         self.offered.append(offer)
 
 
+def fallbacks(reason):
+    return metrics.FALLBACKS.labels(reason)._value.get()
+
+
 def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
-    steps = Steps(monkeypatch)
+    steps, before = Steps(monkeypatch), fallbacks("no_source")
     assert steps.load() == "model"
     assert steps.taken == ["sources", "restore", "disk True"]
     assert log == [
@@ -239,6 +243,7 @@ def test_the_disk_is_tried_when_no_source_gave_the_weights(monkeypatch, log):
     ]
     [offer] = steps.offered
     assert (offer.loaded_from, offer.ranks()) == ("disk", {})
+    assert fallbacks("no_source") == before + 1
 
 
 @pytest.mark.parametrize("fallback", [True, False])
@@ -337,7 +342,7 @@ def offered(monkeypatch, load, **extra_config):
     steps = Steps(monkeypatch, **extra_config)
     steps.loader._vllm_config = ON_CPU
     steps.loader._finish(load, "model")
-    steps.loader._offer(load, "model", types.SimpleNamespace(model="m"), {})
+    steps.loader._offer(load, "model", types.SimpleNamespace(model="m", revision=None), {})
     [offer] = steps.offered
     return offer
 
@@ -379,9 +384,10 @@ def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monk
 
 def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):
     monkeypatch.setattr(netloader, "why_experts_move", lambda *_: "--enable-eplb moves experts")
-    steps = Steps(monkeypatch)
+    steps, before = Steps(monkeypatch), fallbacks("unsupported")
     monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
     assert steps.load() == "model"
+    assert fallbacks("unsupported") == before + 1
     [offer] = steps.offered
     assert (offer.store, offer.reason) == (None, "--enable-eplb moves experts")
     assert log == [
@@ -412,7 +418,7 @@ def test_a_worker_of_a_replica_has_its_own_number_in_the_log_and_asks_as_its_ran
         "_load_from_sources",
         lambda load, *_: loader._pull(load, {}, (), loader._sources(0, load.worker), {}),
     )
-    loader.load_model(config, types.SimpleNamespace(model="m"))
+    loader.load_model(config, types.SimpleNamespace(model="m", revision=None))
     assert [line.partition(f"{address}: cannot connect")[0] for line in log] == [
         "NetLoader rank 3: source ",
         "NetLoader rank 3: trying the disk, as no source gave the weights: ",

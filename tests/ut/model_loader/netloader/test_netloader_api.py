@@ -35,6 +35,8 @@ SAID = [
     api.Feed("10.0.0.1:28000", 7),
     api.SessionStatus("127.0.0.1:1", DIGEST, 7, 0.5),
     api.Done(False, "tired"),
+    api.ModelFile("config.json", 7, "0" * 64),
+    api.Files([api.ModelFile("config.json", 7, "0" * 64)]),
     api.Noted(),
     api.Check(),
     api.Status("0.1.0", "instance", 0, [], [], 4, 1, 7),
@@ -71,7 +73,7 @@ def test_the_codes_are_told_apart_and_mean_an_error_of_a_source():
 
 def test_every_path_is_found_again_and_has_an_answer():
     values = {"group": "netloader", "digest": DIGEST, "first": "0", "last": "17", "id": "3"}
-    values |= {"since": "5", "wait": "9"}
+    values |= {"since": "5", "wait": "9", "name": "config.json"}
     for path in api.METHODS:
         found, parameters = api.route(path.format(**values))
         assert found == path
@@ -96,6 +98,9 @@ def test_every_path_is_found_again_and_has_an_answer():
         "ftp://example.org/status",
         "/netloader/v1/models/../join",
         "/netloader/v1/models//join",
+        "/netloader/v1/models/netloader/files/../config.json",
+        "/netloader/v1/models/netloader/files/.env",
+        "/netloader/v1/models/netloader/files/",
         f"/netloader/v1/models/{'a' * 65}/join",
         f"/netloader/v1/weights/{DIGEST}/blocks/1",
         f"/netloader/v1/weights/{DIGEST}/blocks/-1-2",

@@ -28,7 +28,9 @@ def test_a_wrong_key_is_wrong_usage(capsys):
     assert "PROGRESS_TIMEOUT is 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["status"], ["probe"], ["pull"], ["hold"], ["diff"]])
+@pytest.mark.parametrize(
+    "command", [[], ["status"], ["probe"], ["pull"], ["fetch"], ["hold"], ["diff"]]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import hashlib
 import http.client
 import json
 import random
@@ -56,6 +57,10 @@ def until(condition, seconds=PATIENCE):
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
+
+
+FILE_CONTENT = b"{}\n"
+FILE = api.ModelFile("config.json", 3, hashlib.sha256(FILE_CONTENT).hexdigest())
 
 
 class Group:
@@ -145,6 +150,12 @@ class Service:
 
     def status(self, sessions):
         return api.Status("0.1.0", "instance", 0, [], [], 4, sessions, 0)
+
+    def files(self, group):
+        return [FILE]
+
+    def file(self, group, name):
+        return FILE_CONTENT
 
     def metrics(self):
         return b"some_total 1.0\n"

@@ -68,6 +68,8 @@ MAX_WAIT_SECONDS = 60  # that a source waits for new blocks
 MAX_NEWS = 2048  # runs of new blocks in one answer
 MAX_PEERS = 16  # that one answer names
 MAX_ADDRESS = 300  # characters of a peer's address
+MAX_FILE = 64 << 20  # a file beside the weights
+MAX_FILES = 128  # files beside the weights, of one model
 MAX_CELLS = 512  # of a map of blocks
 MAX_INSTANCE = 64  # characters of what names its process
 _MOST_RANKS = 512  # in the body of an answer that is not 200
@@ -84,6 +86,8 @@ GROUPS = "/netloader/v1/groups"
 STORE = "/netloader/v1/groups/{id}/store"
 SEND = "/netloader/v1/groups/{id}/send"
 DONE = "/netloader/v1/done"
+FILES = "/netloader/v1/models/{group}/files"
+FILE = "/netloader/v1/models/{group}/files/{name}"
 STATUS = "/status"
 METRICS = "/metrics"
 PAGE = "/"
@@ -98,6 +102,8 @@ METHODS = {
     STORE: "POST",
     SEND: "POST",
     DONE: "POST",
+    FILES: "GET",
+    FILE: "GET",
     STATUS: "GET",
     METRICS: "GET",
     PAGE: "GET",
@@ -113,6 +119,7 @@ _PARAMETERS = {
     "first": "[0-9]{1,20}",
     "last": "[0-9]{1,20}",
     "id": "[0-9]{1,20}",
+    "name": "[A-Za-z0-9_][A-Za-z0-9._-]{0,127}",
     "since": "[0-9]{1,20}",
     "wait": "[0-9]{1,4}",
 }
@@ -140,7 +147,7 @@ class Code(Enum):
 
     BAD_REQUEST = "bad_request", 400, SourceRefused, "the request is not one of this protocol"
     UNAUTHORIZED = "unauthorized", 401, SourceRefused, "the client may not ask this"
-    NOT_FOUND = "not_found", 404, SourceRefused, "there is no such path, or no such group of ranks"
+    NOT_FOUND = "not_found", 404, SourceRefused, "there is no such path, group of ranks or file"
     NO_MODEL = "no_model", 404, SourceRefused, "this instance has no such model"
     NOT_HERE = "not_here", 404, BlocksNotHere, "these blocks have not come to this instance yet"
     ASK_OTHERS = "ask_others", 404, AskOthers, "others have got these blocks from here"
@@ -324,6 +331,26 @@ class Named(msgspec.Struct, frozen=True):
     """Who else gets or has these weights."""
 
     peers: Peers
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """A file beside the weights.
+
+    Attributes:
+        name: its name in the model's folder.
+        nbytes: its size.
+        sha256: its SHA-256, in hexadecimal.
+    """
+
+    name: Annotated[str, msgspec.Meta(pattern=rf"\A{_PARAMETERS['name']}\Z")]
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
+class Files(msgspec.Struct, frozen=True):
+    """The files beside the weights that a client may need."""
+
+    files: Annotated[list[ModelFile], msgspec.Meta(max_length=MAX_FILES)]
 
 
 class Noted(msgspec.Struct, frozen=True):

@@ -254,6 +254,30 @@ class ElasticClient:
         """Whether an answer has come, or the beginning of it."""
         return self._wire.has_data
 
+    def files(self, group: str) -> list[api.ModelFile]:
+        """Ask which files a model has beside its weights.
+
+        Raises:
+            SourceError: see the class.
+        """
+        return self._ask(api.FILES.format(group=group), None, api.Files, self._handshake).files
+
+    def file(self, group: str, file: api.ModelFile) -> bytes:
+        """Return what a file has; its digest is the caller's to check.
+
+        Raises:
+            SourceError: see the class.
+        """
+        content = bytearray(file.nbytes)
+        with self._failures():
+            path = api.FILE.format(group=group, name=file.name)
+            answer = self._open("GET", path, b"", self._progress)
+            if answer.length != file.nbytes:
+                raise self._lied(f"{file.name} has {answer.length} bytes, and not {file.nbytes}")
+            self._wire.receive([memoryview(content)])
+            self._close_after(answer)
+        return bytes(content)
+
     def status(self) -> Status:
         """Ask how the source is."""
         return self._ask(api.STATUS, None, Status, self._handshake, api.MAX_STATUS)

@@ -137,6 +137,12 @@ class Service(Protocol):
     def done(self, session: Session, done: Done) -> None:
         """Take note of how a client's session ends."""
 
+    def files(self, group: str) -> list[api.ModelFile]:
+        """Return which files a model has beside its weights."""
+
+    def file(self, group: str, name: str) -> bytes:
+        """Return what such a file has."""
+
     def status(self, sessions: int) -> Status:
         """Say how this instance is."""
 
@@ -571,6 +577,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._server.service.done(self._session, done)
         self._say(api.Noted())
 
+    def _files(self, body: bytes, group: str) -> None:
+        with self._place():
+            files = self._server.service.files(group)
+        self._say(api.Files(files))
+
+    def _file(self, body: bytes, group: str, name: str) -> None:
+        with self._place():
+            content = self._server.service.file(group, name)
+        self._reply(HTTPStatus.OK, _BYTES, content)
+
     def _status(self, body: bytes) -> None:
         with self._calls():
             status = self._server.service.status(self._server.sessions)
@@ -665,6 +681,8 @@ _ANSWERS: dict[str, Callable[..., None]] = {
     api.STORE: _Handler._exchange,
     api.SEND: _Handler._send,
     api.DONE: _Handler._done,
+    api.FILES: _Handler._files,
+    api.FILE: _Handler._file,
     api.STATUS: _Handler._status,
     api.METRICS: _Handler._metrics,
     api.PAGE: _Handler._page,
