@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import secrets
 import signal
 import sys
 import threading
@@ -14,7 +16,8 @@ import msgspec
 from tqdm import tqdm
 
 from . import copies, model_files
-from .config import NetLoaderConfig, parse_config
+from .config import SECRET_FILE_VARIABLE, NetLoaderConfig, parse_config
+from .credentials import Derived, derived_from, read_secrets
 from .errors import ConfigError, NetLoaderError, ProtocolError, SourceLost, SourceRefused
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
@@ -112,6 +115,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("one", metavar="A", type=_address)
     one.add_argument("other", metavar="B", type=_address)
     of_a_model(one)
+
+    one = command("secret", _secret, "make a file with a new secret, for all instances")
+    one.add_argument("file", metavar="FILE", type=Path)
+
+    command("token", _token, "print the bearer token that belongs to the secret")
+
+    one = command("certificate", _certificate, "write what belongs to the secret as PEM files")
+    one.add_argument("folder", metavar="FOLDER", type=Path)
     return made
 
 
@@ -375,6 +386,44 @@ def _diff(options: argparse.Namespace) -> int:
     more = [f"and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []
     _say(options, {"equal": False, "differences": differences}, "\n".join([*shown, *more]))
     return NO
+
+
+def _secret(options: argparse.Namespace) -> int:
+    _write_new(options.file, f"{secrets.token_hex(32)}\n".encode())
+    _say(options, {"file": str(options.file)}, str(options.file))
+    return OK
+
+
+def _token(options: argparse.Namespace) -> int:
+    token = _derived(options).token
+    _say(options, {"token": token}, token)
+    return OK
+
+
+def _certificate(options: argparse.Namespace) -> int:
+    derived, files = _derived(options), {}
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("tls.crt", derived.certificate), ("tls.key", derived.key)):
+        _write_new(options.folder / name, content)
+        files[name] = str(options.folder / name)
+    _say(options, files, "\n".join(files.values()))
+    return OK
+
+
+def _derived(options: argparse.Namespace) -> Derived:
+    """Return what belongs to the secret that is presented."""
+    path = client_config(options).secret_file
+    if path is None:
+        raise ConfigError(
+            f"no secret: {SECRET_FILE_VARIABLE}, or SECRET_FILE in --config, has to name its file"
+        )
+    return derived_from(read_secrets("SECRET_FILE", path)[0])
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that nobody else may read, and never in the place of another."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
 
 
 def _differing(

@@ -25,7 +25,7 @@ from .executor.memory import host_view
 from .executor.store import BlockStore
 from .identity import ModelIdentity
 from .interaction import api
-from .interaction.api import Join, ModelStatus, Status
+from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
 from .load import elastic_load
 from .serve import Offer, WeightServer
@@ -122,6 +122,7 @@ def connect(address: Address, config: NetLoaderConfig) -> ElasticClient:
         connect=config.connect_timeout,
         handshake=config.handshake_timeout,
         progress=config.progress_timeout,
+        credentials=config.credentials,
     )
 
 
@@ -429,6 +430,7 @@ def measure(
                         nbytes += len(came)
                         wrong += bad
                         progress(len(came))
+                client.done(Done(complete=True))
         except SourceError as error:
             with lock:
                 failures.append(str(error))

@@ -111,7 +111,7 @@ METHODS = {
 }
 # What else than a peer's certificate is enough on a port with TLS.
 FOR_ALL = {HEALTHZ}
-WITH_TOKEN = {STATUS}
+WITH_TOKEN = {STATUS, METRICS, PAGE}
 _DIGEST = "[a-z0-9_]{1,32}:[0-9a-f]{16,128}"
 _PARAMETERS = {
     "group": "[A-Za-z0-9_]{1,64}",

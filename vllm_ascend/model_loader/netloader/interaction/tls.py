@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from .. import metrics
 from ..credentials import Credentials
 from ..utils import Address, Buffer, logger
 from .wire import Wire
@@ -218,6 +219,7 @@ class Doorkeeper:
         kind, now = error.kind, time.monotonic()
         with self._lock:
             self.counts[kind] += 1
+            metrics.AUTHENTICATION_FAILURES.labels(kind).inc()
             if now < self._next_line.get(kind, now):
                 self._left_out[kind] += 1
                 return
