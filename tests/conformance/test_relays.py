@@ -383,15 +383,18 @@ def test_a_relay_that_lies_on_a_further_connection_is_left(way):
         source(way, many_rows, max_send_rate=8 * MIB) as seed,
         fleet(way, 2, connections=2) as [liar, honest],
     ):
-        blocks = liar.server.blocks
+        join, blocks, joined = liar.server.join, liar.server.blocks, []
+
+        def let_in(session, asked):
+            joined.append(session)
+            return join(session, asked)
 
         def answer(session, weights, first, last):
             run = blocks(session, weights, first, last)
-            with liar.server._lock:
-                joined = liar.server._served[session].relay is not None
-            return run if joined else dataclasses.replace(run, chunks=_spoilt(run.chunks))
+            right = session is joined[0]
+            return run if right else dataclasses.replace(run, chunks=_spoilt(run.chunks))
 
-        liar.server.blocks = answer
+        liar.server.join, liar.server.blocks = let_in, answer
         liar.start([seed])
         until(lambda: liar.filling is not None)
         with log_lines() as lines:

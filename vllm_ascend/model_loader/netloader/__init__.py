@@ -1,5 +1,6 @@
 """NetLoader: weights out of the memory of a running vLLM instance, instead of from storage."""
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -7,13 +8,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from .utils import logger, one_line
+from .utils import LOAD_FORMAT, logger, one_line
 from .version import __version__ as __version__
 
-LOAD_FORMAT = "netloader"
-
 _VLLM_LOADERS = "vllm.model_executor.model_loader"
-_put_off = False
 
 
 def register_netloader() -> None:
@@ -28,19 +26,8 @@ def register_netloader() -> None:
         sys.meta_path.insert(0, _RegisterOnImport())
 
 
-def register_if_put_off() -> None:
-    """Register what could not be while `netloader` was being imported; called at its end."""
-    if _put_off:
-        register_netloader()
-
-
 def _try_to_register(vllm_loaders: ModuleType) -> None:
     """Register, but let what prevents it not end a process that may use another load format."""
-    global _put_off
-    module = sys.modules.get(f"{__name__}.netloader")
-    if module is not None and not hasattr(module, "ModelNetLoaderElastic"):
-        _put_off = True  # it is being imported, which is why vLLM's loaders are
-        return
     try:
         _register(vllm_loaders)
     except Exception as error:
@@ -56,15 +43,18 @@ def _try_to_register(vllm_loaders: ModuleType) -> None:
 def _register(vllm_loaders: ModuleType) -> None:
     from vllm_ascend.model_loader.netloader.compat import is_cpu_platform
     from vllm_ascend.model_loader.netloader.executor.devices.amx import request_amx_tiles
-    from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 
     # vLLM's attention on CPUs uses AMX tiles, and nobody has asked for them: the first request ends
     # the worker with SIGILL, unless oneDNN has happened to ask. This is early enough in all
     # processes that load a model, whatever the load format.
     if is_cpu_platform():
         request_amx_tiles()
-    if vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not ModelNetLoaderElastic:
-        vllm_loaders.register_model_loader(LOAD_FORMAT)(ModelNetLoaderElastic)
+    # This registers the loader, too. Where it is what imports vLLM's loaders, it does so later.
+    module = importlib.import_module("vllm_ascend.model_loader.netloader.netloader")
+    loader = getattr(module, "ModelNetLoaderElastic", None)
+    registered = vllm_loaders._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT)
+    if loader is not None and registered is not loader:  # another one has come since
+        vllm_loaders.register_model_loader(LOAD_FORMAT)(loader)
 
 
 class _RegisterOnImport(MetaPathFinder):

@@ -129,12 +129,13 @@ def _not_registered() -> str | None:
         load_general_plugins()
         from vllm.model_executor import model_loader
 
+        # Before this imports the loader, which registers it.
+        registered = model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT)
         from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
     except Exception as error:
         traceback.print_exc()
         return f"vLLM fails to load its plugins: {error}"
 
-    registered = model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT)
     if registered is ModelNetLoaderElastic:
         return None
     if registered is not None:

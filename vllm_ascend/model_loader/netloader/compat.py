@@ -30,7 +30,6 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models import adapters
 from vllm.platforms import current_platform
 
-from . import LOAD_FORMAT
 from .agreement import Ranks
 from .changes import After, Change
 from .executor.chunks.manifest import PROCESSED, RAW
@@ -43,6 +42,7 @@ from .identity import (
     revision_name,
 )
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP
+from .utils import LOAD_FORMAT
 
 # Integers that say which expert is where: of vLLM, of its EPLB, of vLLM Ascend; not how busy it is.
 _EXPERT_MAP = re.compile(r"^(?!.*load).*(expert_|log2phy|phy2log|physical|logical)")

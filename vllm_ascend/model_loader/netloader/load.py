@@ -171,15 +171,18 @@ def elastic_load(
     started = time.monotonic()
     addresses = [source for source in sources if isinstance(source, Address)]
     names = [source for source in sources if isinstance(source, Name)]
-    queue = SourceQueue(addresses, config.source_wait)
+    queue = SourceQueue(addresses, config.source_wait, most_hearsay=config.max_sources)
     if device.accelerator is not None or not config.verify:
         relay = None
-    several = bool(names) or relay is not None
     target = _Target(tensors, required, identity, config, device, meaning, made, relay, cold)
     sessions = _Sessions(queue, target, identity, config, device, worker, wanted, relay)
+    # One that only others have named, and that is slow, is not to keep a source waiting.
+    most = config.max_sources + 1 if relay is not None else config.max_sources
+    if not names and relay is None:
+        most = min(most, len(sources))
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
-        for index in range(config.max_sources if several else min(config.max_sources, len(sources)))
+        for index in range(most)
     ]
     if names:
         discovery = Discovery(
@@ -206,10 +209,14 @@ def elastic_load(
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
             thread.start()
+    received = 0
     with _ProgressBar(started) if show_progress else contextlib.nullcontext() as bar:
         while not queue.over.wait(0.1) and any(thread.is_alive() for thread in threads):
+            if sessions.bytes_received() > received:
+                received = sessions.bytes_received()
+                queue.progressed()
             if bar is not None:
-                bar.show(sessions.bytes_received(), target.nbytes, sessions.peers())
+                bar.show(received, target.nbytes, sessions.peers())
         if bar is not None:
             bar.show(sessions.bytes_received(), target.nbytes, sessions.peers())
     # A thread that still waits for a slow source ends by that source's deadline. It writes to no
@@ -472,6 +479,7 @@ class _Sessions:
     ) -> None:
         self._queue = queue
         self._relay = relay
+        self._peer = relay.peer if relay is not None else None
         target.met = self._met
         self._target = target
         self._identity = identity
@@ -612,33 +620,36 @@ class _Sessions:
     def _pull(self, address: Address) -> None:
         with self._connect(address) as client:
             joined = self._join(client)
-            if self._is_own(joined.instance):
-                raise SourceRefused(f"{address}: {_ITSELF}")
-            if not self._queue.is_hearsay(address):
-                self._vouch(joined.weights, joined.ranks)
-            elif joined.weights not in self._vouched:
-                raise SourceRefused(
-                    f"{address}: its weights are {joined.weights}, which no source in SOURCE has"
-                )
-            self._queue.joined(address, joined.instance)
-            with self._target.agreed(address, joined) as (store, scheduler):
-                if not joined.complete:
-                    with self._lock:
-                        self._relays.add((address, joined.weights))
-                if self._relay is not None:
-                    self._relay.know(
-                        joined.weights, address, joined.instance, complete=joined.complete
-                    )
-                    for peer in joined.peers:
-                        self._met(joined.weights, peer)
-                try:
-                    self._transfer(address, client, store, scheduler, joined.complete)
-                except BaseException as error:
-                    client.done(Done(complete=False, reason=one_line(error)))
-                    if isinstance(error, TransferCorrupt):
-                        self._report(address, store, error)
-                    raise
+            try:
+                self._pull_from(address, client, joined)
+            except BaseException as error:
+                client.done(Done(complete=False, reason=one_line(error)))
+                raise
             client.done(Done(complete=True))
+
+    def _pull_from(self, address: Address, client: ElasticClient, joined: Joined) -> None:
+        if self._is_own(joined.instance):
+            raise SourceRefused(f"{address}: {_ITSELF}")
+        if not self._queue.is_hearsay(address):
+            self._vouch(joined.weights, joined.ranks)
+        elif joined.weights not in self._vouched:
+            raise SourceRefused(
+                f"{address}: its weights are {joined.weights}, which no source in SOURCE has"
+            )
+        self._queue.joined(address, joined.instance)
+        with self._target.agreed(address, joined) as (store, scheduler):
+            if not joined.complete:
+                with self._lock:
+                    self._relays.add((address, joined.weights))
+            if self._relay is not None:
+                self._relay.know(joined.weights, address, joined.instance, complete=joined.complete)
+                for peer in joined.peers:
+                    self._met(joined.weights, peer)
+            try:
+                self._transfer(address, client, store, scheduler, joined.complete)
+            except TransferCorrupt as error:
+                self._report(address, store, error)
+                raise
 
     def _report(self, address: Address, store: BlockStore, error: TransferCorrupt) -> None:
         """Ask the source whether its weights are still what it said, as they came wrong twice.
@@ -669,8 +680,7 @@ class _Sessions:
 
     def _join(self, client: ElasticClient) -> Joined:
         """Ask for the weights that are being loaded; for any, if there are none yet."""
-        identity, weights = self._identity, self._target.weights
-        peer = self._relay.peer if self._relay is not None else None
+        identity, weights, peer = self._identity, self._target.weights, self._peer
         try:
             joined = client.join(Join(identity, weights, peer))
         except SourceRefused as error:
@@ -878,6 +888,7 @@ class _Sessions:
             try:
                 with self._device.attached(), self._connect(address) as client:
                     session.add(client)
+                    client.join(Join(self._identity, store.digests.weights, self._peer))
                     through = HttpReceiver(client, store)
                     here = contextlib.nullcontext()
                     self._receive(address, through, store, scheduler, here, session.peer)

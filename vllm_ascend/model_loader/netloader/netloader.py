@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import (
@@ -22,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.utils.network_utils import get_ip
 
-from . import register_if_put_off, registry
+from . import registry
 from .agreement import AS_CONFIGURED, DISK, Attempt, Order, Ranks, RankWeights, load_together
 from .changes import After, Change
 from .compat import (
@@ -76,7 +77,7 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import ColdStart, elastic_load
 from .serve import Offer, Relay
-from .utils import Address, Name, logger, one_line, process_id, rate, size
+from .utils import LOAD_FORMAT, Address, Name, logger, one_line, process_id, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
 _WAIT_AGAIN = 30.0
@@ -155,6 +156,7 @@ class _Renewal:
     store: BlockStore
 
 
+@register_model_loader(LOAD_FORMAT)
 class ModelNetLoaderElastic(BaseModelLoader):
     """Loads weights from running instances, or from disk, and lets others load from this one.
 
@@ -754,8 +756,3 @@ def _neither(failure: str, error: Exception) -> LoadFailed:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-# vLLM's loaders are there by now. Where this module was the first to import them, they have not
-# got this one yet.
-register_if_put_off()

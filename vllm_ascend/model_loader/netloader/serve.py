@@ -445,6 +445,9 @@ class WeightServer:
             return served.store
         if self._stopped:
             raise Refusal(Code.GONE, _SHUTTING_DOWN)
+        for offer in self._offers.values():
+            if offer.store is None and offer.code in (Code.LOADING, Code.PREPARING):
+                raise Refusal(offer.code, offer.reason)  # they may be what it gets ready
         raise Refusal(Code.CHANGED, "these weights are not served here, or no longer")
 
     def _session(self, session: Session, store: BlockStore) -> "_Served":
@@ -457,19 +460,14 @@ class WeightServer:
         elif served.groups:  # whose messages nobody would wait for any more
             raise Refusal(Code.BAD_REQUEST, "the groups of this connection are for other weights")
         else:
-            self._end(served)
+            self._end(session, served)
         served = self._served[session] = _Served(session, store, self._limiter)
         return served
 
     def _over(self, session: Session) -> None:
         with self._session_over:
             served = self._served.pop(session)
-            self._end(served)
-            if served.relay is not None:
-                complete = served.end == api.COMPLETE
-                gone = self._peers.left(served.relay, session, complete=complete)
-                if (first_copy := self._first_copies.get(served.store.digests.weights)) is not None:
-                    first_copy.gone(served.relay, complete=not gone)
+            self._end(session, served)
             self._session_over.notify_all()
 
     def _others(self, weights: str, client: Peer | None) -> list[Peer]:
@@ -487,10 +485,15 @@ class WeightServer:
                 self._first_copies[weights] = FirstCopy(blocks.count)
             return self._first_copies[weights].sends(served.relay, run)
 
-    def _end(self, served: "_Served") -> None:
+    def _end(self, session: Session, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
         served.log(self.rank)
+        if served.relay is not None:
+            complete = served.end == api.COMPLETE
+            gone = self._peers.left(served.relay, session, complete=complete)
+            if (first_copy := self._first_copies.get(served.store.digests.weights)) is not None:
+                first_copy.gone(served.relay, complete=not gone)
 
     def _pieces(self, served: "_Served", run: Run) -> Generator[list[Buffer], None, None]:
         """Yield the memory of a run, piece by piece, as the rate limiter lets them go."""

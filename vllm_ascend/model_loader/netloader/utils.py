@@ -21,6 +21,7 @@ import msgspec
 # A child of vLLM's own logger: its handlers, format and level apply without importing vLLM.
 logger = logging.getLogger("vllm.netloader")
 
+LOAD_FORMAT = "netloader"
 MIN_PORT, MAX_PORT = 1024, 65535
 _LOOK = 0.05  # seconds between two looks at whether to go on waiting
 T = TypeVar("T")

@@ -171,3 +171,12 @@ def test_whatever_peers_are_called_an_answer_that_names_them_is_not_too_large():
     for name, text in longest.items():
         with pytest.raises(Refusal):
             api.decode(msgspec.json.encode(longest | {name: text + "x"}), api.Peer)
+
+
+@pytest.mark.parametrize("said", SAID, ids=lambda said: type(said).__name__)
+def test_nothing_is_called_by_a_longer_name_than_others_can_pass_on(said):
+    fields = msgspec.json.decode(msgspec.json.encode(said))
+    if isinstance(fields, dict) and isinstance(fields.get("instance"), str):
+        fields["instance"] = "i" * (api.MAX_INSTANCE + 1)
+        with pytest.raises(Refusal, match="instance"):
+            api.decode(msgspec.json.encode(fields), type(said))

@@ -852,6 +852,50 @@ def test_those_last_heard_of_are_remembered_and_no_more_than_so_many(monkeypatch
     ]
 
 
+def test_those_that_have_a_session_are_named_before_those_that_only_asked():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    for number in range(2000):
+        to.others(Join(WHO, peer=relayed(100 + number)))
+        if number == 999:
+            honest = joins(to, relayed(1))[0]
+            joins(to, relayed(2))
+    for _ in range(3):
+        assert relayed(2).address in {peer.address for peer in joins(to, relayed(3))[1].peers}
+    assert relayed(1).address in {peer.address for peer in to.peers_of(weights)}
+    honest.close()
+    assert relayed(1).address not in {peer.address for peer in to.peers_of(weights)}
+
+
+def test_a_connection_that_goes_on_with_another_model_counts_for_one_peer():
+    to = server(offer(), offer(DRAFT, {"d": torch.ones(3)}))
+    weights, client = offer().store.digests.weights, session()
+    for number in range(1, 5):
+        to.join(client, Join(WHO, peer=relayed(number)))
+        fetched(to, weights, number, number, by=client)
+        to.join(client, Join(DRAFT))
+    assert len(to._first_copies[weights]._served) <= 1
+    client.close()
+    assert to._first_copies[weights]._served == {}
+    assert to.peers_of(weights) == []
+
+
+def test_a_client_that_had_to_wait_and_then_went_away_is_named_no_more():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    to.others(Join(WHO, peer=relayed(1)))
+    joins(to, relayed(1))[0].close()
+    assert to.peers_of(weights) == []
+
+
+@pytest.mark.parametrize("code", [Code.LOADING, Code.PREPARING])
+def test_who_asks_for_blocks_that_are_being_made_ready_is_to_come_again(code):
+    to = server(offer())
+    weights = offer().store.digests.weights
+    to.withdraw(WHO.group, code, "why")
+    assert refusal(to.have, session(), weights, 0, 0) == (code.text, "why")
+
+
 def test_nothing_is_kept_of_clients_that_are_gone_or_of_weights_that_are_withdrawn():
     to = server(offer())
     weights = offer().store.digests.weights

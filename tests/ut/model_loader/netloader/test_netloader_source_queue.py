@@ -473,6 +473,46 @@ def test_those_that_others_name_keep_no_load_waiting(world):
     assert queue.next() is None
 
 
+def test_those_that_others_name_keep_no_load_from_the_disk_after_the_deadline(world):
+    queue = world.queue([A], 0)
+    assert queue.next() == A
+    for port in range(9):
+        queue.heard(Address("192.0.2.8", port + 1), "c")
+    assert queue.poll() is not None
+    world.clock.sleep(29)
+    queue.progressed()
+    world.clock.sleep(29)
+    assert queue.poll() is not None  # something has come
+    world.clock.sleep(2)
+    assert queue.poll() is None
+
+
+def test_of_those_that_others_name_only_so_many_are_asked_at_once():
+    queue = SourceQueue([A, B], 300, most_hearsay=2)
+    assert queue.next() == A
+    assert queue.next() == B
+    named = [Address("192.0.2.8", port + 1) for port in range(3)]
+    for address in named:
+        queue.heard(address, address.host)
+    asked = [queue.next(), queue.next()]
+    assert {*asked} < {*named}
+    assert queue.poll() is None
+    queue.failed(B, SourceBusy("busy", retry_after=0.01))
+    assert queue.next() == B  # also while they say nothing
+    queue.failed(asked[0], SourceLost("gone"))
+    assert queue.next() in named
+
+
+def test_a_process_is_asked_at_one_address_at_a_time():
+    queue = SourceQueue([A, B], 300)
+    assert [queue.next(), queue.next()] == [A, B]
+    queue.joined(A, "a")
+    with pytest.raises(SourceBusy, match=f"{B}: is asked as {A} already"):
+        queue.joined(B, "a")
+    queue.failed(A, SourceLost("gone"))
+    queue.joined(B, "a")
+
+
 def test_a_process_that_others_name_at_an_address_is_believed_a_few_times(world):
     queue = world.queue([A], 300)
     assert queue.next() == A

@@ -167,6 +167,8 @@ CODES = {code.text: code for code in Code}
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
+PeerAddress: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]
+Instance: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_INSTANCE)]
 WeightsDigest: TypeAlias = Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
 RankWeights: TypeAlias = Annotated[dict[Count, WeightsDigest], msgspec.Meta(max_length=65536)]
 NO_RANKS: Mapping[int, str] = MappingProxyType({})
@@ -185,8 +187,8 @@ class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
         load: to how many it has been named.
     """
 
-    address: Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]
-    instance: Annotated[str, msgspec.Meta(max_length=MAX_INSTANCE)]
+    address: PeerAddress
+    instance: Instance
     state: ShortText = "loading"
     load: Count = 0
 
@@ -225,7 +227,7 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
 
     weights: WeightsDigest
     epoch: Count
-    instance: ShortText
+    instance: Instance
     revision: Revision = Revision()
     peers: Peers = []
     complete: bool = True
@@ -324,8 +326,8 @@ class Endpoint(msgspec.Struct, frozen=True):
         instance: names the process.
     """
 
-    address: ShortText
-    instance: ShortText
+    address: PeerAddress
+    instance: Instance
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -389,7 +391,7 @@ class Status(msgspec.Struct, frozen=True):
     """
 
     version: str
-    instance: str
+    instance: Instance
     rank: int
     models: list[ModelStatus]
     sessions: list[SessionStatus]
@@ -427,7 +429,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     differences: list[Difference] = []
     peers: Peers = []
     weights: WeightsDigest | None = None
-    instance: ShortText = ""
+    instance: Instance = ""
     ranks: RankWeights = {}
 
 

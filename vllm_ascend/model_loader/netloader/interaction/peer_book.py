@@ -45,11 +45,14 @@ class PeerBook:
         known = self._known.pop(key, None) or _Known(Peer(*key))
         self._known[key] = known
         known.weights, known.heard = weights, self._clock()
+        if session is not None:
+            known.sessions.discard(None)  # now it can be seen when it goes
         known.sessions.add(session)
         if complete:
             self.complete(peer)
         if len(self._known) > _MOST:
-            del self._known[next(iter(self._known))]
+            strangers = (key for key, known in self._known.items() if known.sessions <= {None})
+            del self._known[next(strangers, next(iter(self._known)))]
 
     def left(self, peer: Peer, session: Hashable, *, complete: bool = False) -> bool:
         """Name a peer no more if this was the last that told of it, unless it is complete.
@@ -74,7 +77,7 @@ class PeerBook:
             known.peer = msgspec.structs.replace(known.peer, state="serving")
 
     def others(self, weights: str, client: str | None, there: Collection[str | None]) -> list[Peer]:
-        """Return whom a client can ask, those first that were named to fewest.
+        """Return whom a client can ask, those with a session first that were named to fewest.
 
         Args:
             weights: what the client wants.
@@ -85,6 +88,7 @@ class PeerBook:
         for key, known in [*self._known.items()]:
             if now - known.heard > _REMEMBERED and known.peer.address not in there:
                 del self._known[key]
+        # Whom nobody has let in may be nobody at all.
         others = nsmallest(
             api.MAX_PEERS,
             (
@@ -92,7 +96,7 @@ class PeerBook:
                 for known in self._known.values()
                 if known.weights == weights and known.peer.address != client
             ),
-            key=lambda known: known.peer.load,
+            key=lambda known: (known.peer.address not in there, known.peer.load),
         )
         if client is not None:
             for known in others:

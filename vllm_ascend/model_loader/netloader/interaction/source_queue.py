@@ -1,6 +1,7 @@
 """Which source a load asks next: who is new, who is to be asked later, and who has failed."""
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from ..utils import Address, one_line
 # Seconds between two attempts at a source: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 # Seconds for which a source is asked again, whatever the deadline says, whose session has brought
-# something and has ended because it did not suit at the moment.
+# something and has ended because it did not suit at the moment; also those since something has
+# come after which those that others name are not asked any more.
 _GRACE = 30.0
 MAX_HEARD = 256  # sources of one load that others may name
 _REVIVALS = 3  # processes after the first one that others may name at an address
@@ -63,6 +65,7 @@ class SourceQueue:
         seconds: for how long to wait for sources that may serve later; 0: not at all.
         clock: returns seconds.
         spread: returns a random number from its first argument to its second one.
+        most_hearsay: how many that only others have named are asked at once.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class SourceQueue:
         seconds: float,
         clock: Callable[[], float] = time.monotonic,
         spread: Callable[[float, float], float] = random.uniform,
+        most_hearsay: int = sys.maxsize,
     ) -> None:
+        self._most_hearsay = most_hearsay
         self._clock = clock
         self._spread = spread
         self._listed = [*dict.fromkeys(addresses)]
@@ -83,6 +88,7 @@ class SourceQueue:
         self._idle = 0
         self._held = False
         self._polled = 0.0
+        self._progress = clock()
         self.over = threading.Event()
 
     def next(self) -> Address | None:
@@ -131,9 +137,22 @@ class SourceQueue:
             self._held = held
             self._changed.notify_all()
 
-    def joined(self, address: Address, instance: str) -> None:
-        """Take note of which process there is at an address."""
+    def progressed(self) -> None:
+        """Take note that something has come."""
         with self._changed:
+            self._progress = self._clock()
+            self._changed.notify_all()
+
+    def joined(self, address: Address, instance: str) -> None:
+        """Take note of which process there is at an address.
+
+        Raises:
+            SourceBusy: it is being asked at another address just now.
+        """
+        with self._changed:
+            for source in self._in(_State.ASKED):
+                if source.instance == instance != "" and source.address != address:
+                    raise SourceBusy(f"{address}: is asked as {source.address} already")
             self._known[address].instance = instance
 
     def heard(self, address: Address, instance: str) -> None:
@@ -285,9 +304,16 @@ class SourceQueue:
         return None
 
     def _may_ask(self, source: _Source, now: float) -> bool:
+        if source.hearsay:
+            asked = self._in(_State.ASKED)
+            if sum(one.hearsay for one in asked) >= self._most_hearsay:
+                return False
         if source.state is not _State.NEW:
             return now < max(self._deadline, source.until)
-        return not source.hearsay or now < self._deadline or bool(self._in(_State.ASKED))
+        if not source.hearsay or now < self._deadline:
+            return True
+        # So that those that bring nothing cannot keep the load from the disk.
+        return bool(asked) and now < self._progress + _GRACE
 
     def _may_go_on(self, now: float) -> bool:
         if self._in(_State.ASKED):
