@@ -12,6 +12,8 @@ from typing import Any
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import Address
 
+from .views import View, load_view
+
 
 class Pair:
     """Two processes: the ranks of every instance here."""
@@ -66,6 +68,15 @@ class Pair:
         given = {"name": name, "path": str(path), "MODEL": "m"}
         prefix = {"OUTPUT_PREFIX": str(self.folder / name)}
         return self.do(given | prefix | extra, only_first)
+
+    def view(self, path: Path, **engine: Any) -> list[View]:
+        """Watch how a checkpoint is loaded, with weights and without, by an instance cut so."""
+        name = f"i{next(self.names)}"
+        order = {"name": name, "path": str(path), "view": str(self.folder / name)}
+        outcome = self.do(order | engine)
+        assert outcome.errors == ["", ""], outcome.errors
+        ranks = engine.get("tp", 1) * engine.get("pp", 1)
+        return [load_view(f"{self.folder / name}{rank}.pt") for rank in range(ranks)]
 
     def reload(self, loaded: "Outcome", **extra: Any) -> "Outcome":
         return self.do({"name": loaded.name, "reload": True} | extra)

@@ -1,8 +1,9 @@
 """A process that is one rank of instances of two, which load models as workers do.
 
-For each line on stdin it loads a model and keeps it by its name, or reloads it in place, and
-answers with a line on stdout: the error if there was one, what NetLoader logged, and what the model
-then has. The first argument is the rank, the second a file at which both meet.
+For each line on stdin it loads a model and keeps it by its name, or reloads it in place, or watches
+how it is loaded from disk, and answers with a line on stdout: the error if there was one, what
+NetLoader logged, and what the model then has. The first argument is the rank, the second a file at
+which both meet.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from vllm.config import VllmConfig  # noqa: E402
 
 from tests.e2e.hub_process import _Lines  # noqa: E402
 from tests.e2e.loading import make_config, worker  # noqa: E402
+from tests.e2e.views import watch  # noqa: E402
 from vllm_ascend.model_loader.netloader.executor.model.raw import raw_tensors  # noqa: E402
 
 
@@ -34,7 +36,14 @@ def main(rank: int, meeting: Path) -> None:
         name, handler.lines = order.pop("name"), []
         answer: dict[str, Any] = {"error": ""}
         try:
-            if order.pop("reload", False):
+            if view := order.pop("view", ""):
+                seen = []
+                for device in ("cpu", "meta"):
+                    config = make_config(load_format="auto", **order)
+                    with worker(config, rank, meeting) as loader:
+                        seen += watch(loader, config, device)
+                torch.save(seen[:3], f"{view}{rank}.pt")
+            elif order.pop("reload", False):
                 model, config = models[name]
                 config.load_config.model_loader_extra_config |= order
                 with worker(config, rank, meeting) as loader:

@@ -3,14 +3,18 @@
 The loader inside vLLM, in two processes that are the ranks of all instances, without an engine.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tools.make_model import copy_without_weights, make_model
 from tools.netloader_view import source_list
+from vllm_ascend.model_loader.netloader.executor.view.plan import plan
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import move
 
 from .killing_proxy import killing_proxy
 from .ranks import Outcome, Pair
@@ -183,3 +187,41 @@ def test_a_reload_takes_weights_that_belong_together_or_none(
     renewed = pair.reload(client, SOURCE=source_list(either), MAX_SOURCES=1)
     assert (renewed.errors, renewed.has) == (["", ""], b.has)
     assert client.status(1).ranks == b.status(1).ranks
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "tp": {"tp": 2},
+    "pp": {"pp": 2},
+    "ep": {"tp": 2, "engine": {"enable_expert_parallel": True}},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts"),
+    [
+        ("llama", ["tp", "pp", "whole"]),
+        ("moe", ["tp", "ep", "whole"]),
+        ("w8a8-static", ["tp", "whole"]),
+    ],
+)
+def test_ranks_that_are_cut_in_one_way_have_what_those_cut_in_another_need(
+    pair: Pair, tmp_path: Path, kind: str, cuts: list[str]
+) -> None:
+    make_model(tmp_path, kind, "tiny", 0)
+    views = {cut: pair.view(tmp_path, **CUTS[cut]) for cut in cuts}
+    for source, client in itertools.product(cuts, cuts):
+        there = [view.records for view in views[source]]
+        for rank, view in enumerate(views[client]):
+            assert not view.records.computed and not view.needs.computed
+            parts, missing = plan(view.needs, there, rank)
+            assert not missing, (source, client, rank)
+            got = {name: torch.zeros_like(one) for name, one in view.parameters.items()}
+            for fill in view.needs.fills:
+                place = got[view.needs.parameters[fill.parameter].name]
+                place.as_strided(fill.size, fill.stride, fill.offset).fill_(fill.value)
+            for part in parts:
+                held = views[source][part.rank].parameters[part.there.parameter]
+                move(part, held, got[part.here.parameter])
+            for name, one in view.parameters.items():
+                assert torch.equal(got[name], one), (source, client, rank, name)

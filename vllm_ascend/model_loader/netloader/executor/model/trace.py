@@ -284,11 +284,11 @@ class Trace(TorchDispatchMode):
         if func is _aten.copy_.default and (span := self._span(args[1])) is not None:
             self._note(args[0], self._write_of(args[0], args[1], span))
             return None
+        if func in _BLIND or _is_view(func):
+            return None
         inputs = [
             one for one in _tensors(args, kwargs) if one.untyped_storage()._cdata in self._known
         ]
-        if func in _BLIND or _is_view(func):
-            return None
         if func in _COPIES and inputs and (span := self._span(inputs[0])) is not None:
             return functools.partial(self._copied, inputs[0], span)
         fills = func in _FILLS and (len(args) < 2 or args[1] not in self._numbers)
@@ -468,6 +468,7 @@ def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
             yield from _tensors((given[one.name],), {})
 
 
+@functools.cache  # looking at a schema takes longer than making a view
 def _is_view(func: Any) -> bool:
     """Return whether an operation only makes views."""
     schema = func._schema
