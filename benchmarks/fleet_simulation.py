@@ -311,7 +311,7 @@ class Fleet:
         self.most_sources = max(self.most_sources, len(node.downs))
         queue.joined(source.address, source.peer.instance)
         if node.scheduler is None:
-            node.scheduler = Scheduler(self.blocks, BLOCK_BYTES, self.random.random(), self.clock)
+            node.scheduler = Scheduler(self.blocks, BLOCK_BYTES, self.random.shuffle, self.clock)
             node.offers = True
             self.at(self.now + FIRST_QUESTION, self._ask_for_peers, node, FIRST_QUESTION)
             if node.lying:

@@ -379,8 +379,8 @@ class _Target:
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if self._in_groups else _CHUNK_MIB)
-        start = random.random() if self._relay is not None else 0.0
-        self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
+        shuffle = random.shuffle if self._relay is not None else None
+        self._scheduler = Scheduler(blocks, chunk_mib * MIB, shuffle)
         if self._relay is not None:
             self._relay.begin(self._store, self.met, self._list)
 

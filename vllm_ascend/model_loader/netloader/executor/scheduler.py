@@ -70,8 +70,8 @@ class Scheduler:
     Args:
         blocks: what is to be fetched.
         chunk_bytes: size of a run that is not to be exceeded.
-        start: where to start, from 0 to 1: clients that start at different places have something
-            to give each other.
+        shuffle: puts runs into the order in which those come that are equally urgent; None: as
+            they are. Clients with different orders do not all ask a source for the same run.
         clock: returns seconds.
     """
 
@@ -79,16 +79,17 @@ class Scheduler:
         self,
         blocks: Blocks,
         chunk_bytes: int,
-        start: float = 0.0,
+        shuffle: Callable[[list[Run]], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         runs = blocks.cut(chunk_bytes)
-        first = int(start * len(runs))
+        if shuffle is not None:
+            shuffle(runs)
         self._blocks = blocks
         self._clock = clock
         self._changed = threading.Condition()
         # A run's number says in which order runs come that are equally urgent.
-        self._runs = [*runs[first:], *runs[:first]]
+        self._runs = runs
         self._wanted = bytearray(b"\1") * len(runs)
         self._urgency = array("q", [1]) * len(runs)  # 0: at once; else 1 and who has it
         self._number_of = array("q", [0]) * blocks.count  # by block
@@ -414,7 +415,7 @@ class FirstCopy(Generic[C]):
     """Decides whether a source sends a run now: each block once before it sends one twice.
 
     As long as there are blocks that it has sent to nobody, a client is to ask others for those
-    that they have got. A client that got nothing for a while gets what it asks for: it may reach
+    that they have got. A client that got nothing for a while gets one of those: it may reach
     nobody else.
 
     Args:
@@ -434,11 +435,9 @@ class FirstCopy(Generic[C]):
         since = self._served.setdefault(client, now)
         holders = self._sent_to[run.first : run.last + 1]
         others = any(holder is not None and holder != client for holder in holders)
-        if others and self._unsent:
-            if now - since < STARVED:
-                return False
-        else:
-            self._served[client] = now
+        if others and self._unsent and now - since < STARVED:
+            return False
+        self._served[client] = now
         self._unsent -= holders.count(None)
         self._sent_to[run.first : run.last + 1] = [
             client if holder is None else holder for holder in holders
