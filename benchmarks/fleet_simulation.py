@@ -133,7 +133,7 @@ class Node:
         self.queue: SourceQueue | None = None
         self.scheduler: Scheduler | None = None
         self.book = PeerBook(fleet.clock)
-        self.first: FirstCopy[str] | None = None
+        self.first: FirstCopy[str] = FirstCopy(fleet.case.chunks, fleet.clock)
         self.ups: dict[Session, None] = {}
         self.downs: dict[Session, None] = {}
         self.joining = 0
@@ -178,7 +178,6 @@ class Fleet:
         self.solo = case.chunks / case.chunks_per_second
         self.seed = Node(self, "seed", case.speeds[0])
         self.seed.offers = self.seed.complete = True
-        self.seed.first = FirstCopy(case.chunks, self.clock)
         self.replicas = [
             Node(self, f"replica{index}", self.random.choice(case.speeds))
             for index in range(case.replicas)
@@ -483,7 +482,6 @@ class Fleet:
     def _serve(self, node: Node) -> None:
         if node.alive:
             node.offers = node.complete = True
-            node.first = FirstCopy(self.case.chunks, self.clock)
 
     def _fail(self, session: Session, error: SourceError) -> None:
         if not session.alive:
@@ -491,7 +489,7 @@ class Fleet:
         self._close(session)
         client, source = session.client, session.source
         gone = source.book.left(client.peer, session)
-        if gone and source.first is not None:
+        if gone:
             source.first.gone(client.peer.address)
         for run in session.held:
             self._excused[client.address, run.first] += 1
@@ -547,7 +545,7 @@ class Fleet:
 
     def _send(self, session: Session, run: Run) -> None:
         source, client = session.source, session.client
-        if source.first is not None and not source.first.sends(client.peer.address, run):
+        if not self._sends(source, client, run):
             self.declines += 1
             session.last = max(session.last, self.now + LATENCY)
             self.at(session.last, self._declined, session)
@@ -564,6 +562,12 @@ class Fleet:
         client.down_free = max(client.down_free, self.now) + client.seconds
         session.last = max(session.last, until + LATENCY, client.down_free + LATENCY)
         self.at(session.last, self._delivered, session)
+
+    def _sends(self, source: Node, client: Node, run: Run) -> bool:
+        """Say whether a client gets a run, or asks others: see `serve.WeightServer._sends`."""
+        if not source.complete or source.book.has_complete(WEIGHTS):
+            return True
+        return source.first.sends(client.peer.address, run)
 
     def _die(self, node: Node) -> None:
         if node.alive and (node.finished is None or node is self.seed):

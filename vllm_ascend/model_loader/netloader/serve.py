@@ -477,6 +477,8 @@ class WeightServer:
         assert served.relay is not None
         weights, blocks = served.store.digests.weights, served.store.blocks
         with self._lock:
+            if self._peers.has_complete(weights):  # others can take this source's place
+                return True
             if weights not in self._first_copies:
                 self._first_copies[weights] = FirstCopy(blocks.count)
             return self._first_copies[weights].sends(served.relay, run)

@@ -910,6 +910,17 @@ def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody():
     fetched(to, weights, 3, 8, by=other)
 
 
+def test_where_others_are_complete_as_well_a_source_sends_blocks_in_any_order():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    one, other = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
+    fetched(to, weights, 0, 5, by=one)
+    to.know("xxh3_128:" + "0" * 32, relayed(3), complete=True)
+    assert refusal(to.blocks, other, weights, 0, 5)[0] == "ask_others"
+    to.know(weights, relayed(3), complete=True)
+    fetched(to, weights, 0, 5, by=other)
+
+
 def loading(to):
     made = Offer(WHO, None, "the weights are being loaded", code=Code.LOADING)
     to.endpoint = Endpoint("10.0.0.1:1", to.process)
