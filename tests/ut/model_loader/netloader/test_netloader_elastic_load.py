@@ -8,6 +8,7 @@ import torch
 
 from vllm_ascend.model_loader.netloader.errors import (
     AskOthers,
+    MakesRoom,
     NotHere,
     SourceBusy,
     SourceLost,
@@ -220,6 +221,19 @@ def test_a_source_without_news_is_left_if_there_is_another_to_ask(there, monkeyp
     asked = iter([False, True])
     with pytest.raises(SourceBusy, match="no blocks just now"):
         of_incomplete_source(there, others=lambda: next(asked)).run()
+
+
+def test_a_relay_that_brings_least_is_left_for_another_once_all_has_come_that_it_was_asked_for(
+    there, monkeypatch
+):
+    monkeypatch.setattr(scheduler, "_REVIEW", 0.0)
+    free = iter([False, False, True])
+    load = of_incomplete_source(there, others=lambda: next(free))
+    load._scheduler.heard(load._peer, [Run(0, COUNT - 1)], complete=False)
+    with pytest.raises(MakesRoom):
+        load.run()
+    assert load.bytes_received > 0
+    assert load.outstanding == []
 
 
 def test_a_source_without_news_is_left_in_the_end(there):

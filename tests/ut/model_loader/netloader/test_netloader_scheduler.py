@@ -480,6 +480,26 @@ def test_an_incomplete_source_has_been_idle_since_it_had_something_new():
     assert scheduler.idle_for(Peer()) == 0.0  # a complete one
 
 
+def test_of_several_relays_the_one_that_brings_least_is_left():
+    scheduler, [one, other] = of_relays(9, [0, 1, 2], [3, 4, 5])
+    seed = Peer()
+    scheduler.begin(seed)
+    for run in [*scheduler.take(2, peer=one), *scheduler.take(1, peer=other)]:
+        scheduler.done(run)
+    assert not scheduler.brings_least(other)
+    scheduler._clock.now = 1.0
+    assert not scheduler.brings_least(seed)
+    assert scheduler.brings_least(other)
+    [run] = scheduler.take(1, peer=other)
+    scheduler.done(run)
+    late = Peer(complete=False)
+    scheduler._clock.now = 1.5
+    scheduler.begin(late)
+    scheduler._clock.now = 2.0
+    assert not scheduler.brings_least(late)  # it has not had the time
+    assert scheduler.brings_least(one)
+
+
 # What a source sends to whom
 
 
