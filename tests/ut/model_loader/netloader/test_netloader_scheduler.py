@@ -490,8 +490,8 @@ def test_of_several_relays_the_one_that_brings_least_is_left():
     scheduler._clock.now = 1.0
     assert not scheduler.brings_least(seed)
     assert scheduler.brings_least(other)
-    [run] = scheduler.take(1, peer=other)
-    scheduler.done(run)
+    for run in [*scheduler.take(1, peer=one), *scheduler.take(2, peer=other)]:
+        scheduler.done(run)
     late = Peer(complete=False)
     scheduler._clock.now = 1.5
     scheduler.begin(late)

@@ -966,11 +966,14 @@ def test_a_load_that_is_complete_waits_for_its_clients_for_a_part_of_its_time(mo
     def leave():
         while not to._lingering:
             time.sleep(0.001)
-        refused.append(refusal(join, to)[0])
-        fetched(to, store.digests.weights, 0, 1, by=client)
-        client.close()
+        try:
+            refused.append(refusal(join, to)[0])
+            fetched(to, store.digests.weights, 0, 1, by=client)
+        finally:
+            client.close()
 
-    monkeypatch.setattr(serve, "_LINGER", 1e9)
+    monkeypatch.setattr(serve, "_LINGER", 1.0)
+    relay._began -= PATIENCE
     leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     relay.end(complete=True)
