@@ -22,6 +22,7 @@ from typing import Any
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import (
+    MakesRoom,
     SourceBusy,
     SourceError,
     SourceLost,
@@ -38,6 +39,8 @@ from vllm_ascend.model_loader.netloader.interaction.peer_book import PeerBook
 from vllm_ascend.model_loader.netloader.interaction.source_queue import SourceQueue
 from vllm_ascend.model_loader.netloader.load import _FIRST_QUESTION as FIRST_QUESTION
 from vllm_ascend.model_loader.netloader.load import _LAST_QUESTION as LAST_QUESTION
+from vllm_ascend.model_loader.netloader.serve import _LINGER as LINGER
+from vllm_ascend.model_loader.netloader.serve import _PLACES_WHILE_LOADING as PLACES_WHILE_LOADING
 from vllm_ascend.model_loader.netloader.utils import Address
 
 CONFIG = NetLoaderConfig(source={})
@@ -124,6 +127,7 @@ class Node:
         self.seconds = 1 / (fleet.case.chunks_per_second * speed)  # of a chunk, on its links
         self.began = 0.0
         self.finished: float | None = None
+        self.lingers = False
         self.alive = True
         self.lying = False
         self.stalled = False
@@ -133,7 +137,7 @@ class Node:
         self.queue: SourceQueue | None = None
         self.scheduler: Scheduler | None = None
         self.book = PeerBook(fleet.clock)
-        self.first: FirstCopy[str] | None = None
+        self.first: FirstCopy[str] = FirstCopy(fleet.case.chunks, fleet.clock)
         self.ups: dict[Session, None] = {}
         self.downs: dict[Session, None] = {}
         self.joining = 0
@@ -178,7 +182,6 @@ class Fleet:
         self.solo = case.chunks / case.chunks_per_second
         self.seed = Node(self, "seed", case.speeds[0])
         self.seed.offers = self.seed.complete = True
-        self.seed.first = FirstCopy(case.chunks, self.clock)
         self.replicas = [
             Node(self, f"replica{index}", self.random.choice(case.speeds))
             for index in range(case.replicas)
@@ -291,8 +294,9 @@ class Fleet:
         if not source.alive:
             self._refused(node, source, SourceUnreachable("connection refused"))
             return
-        if len(source.ups) >= CONFIG.max_sessions or not source.offers:
-            reason = "busy" if len(source.ups) >= CONFIG.max_sessions else "loading"
+        places = CONFIG.max_sessions * (1 if source.complete else PLACES_WHILE_LOADING)
+        if len(source.ups) >= places or not source.offers:
+            reason = "busy" if len(source.ups) >= places else "loading"
             source.book.know(WEIGHTS, node.peer)
             named = self._others(source, node) if source.came or source.complete else []
             peers = tuple((peer.address, peer.instance) for peer in named)
@@ -311,7 +315,7 @@ class Fleet:
         self.most_sources = max(self.most_sources, len(node.downs))
         queue.joined(source.address, source.peer.instance)
         if node.scheduler is None:
-            node.scheduler = Scheduler(self.blocks, BLOCK_BYTES, self.random.random(), self.clock)
+            node.scheduler = Scheduler(self.blocks, BLOCK_BYTES, self.random.shuffle, self.clock)
             node.offers = True
             self.at(self.now + FIRST_QUESTION, self._ask_for_peers, node, FIRST_QUESTION)
             if node.lying:
@@ -367,6 +371,10 @@ class Fleet:
         client = session.client
         scheduler = client.scheduler
         assert scheduler is not None
+        if session.alive and self._makes_room(session):
+            if not session.held:
+                self._fail(session, MakesRoom("others may bring more"))
+            return
         while session.alive and len(session.held) <= HttpReceiver.ahead - HttpReceiver.batch:
             runs = scheduler.take(HttpReceiver.batch, len(session.held), peer=session.peer)
             if not runs:
@@ -387,6 +395,18 @@ class Fleet:
             if len(session.asked) == len(runs):
                 session.source.ring.append(session)
                 self._pump_at(session.source, self.now + LATENCY)
+
+    def _makes_room(self, session: Session) -> bool:
+        client = session.client
+        assert client.scheduler is not None
+        assert client.queue is not None
+        if not session.peer.makes_room:
+            session.peer.makes_room = (
+                client.scheduler.brings_least(session.peer)
+                and len(client.downs) + client.joining >= CONFIG.max_sources
+                and client.queue.lacks_threads()
+            )
+        return session.peer.makes_room
 
     def _may_leave(self, session: Session) -> None:
         session.leaves = False
@@ -468,14 +488,23 @@ class Fleet:
             self._request(session)
 
     def _finish(self, node: Node) -> None:
-        node.finished = self.now
         assert node.queue is not None
         node.queue.succeeded()
         for session in [*node.downs]:
             session.source.book.complete(node.peer)
             session.source.book.left(node.peer, session, complete=True)
             self._close(session)
-        node.offers = False
+        node.offers, node.lingers = False, True
+        if node.ups:
+            self.at(self.now + LINGER * (self.now - node.began), self._prepare, node)
+        else:
+            self._prepare(node)
+
+    def _prepare(self, node: Node) -> None:
+        if not node.lingers or not node.alive:
+            return
+        node.lingers = False
+        node.finished = self.now
         for session in [*node.ups]:
             self._fail(session, SourceBusy("preparing", "preparing", RETRY_AFTER))
         self.at(self.now + self.case.preparing, self._serve, node)
@@ -483,7 +512,6 @@ class Fleet:
     def _serve(self, node: Node) -> None:
         if node.alive:
             node.offers = node.complete = True
-            node.first = FirstCopy(self.case.chunks, self.clock)
 
     def _fail(self, session: Session, error: SourceError) -> None:
         if not session.alive:
@@ -491,7 +519,7 @@ class Fleet:
         self._close(session)
         client, source = session.client, session.source
         gone = source.book.left(client.peer, session)
-        if gone and source.first is not None:
+        if gone:
             source.first.gone(client.peer.address)
         for run in session.held:
             self._excused[client.address, run.first] += 1
@@ -504,6 +532,8 @@ class Fleet:
     def _close(self, session: Session) -> None:
         session.alive = False
         del session.source.ups[session], session.client.downs[session]
+        if not session.source.ups:
+            self._prepare(session.source)
         assert session.client.scheduler is not None
         session.client.scheduler.end(session.peer)
 
@@ -547,7 +577,7 @@ class Fleet:
 
     def _send(self, session: Session, run: Run) -> None:
         source, client = session.source, session.client
-        if source.first is not None and not source.first.sends(client.peer.address, run):
+        if not self._sends(source, client, run):
             self.declines += 1
             session.last = max(session.last, self.now + LATENCY)
             self.at(session.last, self._declined, session)
@@ -564,6 +594,12 @@ class Fleet:
         client.down_free = max(client.down_free, self.now) + client.seconds
         session.last = max(session.last, until + LATENCY, client.down_free + LATENCY)
         self.at(session.last, self._delivered, session)
+
+    def _sends(self, source: Node, client: Node, run: Run) -> bool:
+        """Say whether a client gets a run, or asks others: see `serve.WeightServer._sends`."""
+        if not source.complete or source.book.has_complete(WEIGHTS):
+            return True
+        return source.first.sends(client.peer.address, run)
 
     def _die(self, node: Node) -> None:
         if node.alive and (node.finished is None or node is self.seed):

@@ -54,6 +54,10 @@ class SourceBusy(SourceError):
     """The source may serve this client later: ask again, and meanwhile others."""
 
 
+class MakesRoom(SourceBusy):
+    """This client leaves the source for another one, which may bring more."""
+
+
 class BlocksNotHere(SourceError):
     """The source serves, but does not have these blocks (yet)."""
 

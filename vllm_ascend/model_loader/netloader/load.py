@@ -462,8 +462,8 @@ class _Target:
         self.lists = []
         groups = _in_groups(self._device, self._config)
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if groups else _CHUNK_MIB)
-        start = random.random() if self._relay is not None else 0.0
-        self._scheduler = Scheduler(blocks, chunk_mib * MIB, start)
+        shuffle = random.shuffle if self._relay is not None else None
+        self._scheduler = Scheduler(blocks, chunk_mib * MIB, shuffle)
         for run in self._scheduler.wanted if self._resume else ():
             if not self._store.wrong(run):
                 self._store.add(run)

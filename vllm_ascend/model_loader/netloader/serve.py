@@ -46,6 +46,11 @@ from .utils import (
 from .version import __version__
 
 _PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP
+# Part of its own time to load for which a replica goes on serving those that still load from it.
+_LINGER = 0.05
+# Places for clients while a model is loaded, in those at other times: a load that leaves one source
+# finds another that has a place free, and there is no inference that this could slow down.
+_PLACES_WHILE_LOADING = 2
 _LAST_RUNS = 2.0  # seconds for runs on their way to arrive, when their memory is about to change
 _UNTIL_CUT = 5.0  # seconds for sessions to let go of that memory once they have been cut
 _BETWEEN_CHECKS = 1.0  # seconds from one check of blocks for a client to the next
@@ -54,6 +59,7 @@ _MOST_CHECKED = 16  # blocks of one
 # of the device and seconds to form. Others get from these what they have.
 _CHILDREN = 2
 _LOOK = 0.5  # seconds between two looks at whether a client that waits is still there
+_MADE_READY = "the weights are being made ready for inference"
 _SHUTTING_DOWN = "the source is shutting down"
 
 
@@ -124,6 +130,7 @@ class WeightServer:
         self._offers: dict[str, Offer] = {}
         self._epochs: dict[str, int] = {}
         self._expected: set[str] = set()
+        self._lingering: set[str] = set()
         self._stopped = False
         self._peers = PeerBook()
         self._first_copies: dict[str, FirstCopy[Peer]] = {}  # by weights digest
@@ -141,6 +148,7 @@ class WeightServer:
             progress_timeout=config.progress_timeout,
             idle_timeout=config.progress_timeout,
             credentials=config.credentials,
+            turned_away=lambda kind: metrics.AUTHENTICATION_FAILURES.labels(kind).inc(),
         )
 
     @property
@@ -195,6 +203,7 @@ class WeightServer:
             self._expected.discard(group)
             self._offers[group] = offer
             _show(offer)
+            self._count_places()
             return self._epochs[group]
 
     def announce(self, offer: Offer) -> None:
@@ -205,6 +214,7 @@ class WeightServer:
             self._expected.discard(group)
             self._offers[group] = offer
             _show(offer)
+            self._count_places()
 
     def expect(self, group: str) -> None:
         """Let clients that ask for this group's model come again later, as it is being loaded."""
@@ -221,6 +231,24 @@ class WeightServer:
         store = self._refuse(group, code, reason)
         if store is not None:
             self._wait_for_readers(store)
+
+    def linger(self, group: str, seconds: float) -> None:
+        """Let no more clients in; return when those that pull a group's model have ended.
+
+        Args:
+            group: of a model whose load is complete.
+            seconds: after which it returns in any case.
+        """
+        with self._session_over:
+            offer = self._offers.get(group)
+            if offer is None or offer.store is None:
+                return
+            store = offer.store
+            self._lingering.add(group)
+            self._session_over.wait_for(
+                lambda: all(one.store is not store for one in self._served.values()), seconds
+            )
+            self._lingering.discard(group)
 
     def forget(self, group: str) -> None:
         """Offer a group's model no more, as it has been unloaded."""
@@ -252,6 +280,7 @@ class WeightServer:
         group = join.identity.group
         with self._lock:
             offer, expected = self._offers.get(group), group in self._expected
+            lingering = group in self._lingering
             epoch = self._epochs.get(group, 0)
         try:
             if self._stopped:
@@ -264,6 +293,8 @@ class WeightServer:
                 raise Refusal(Code.OTHER_MODEL, "the models differ", differences=differ)
             if offer.store is None:
                 raise Refusal(offer.code, offer.reason)
+            if lingering:
+                raise Refusal(Code.PREPARING, _MADE_READY)
             known = offer.store.digests.weights
             if join.weights not in (None, known):
                 raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
@@ -425,7 +456,7 @@ class WeightServer:
             rank=self.rank,
             models=models,
             sessions=[one.status() for one in served],
-            places=self.config.max_sessions,
+            places=self._server.places,
             places_taken=sessions,
             bytes_sent=bytes_sent,
         )
@@ -486,10 +517,19 @@ class WeightServer:
                 return None
             self._offers[group] = replace(offer, store=None, code=code, reason=reason)
             _show(self._offers[group])
+            self._count_places()
         if offer.store is not None:
             kind = Preparing if code is Code.PREPARING else Withdrawn
             self._withdraw(offer.store, kind(reason))
         return offer.store
+
+    def _count_places(self) -> None:
+        """Say how many clients are fed at once; the lock is held."""
+        stores = [offer.store for offer in self._offers.values()]
+        loading = any(store is not None and not store.complete for store in stores)
+        # With a rate limit, more clients would get less than their deadlines allow.
+        more = loading and self.config.max_send_rate is None
+        self._server.places = self.config.max_sessions * (_PLACES_WHILE_LOADING if more else 1)
 
     def _withdraw(self, store: BlockStore, why: Withdrawn) -> None:
         store.withdraw(why)
@@ -562,6 +602,8 @@ class WeightServer:
             return True
         weights, blocks = served.store.digests.weights, served.store.blocks
         with self._lock:
+            if self._peers.has_complete(weights):  # others can take this source's place
+                return True
             if weights not in self._first_copies:
                 self._first_copies[weights] = FirstCopy(blocks.count)
             return self._first_copies[weights].sends(served.relay, run)
@@ -651,6 +693,7 @@ class Relay:
         self.group = offer.identity.group
         self._offer = offer
         self._sent_before = server.bytes_sent
+        self._began = time.monotonic()
 
     @property
     def bytes_sent(self) -> int:
@@ -678,6 +721,7 @@ class Relay:
             feeds: see `Offer`.
         """
         self.end(complete=False)
+        self._began = time.monotonic()
         self.server.met = met
         self.server.announce(replace(self._offer, store=store, ranks=ranks, feeds=feeds))
 
@@ -690,12 +734,15 @@ class Relay:
     def end(self, *, complete: bool) -> None:
         """Pass nothing on any more; when this returns nobody reads the store's memory.
 
+        Many replicas that start together complete together, too, and need each other to the end.
+
         Args:
             complete: whether the weights have come, and are about to be post-processed.
         """
         code, reason = self._offer.code, self._offer.reason
         if complete:
-            code, reason = Code.PREPARING, "the weights are being made ready for inference"
+            code, reason = Code.PREPARING, _MADE_READY
+            self.server.linger(self.group, _LINGER * (time.monotonic() - self._began))
         self.server.met = lambda weights, peer: None
         self.server.withdraw(self.group, code, reason)
 

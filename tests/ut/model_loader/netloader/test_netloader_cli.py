@@ -75,6 +75,8 @@ def test_commands_get_into_instances_with_the_same_secret(tmp_path, capsys, monk
             assert body_of(address, path, token).startswith(start)
         with pytest.raises(urllib.error.HTTPError, match="401"):
             body_of(address, api.METRICS, "x" * len(token))
+        failures = b'netloader_authentication_failures_total{reason="token"} '
+        assert failures in body_of(address, api.METRICS, token)
 
 
 def body_of(address, path, token):

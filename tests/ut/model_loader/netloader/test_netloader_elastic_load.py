@@ -9,6 +9,7 @@ import torch
 
 from vllm_ascend.model_loader.netloader.errors import (
     AskOthers,
+    MakesRoom,
     NotHere,
     SourceBusy,
     SourceLost,
@@ -230,6 +231,19 @@ def test_a_source_whose_replacement_takes_longer_is_left_later(there, monkeypatc
     with pytest.raises(SourceBusy, match="no blocks just now"):
         load.run()
     assert time.monotonic() - started >= 0.2
+
+
+def test_a_relay_that_brings_least_is_left_for_another_once_all_has_come_that_it_was_asked_for(
+    there, monkeypatch
+):
+    monkeypatch.setattr(scheduler, "_REVIEW", 0.0)
+    free = iter([False, False, True])
+    load = of_incomplete_source(there, others=lambda: next(free))
+    load._scheduler.heard(load._peer, [Run(0, COUNT - 1)], complete=False)
+    with pytest.raises(MakesRoom):
+        load.run()
+    assert load.bytes_received > 0
+    assert load.outstanding == []
 
 
 def test_a_source_without_news_is_left_in_the_end(there):

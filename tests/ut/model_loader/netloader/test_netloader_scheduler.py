@@ -265,9 +265,9 @@ class Ticks:
         return self.now
 
 
-def of_relays(count, *having, start=0.0):
+def of_relays(count, *having, shuffle=None):
     """A scheduler, and one incomplete source for each of the lists of blocks that it has."""
-    scheduler = Scheduler(Blocks([MIB] * count), MIB, start, Ticks())
+    scheduler = Scheduler(Blocks([MIB] * count), MIB, shuffle, Ticks())
     peers = []
     scheduler.kept = []  # a session that nobody has any more is over
     for blocks in having:
@@ -342,7 +342,7 @@ def test_what_is_told_a_thousand_times_costs_no_time():
 
 
 def test_what_the_fewest_have_comes_first():
-    scheduler, [one, other] = of_relays(4, [0, 1, 2], [1, 2], start=0.0)
+    scheduler, [one, other] = of_relays(4, [0, 1, 2], [1, 2])
     assert taken(scheduler) == [3]
     assert taken(scheduler) == [0]
     scheduler.heard(other, [Run(0, 0)], complete=False)
@@ -370,11 +370,10 @@ def test_what_comes_back_can_be_had_from_all_who_have_it():
     assert taken(scheduler) == [0]
 
 
-def test_clients_may_start_at_different_places():
-    scheduler, _ = of_relays(4, start=0.5)
-    assert [taken(scheduler) for _ in range(4)] == [[2], [3], [0], [1]]
-    scheduler, _ = of_relays(4, start=0.999)
-    assert taken(scheduler) == [3]
+def test_clients_may_have_different_orders():
+    scheduler, [relay] = of_relays(4, [0, 2, 3], shuffle=list.reverse)
+    assert taken(scheduler) == [1]
+    assert [taken(scheduler, relay) for _ in range(3)] == [[3], [2], [0]]
 
 
 def test_a_source_is_asked_later_for_what_it_wants_others_to_be_asked_for():
@@ -496,6 +495,26 @@ def test_an_incomplete_source_has_been_idle_since_it_had_something_new():
     assert scheduler.idle_for(Peer()) == 0.0  # a complete one
 
 
+def test_of_several_relays_the_one_that_brings_least_is_left():
+    scheduler, [one, other] = of_relays(9, [0, 1, 2], [3, 4, 5])
+    seed = Peer()
+    scheduler.begin(seed)
+    for run in [*scheduler.take(2, peer=one), *scheduler.take(1, peer=other)]:
+        scheduler.done(run)
+    assert not scheduler.brings_least(other)
+    scheduler._clock.now = 1.0
+    assert not scheduler.brings_least(seed)
+    assert scheduler.brings_least(other)
+    for run in [*scheduler.take(1, peer=one), *scheduler.take(2, peer=other)]:
+        scheduler.done(run)
+    late = Peer(complete=False)
+    scheduler._clock.now = 1.5
+    scheduler.begin(late)
+    scheduler._clock.now = 2.0
+    assert not scheduler.brings_least(late)  # it has not had the time
+    assert scheduler.brings_least(one)
+
+
 # What a source sends to whom
 
 
@@ -528,6 +547,8 @@ def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     assert not first.sends("b", Run(0, 0))
     clock.now = 3.0
     assert first.sends("b", Run(0, 0))
+    assert not first.sends("b", Run(0, 0))
+    clock.now = 6.0
     assert first.sends("b", Run(0, 0))  # it may still reach nobody else
     assert first.sends("b", Run(1, 1))
     assert not first.sends("b", Run(0, 0))

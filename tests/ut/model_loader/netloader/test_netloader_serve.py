@@ -4,6 +4,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -1041,6 +1042,17 @@ def test_a_relay_forms_one_group_at_a_time():
     to.open_group(session(), weights)
 
 
+def test_where_others_are_complete_as_well_a_source_sends_blocks_in_any_order():
+    to = server(offer())
+    weights = offer().store.digests.weights
+    one, other = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
+    fetched(to, weights, 0, 5, by=one)
+    to.know("xxh3_128:" + "0" * 32, relayed(3), complete=True)
+    assert refusal(to.blocks, other, weights, 0, 5)[0] == "ask_others"
+    to.know(weights, relayed(3), complete=True)
+    fetched(to, weights, 0, 5, by=other)
+
+
 def loading(to, who=WHO, device=None):
     made = Offer(who, None, "the weights are being loaded", code=Code.LOADING)
     to.endpoint = Endpoint("10.0.0.1:1", to.process)
@@ -1073,6 +1085,50 @@ def test_a_load_passes_on_what_has_come_until_it_ends():
     to.offer(Offer(WHO, store_of(TENSORS)))
     assert join(to).epoch == 1
     fetched(to, weights, 0, 1, by=by)
+
+
+def test_a_load_that_is_complete_waits_for_its_clients_for_a_part_of_its_time(monkeypatch):
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    store.add(Run(0, store.blocks.count - 1))
+    client = joins(to, relayed(1))[0]
+    refused = []
+
+    def leave():
+        while not to._lingering:
+            time.sleep(0.001)
+        try:
+            refused.append(refusal(join, to)[0])
+            fetched(to, store.digests.weights, 0, 1, by=client)
+        finally:
+            client.close()
+
+    monkeypatch.setattr(serve, "_LINGER", 1.0)
+    relay._began -= PATIENCE
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    relay.end(complete=True)
+    leaving.join(PATIENCE)
+    assert refused == ["preparing"]
+    assert refusal(to.blocks, session(), store.digests.weights, 0, 1)[0] == "changed"
+    relay.begin(store, lambda weights, peer: None)
+    joins(to, relayed(1))
+    monkeypatch.setattr(serve, "_LINGER", 0.0)
+    relay.end(complete=True)  # and not for those that stay
+
+
+def test_there_are_more_places_while_nothing_is_served_yet():
+    for config, places in (({}, (4, 8, 4)), ({"max_send_rate": 2**30}, (4, 4, 4))):
+        to = server(**config)
+        relay, store = loading(to)
+        found = [to.status(0).places]
+        relay.begin(store, lambda weights, peer: None)
+        found.append(to.status(0).places)
+        relay.end(complete=True)
+        to.offer(offer())
+        found.append(to.status(0).places)
+        assert tuple(found) == places
 
 
 def _content(tensor):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.errors import (
+    MakesRoom,
     SourceBusy,
     SourceLost,
     SourceRefused,
@@ -526,6 +527,16 @@ def test_a_process_that_others_name_at_an_address_is_believed_a_few_times(world)
     queue.failed(A, SourceRefused("other model"))
     queue.heard(A, "another process")
     assert queue.next() is None
+
+
+def test_a_source_that_was_left_for_another_is_asked_again_and_that_is_no_news(world):
+    queue = world.queue([A], 300)
+    assert queue.next() == A
+    assert queue.failed(A, SourceBusy("busy"))
+    assert queue.next() == A
+    assert not queue.failed(A, MakesRoom("another source may bring more"))
+    assert queue.reasons() == ["busy"]
+    assert queue.next() == A
 
 
 def test_a_source_that_has_given_something_is_asked_again_for_a_while_after_the_deadline(world):

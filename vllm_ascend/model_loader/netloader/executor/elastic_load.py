@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .. import metrics
-from ..errors import AskOthers, SourceBusy, TransferCorrupt
+from ..errors import AskOthers, MakesRoom, SourceBusy, TransferCorrupt
 from .chunks.blocks import Run
 from .rate_limiter import RateLimiter
 from .scheduler import STARVED, Peer, Scheduler
@@ -144,6 +144,7 @@ class P2PLoad:
 
         Raises:
             TransferCorrupt: a run came with wrong bytes, from a trusted source twice.
+            MakesRoom: another source may bring more.
             SourceBusy: an incomplete source has had nothing new for too long, or a source named
                 others for all that was wanted.
             Exception: see `Receiver.receive`.
@@ -170,9 +171,13 @@ class P2PLoad:
                 self._checking = None
 
     def _request(self) -> None:
-        receiver, held = self._receiver, len(self._requested)
-        if held <= receiver.ahead - receiver.batch and (
-            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, self._peer)
+        receiver, held, peer = self._receiver, len(self._requested), self._peer
+        if not peer.makes_room and self._scheduler.brings_least(peer):
+            peer.makes_room = self._others()
+        if (
+            not peer.makes_room
+            and held <= receiver.ahead - receiver.batch
+            and (runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, peer))
         ):
             self._requested.extend(runs)
             receiver.request(runs)
@@ -206,6 +211,8 @@ class P2PLoad:
         metrics.BLOCKS.labels(result).inc(blocks)
 
     def _idle(self) -> None:
+        if self._peer.makes_room:
+            raise MakesRoom("another source may bring more")
         # Clients that wait for each other's blocks must not keep each other from the source.
         patience = self._keep_alive if self._peer.complete else min(self._keep_alive, _TRY_ANOTHER)
         self._scheduler.wait(patience, self._peer)

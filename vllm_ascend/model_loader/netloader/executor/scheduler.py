@@ -22,6 +22,8 @@ _LEAST_HELD = 2
 _ASK_AGAIN = 0.1
 # Seconds for which a run is under way at least before another source is asked for it.
 _SLOW = 2.0
+# Seconds between two comparisons of what incomplete sources bring.
+_REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
 # In an entry of a heap the number of a run stands below its priority.
@@ -40,6 +42,7 @@ class Peer:
 
     Attributes:
         failure: why it has no news of further blocks.
+        makes_room: whether it is left for another one, as it brings less.
         seconds: that the last run has taken; 0: none has come.
         cut: ends the session at once, so that others can bring what it holds; None: nothing does.
     """
@@ -48,10 +51,13 @@ class Peer:
         self.complete = complete
         self.trusted = trusted
         self.failure: Exception | None = None
+        self.makes_room = False
         self.seconds = 0.0
         self.cut: Callable[[], object] | None = None
         self._since = 0.0  # when there was something new last
         self._got = 0.0  # when a run came last
+        self._began = 0.0
+        self._brought = 0  # runs since the last review
         self._has: bytearray | None = None
         # Runs by priority. An entry whose run has become less urgent since is put back when it
         # comes to the top, one whose run is not wanted any more is dropped there.
@@ -70,8 +76,8 @@ class Scheduler:
     Args:
         blocks: what is to be fetched.
         chunk_bytes: size of a run that is not to be exceeded.
-        start: where to start, from 0 to 1: clients that start at different places have something
-            to give each other.
+        shuffle: puts runs into the order in which those come that are equally urgent; None: as
+            they are. Clients with different orders do not all ask a source for the same run.
         clock: returns seconds.
     """
 
@@ -79,16 +85,17 @@ class Scheduler:
         self,
         blocks: Blocks,
         chunk_bytes: int,
-        start: float = 0.0,
+        shuffle: Callable[[list[Run]], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         runs = blocks.cut(chunk_bytes)
-        first = int(start * len(runs))
+        if shuffle is not None:
+            shuffle(runs)
         self._blocks = blocks
         self._clock = clock
         self._changed = threading.Condition()
         # A run's number says in which order runs come that are equally urgent.
-        self._runs = [*runs[first:], *runs[:first]]
+        self._runs = runs
         self._wanted = bytearray(b"\1") * len(runs)
         self._urgency = array("q", [1]) * len(runs)  # 0: at once; else 1 and who has it
         self._number_of = array("q", [0]) * blocks.count  # by block
@@ -98,6 +105,8 @@ class Scheduler:
         self._left = len(runs)
         self._held: dict[Run, tuple[Peer | None, float]] = {}  # by whom, and since when
         self._sessions: Counter[Peer] = Counter()
+        self._reviewed = clock()
+        self._least: Peer | None = None  # of the incomplete sources, at the last review
         self._anybody: Peer | None = None  # in the place of a peer that is not named
 
     @property
@@ -126,6 +135,7 @@ class Scheduler:
             self._sessions[peer] += 1
             peer._since = peer._got = self._clock()
             if self._sessions[peer] == 1:
+                peer._began = peer._since
                 self._welcome(peer)
 
     def end(self, peer: Peer) -> None:
@@ -215,6 +225,7 @@ class Scheduler:
             holder, since = self._held.pop(run)
             if holder is not None:
                 holder._got = self._clock()
+                holder._brought += 1
                 holder.seconds = max(holder._got - since, sys.float_info.min)
             self._left -= 1
             if self._left == 0:
@@ -275,6 +286,26 @@ class Scheduler:
                     cut, holder.cut = holder.cut, None
                     return cut
             return None
+
+    def brings_least(self, peer: Peer) -> bool:
+        """Return whether a source is the one to leave for another, if there is another.
+
+        Sources that stay together get and have the same blocks, and nothing for each other. So a
+        load leaves the one of its incomplete sources that has brought least, again and again.
+        """
+        with self._changed:
+            now = self._clock()
+            if now - self._reviewed >= _REVIEW:
+                old = [
+                    one
+                    for one in self._sessions
+                    if not one.complete and now - one._began >= _REVIEW
+                ]
+                self._least = min(old, key=lambda one: one._brought, default=None)
+                for one in self._sessions:
+                    one._brought = 0
+                self._reviewed = now
+            return self._least is peer
 
     def idle_for(self, peer: Peer) -> float:
         """Return for how many seconds an incomplete source has had nothing that was wanted."""
@@ -427,7 +458,7 @@ class FirstCopy(Generic[C]):
     """Decides whether a source sends a run now: each block once before it sends one twice.
 
     As long as there are blocks that it has sent to nobody, a client is to ask others for those
-    that they have got. A client that got nothing for a while gets what it asks for: it may reach
+    that they have got. A client that got nothing for a while gets one of those: it may reach
     nobody else.
 
     Args:
@@ -447,11 +478,9 @@ class FirstCopy(Generic[C]):
         since = self._served.setdefault(client, now)
         holders = self._sent_to[run.first : run.last + 1]
         others = any(holder is not None and holder != client for holder in holders)
-        if others and self._unsent:
-            if now - since < STARVED:
-                return False
-        else:
-            self._served[client] = now
+        if others and self._unsent and now - since < STARVED:
+            return False
+        self._served[client] = now
         self._unsent -= holders.count(None)
         self._sent_to[run.first : run.last + 1] = [
             client if holder is None else holder for holder in holders

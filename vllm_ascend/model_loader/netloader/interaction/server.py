@@ -175,13 +175,14 @@ class ElasticServer:
         progress_timeout: float,
         idle_timeout: float,
         credentials: Credentials | None = None,
+        turned_away: Callable[[str], object] = lambda kind: None,
     ) -> None:
         self.service = service
         self.credentials = credentials
-        self.door = Doorkeeper()
+        self.door = Doorkeeper(turned_away)
         self.handshake_timeout = handshake_timeout
         self.idle_timeout = idle_timeout
-        self._max_sessions = max_sessions
+        self.places = max_sessions
         self._progress_timeout = progress_timeout
         self._listener: socket.socket | None = None
         self._accepting: threading.Thread | None = None
@@ -251,8 +252,8 @@ class ElasticServer:
         with self._lock:
             if wire in self._placed:
                 return False
-            if len(self._placed) >= self._max_sessions:
-                taken = f"{self._max_sessions} of {self._max_sessions} sessions are open"
+            if len(self._placed) >= self.places:
+                taken = f"{len(self._placed)} of {self.places} sessions are open"
                 raise Refusal(Code.BUSY, taken)
             self._waiting.pop(wire, None)
             self._placed[wire] = threading.current_thread()

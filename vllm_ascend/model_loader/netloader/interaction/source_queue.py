@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import SourceBusy, SourceError, SourceUnreachable, TransferCorrupt
+from ..errors import MakesRoom, SourceBusy, SourceError, SourceUnreachable, TransferCorrupt
 from ..utils import Address, one_line
 
 # Seconds between two attempts at a source: at first, and at most.
@@ -246,8 +246,9 @@ class SourceQueue:
         reason = one_line(error)
         with self._changed:
             source = self._known[address]
-            news = source.reason != reason
-            source.reason = reason
+            news = source.reason != reason and not isinstance(error, MakesRoom)
+            if news:
+                source.reason = reason
             source.state = _State.FAILED
             source.lied = isinstance(error, TransferCorrupt)
             if isinstance(error, SourceBusy | SourceUnreachable):

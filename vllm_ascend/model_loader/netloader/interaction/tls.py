@@ -10,10 +10,9 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from .. import metrics
 from ..credentials import Credentials
 from ..utils import Address, Buffer, logger
 from .wire import Wire
@@ -204,11 +203,15 @@ class TlsWire(Wire):
 class Doorkeeper:
     """Counts who was not let in, and logs one line for each kind in ten seconds.
 
+    Args:
+        noted: called with the kind, each time.
+
     Attributes:
         counts: how often, by `NotAdmitted.kind`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Callable[[str], object] = lambda kind: None) -> None:
+        self._noted = noted
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._next_line: dict[str, float] = {}
@@ -217,9 +220,9 @@ class Doorkeeper:
     def note(self, peer: Address, error: NotAdmitted) -> None:
         """Take note of a peer that was not let in."""
         kind, now = error.kind, time.monotonic()
+        self._noted(kind)
         with self._lock:
             self.counts[kind] += 1
-            metrics.AUTHENTICATION_FAILURES.labels(kind).inc()
             if now < self._next_line.get(kind, now):
                 self._left_out[kind] += 1
                 return
