@@ -376,3 +376,26 @@ def test_what_goes_wrong_while_taking_notes_leaves_the_load_alone(monkeypatch, s
     with pytest.raises(Unmapped, match=rf"^{what}\S*: RuntimeError: no notes"):
         records_of(model, {"w": RAMP})
     assert torch.equal(model.p, RAMP)
+
+
+def test_what_is_cast_and_then_seen_as_another_dtype_is_computed():
+    def load(model, name, tensor):
+        model.p.copy_(tensor.half().view(torch.bfloat16))
+
+    records, _ = traced(load, {"w": RAMP.bfloat16()}, p=torch.zeros(6, 4).bfloat16())
+    assert "seen as torch.bfloat16" in records.computed["p"] and not seen(records).copies
+
+
+def test_a_tensor_that_came_before_another_one_of_its_file_is_changed_can_still_be_copied():
+    came = {}
+
+    def load(model, name, tensor):
+        came[name] = tensor
+        if name == "v":
+            tensor.zero_()
+            model.p.copy_(came["w"])
+
+    file = torch.arange(48.0)
+    checkpoint = {"w": file[:24].view(6, 4), "v": file[24:].view(6, 4)}
+    records, _ = traced(load, checkpoint, p=torch.zeros(6, 4))
+    assert seen(records, "w").copies and not records.computed
