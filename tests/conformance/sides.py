@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 import traceback
-import uuid
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -138,7 +137,6 @@ def source(way, store=rows, seed=0, *, who=None, reason="", port=0, **config):
     if callable(store):
         store = fresh(store_of(way, store, seed))
     server = WeightServer(settings(way, **config), 0, HOST)
-    server.process = uuid.uuid4().hex  # as if it were the only one in its process
     address = server.start(port)
     try:
         server.offer(Offer(who or identity(way), store, reason))

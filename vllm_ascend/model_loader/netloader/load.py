@@ -324,8 +324,7 @@ class _Target:
         place: Callable[[Manifest], Sequence[torch.Tensor]] | None,
     ) -> None:
         self._tensors = tensors
-        self._place = place or self._match
-        self._resume = place is not None
+        self._place = place
         self._relay = relay
         self._cold = cold
         self.chosen = False
@@ -419,6 +418,8 @@ class _Target:
         """
         with self._lock:
             self._over.set()
+        # No circle is left, so that what a load takes of a device goes with it.
+        self.met, self.feeds = (lambda weights, peer: None), list
         if self._prefaulting is not None:
             self._prefaulting.join()  # the memory may go when this returns
         store = self._store
@@ -445,7 +446,7 @@ class _Target:
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = self._place(manifest)
+            tensors = (self._place or self._match)(manifest)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)
@@ -467,7 +468,7 @@ class _Target:
         chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if groups else _CHUNK_MIB)
         shuffle = random.shuffle if self._relay is not None else None
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, shuffle)
-        for run in self._scheduler.wanted if self._resume else ():
+        for run in self._scheduler.wanted if self._place is not None else ():
             if not self._store.wrong(run):
                 self._store.add(run)
                 self._scheduler.skip(run)

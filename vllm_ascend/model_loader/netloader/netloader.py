@@ -78,7 +78,7 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import ColdStart, elastic_load
 from .serve import Offer, Relay
-from .utils import LOAD_FORMAT, Address, Name, logger, one_line, process_id, rate, size
+from .utils import LOAD_FORMAT, Address, Name, logger, one_line, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
 _WAIT_AGAIN = 30.0
@@ -105,6 +105,7 @@ class _Load:
         to_fill: whether the model is still empty, as it is filled after post-processing.
         worker: number of this process among all workers of the instance, also in the log.
         hosts: see `Own`.
+        process: see `Own`, unless another server listens by then.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
         weights: their digest, if known.
@@ -119,6 +120,7 @@ class _Load:
     wanted: str | None = None
     worker: int = 0
     hosts: Callable[[], Iterable[str]] = tuple
+    process: str = ""
     store: BlockStore | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
@@ -655,7 +657,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Return what belongs to this instance, as far as it is known before its ranks listen."""
         first = load.worker - load.identity.rank
         ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
-        return Own(process_id(), [port for port in ports if port], load.hosts)
+        own = self._relay.peer.instance if self._relay is not None else load.process
+        return Own(own, [port for port in ports if port], load.hosts)
 
     def _host(self) -> str:
         """Return the address of this machine that others reach."""
@@ -704,6 +707,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             wanted=order.weights[identity.rank] if order.weights is not None else None,
             worker=worker,
             hosts=ranks_of(vllm_config, identity).hosts,
+            process=registry.process_of(instance_of(vllm_config)),
             unserved=unserved,
         )
 

@@ -7,6 +7,7 @@ and its draft are served on one port.
 import contextlib
 import gc
 import threading
+import uuid
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -88,6 +89,13 @@ _OF_SERVER = (
 def in_use(model: nn.Module) -> InUse | None:
     """Return what is known of a model that inference runs on."""
     return _in_use.get(model)
+
+
+def process_of(instance: str | None) -> str:
+    """Return what names an instance's server to others; a new name if it has none."""
+    users = (known for known in _in_use.values() if known.instance == instance)
+    servers = (known.server.process for known in users if known.server is not None)
+    return next(servers, uuid.uuid4().hex)
 
 
 def begin_load(

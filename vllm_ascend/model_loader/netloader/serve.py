@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import threading
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ from .utils import (
     logger,
     one_line,
     parse_address,
-    process_id,
     rate,
     shortened,
     size,
@@ -111,7 +111,7 @@ class WeightServer:
         host: the address of this machine that others reach.
 
     Attributes:
-        process: names this process to others.
+        process: names this server to others, so that another at its address is noticed.
         endpoint: where it listens; None: it has not been started.
         connecting: held while this rank forms a group for a load, in either role.
         renew: called with a group whose weights have changed without notice, once withdrawn.
@@ -121,7 +121,7 @@ class WeightServer:
     def __init__(self, config: NetLoaderConfig, rank: int, host: str) -> None:
         self.config = config
         self.rank = rank
-        self.process = process_id()
+        self.process = uuid.uuid4().hex
         self.endpoint: Endpoint | None = None
         self.connecting = threading.Lock()
         self.renew: Callable[[str], object] = lambda group: None

@@ -1,14 +1,11 @@
 """Addresses, ports, rates, deadlines, lines of text, plain values and the logger."""
 
 import contextlib
-import functools
 import ipaddress
 import logging
-import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from ctypes import Array, c_ubyte
@@ -143,16 +140,6 @@ def parse_name(text: str) -> Name:
     except ValueError as error:
         raise ValueError(str(error).replace(repr(rest), repr(text), 1)) from None
     return Name(lookup, address.host, address.port)
-
-
-def process_id() -> str:
-    """Return what names this process to others, so that another at its address is noticed."""
-    return _process_id(os.getpid())
-
-
-@functools.cache
-def _process_id(pid: int) -> str:  # a forked child is another process
-    return uuid.uuid4().hex
 
 
 def unmapped(host: str) -> str:

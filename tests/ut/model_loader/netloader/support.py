@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 from typing import ClassVar
 
@@ -189,7 +188,6 @@ def source(tensors, *, who=IDENTITY, config=None, reason="", device=DEVICE):
     """A running source of `tensors`: a dict of them, a store, or None with a reason."""
     store = store_of(tensors, device) if isinstance(tensors, dict) else tensors
     server = WeightServer(config or settings(), who.rank, HOST)
-    server.process = uuid.uuid4().hex  # as if it were the only one in its process
     address = server.start(0)
     server.offer(Offer(who, store, reason))
     try:

@@ -27,7 +27,7 @@ from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
-from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name, process_id
+from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
 from .support import DEVICE, closed_port, store_of
 
@@ -469,12 +469,14 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
     monkeypatch.setattr(netloader, "elastic_load", load_from)
     monkeypatch.setattr(netloader, "_world_size", lambda: 2)
     loader = make(SOURCE="dns+fleet:28000", LISTEN_PORT=port)
+    loader._relay = types.SimpleNamespace(peer=types.SimpleNamespace(instance="its own"))
     # The second rank of the second data-parallel replica.
     load = netloader._Load(identity(rank=1), DEVICE, False, worker=3, hosts=lambda: ["10.0.0.1"])
     loader._pull(load, {}, (), loader._sources(1, 3), {})
     assert asked["own"].hosts() == ["10.0.0.1"]
+    assert asked["own"].process == "its own"
     assert asked["sources"] == (Name(Lookup.DNS, "fleet", 28000),)
-    assert (asked["own"].process, asked["own"].ports) == (process_id(), ports)
+    assert asked["own"].ports == ports
 
 
 # What making a model leaves in the configuration
@@ -510,6 +512,8 @@ def test_registrations_are_brought_back_as_they_were():
 
 class Listening:
     """What a loader asks of the registry around a load, and what it says of itself."""
+
+    peer = types.SimpleNamespace(instance="its own")
 
     def __init__(self, monkeypatch, steps):
         self.begun, self.given_up, self.seen = [], [], []

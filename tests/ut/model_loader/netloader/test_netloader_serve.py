@@ -33,7 +33,7 @@ from vllm_ascend.model_loader.netloader.interaction.client import GroupControl
 from vllm_ascend.model_loader.netloader.interaction.server import Session
 from vllm_ascend.model_loader.netloader.port_file import PortFile
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
-from vllm_ascend.model_loader.netloader.utils import Address, logger, process_id
+from vllm_ascend.model_loader.netloader.utils import Address, logger
 
 from .support import (
     DEVICE,
@@ -138,7 +138,7 @@ def test_a_client_of_the_same_model_gets_manifest_and_digests():
     assert (joined.weights, joined.epoch, joined.instance) == (
         store.digests.weights,
         1,
-        process_id(),
+        to.process,
     )
     manifest = msgspec.json.decode(joined.manifest, type=Manifest)
     assert manifest == store.manifest
@@ -499,7 +499,7 @@ def test_status_says_what_is_served_and_how_far_each_session_is():
         ("192.0.2.7:2", weights, MIB),
     ]
     assert (status.places, status.places_taken, status.bytes_sent) == (7, 2, 9 * MIB)
-    assert (status.instance, status.rank) == (process_id(), 0)
+    assert (status.instance, status.rank) == (to.process, 0)
     assert msgspec.json.decode(msgspec.json.encode(status), type=type(status)) == status
     client.close()
     status = to.status(1)
@@ -1167,8 +1167,8 @@ def test_an_address_that_others_reach_somebody_else_at_is_not_named(host):
 
 def test_who_is_refused_hears_which_process_has_refused_it():
     with pytest.raises(Refusal) as error:
-        join(server(), WHO)
-    assert error.value.problem.instance == process_id()
+        join(to := server(), WHO)
+    assert error.value.problem.instance == to.process
 
 
 def test_a_list_of_ranks_goes_with_weights_also_while_they_are_loaded_or_all_places_are_taken():

@@ -418,10 +418,3 @@ def test_any_prefix_is_only_ever_a_file_name(name, tmp_path):
     assert port_file._watch is not None
     port_file._watch.stdin.close()  # as the death of this process would
     assert until(lambda: os.listdir(tmp_path) == [])
-
-
-def test_a_process_has_one_name_and_a_forked_child_another(monkeypatch):
-    name = utils.process_id()
-    assert utils.process_id() == name
-    monkeypatch.setattr(utils.os, "getpid", lambda: 1)
-    assert utils.process_id() != name
