@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +68,8 @@ _PARENTS = 2
 _FORM_AGAIN = 0.02, 0.1
 # Seconds without news in a group after which another source is asked, with which one has to form.
 _TRY_ANOTHER = 3.0
+# Seconds to wait for a group that this rank forms with another one.
+_TURN = 2.0
 # Times PROGRESS_TIMEOUT for a run to come from a source that may send a byte now and then.
 _OVERDUE = 3
 _ITSELF = "this is the instance itself"
@@ -120,7 +121,7 @@ class Relay(Protocol):
         """Pass nothing on any more."""
 
     @property
-    def connecting(self) -> AbstractContextManager[object]:
+    def connecting(self) -> threading.Lock:
         """Held while this rank forms a group as a client: none with its own clients then."""
 
     @property
@@ -811,10 +812,9 @@ class _Sessions:
         if not peer.trusted:
             with self._lock:
                 self._untrusted.append((address, session, scheduler))
-        if accelerator is None:
-            peer.cut = lambda: session.cut(
-                SourceBusy(f"{address}: slow: others bring what it had left")
-            )
+        peer.cut = lambda: session.cut(
+            SourceBusy(f"{address}: slow: others bring what it had left")
+        )
         try:
             with (
                 self._news_of(address, store, scheduler, peer),
@@ -894,13 +894,24 @@ class _Sessions:
                 since = have.version
                 scheduler.heard(news.peer, map(Run._make, have.runs), complete=have.complete)
 
+    @contextlib.contextmanager
+    def _turn_to_connect(self) -> Iterator[None]:
+        """Wait until this rank forms no other group, but not for long: its peer may never come."""
+        turn = self._relay.connecting if self._relay is not None else None
+        mine = turn is not None and turn.acquire(timeout=_TURN)
+        try:
+            yield
+        finally:
+            if turn is not None and mine:
+                turn.release()
+
     def _form_group(
         self, client: ElasticClient, store: BlockStore, accelerator: Accelerator
     ) -> tuple[GroupControl, TransferGroup]:
         deadline = time.monotonic() + self._config.handshake_timeout
         while True:
             try:
-                with self._relay.connecting if self._relay else contextlib.nullcontext():
+                with self._turn_to_connect():
                     control = client.open_group(store.digests.weights)
                     group = form_group(
                         accelerator,
@@ -1032,12 +1043,18 @@ class _Search:
         while not self._queue.over.wait(pause):
             if self._queue.idle:
                 self.look_up()
-                pause = min(2 * pause, _COLD_LOOK_UP if self._waits else _LAST_LOOK_UP)
+                # All ask the same few instances, which are not to be kept busy by that.
+                cold = max(_COLD_LOOK_UP, len(self._discovery.seen.replicas) / 32)
+                longest = cold if self._waits else _LAST_LOOK_UP
+                pause = random.uniform(0.75, 1.0) * min(2 * pause, longest)
 
     def _choose(self, seen: Seen) -> Choice:
         """Decide by what a look-up has shown, and tell of it."""
         cold, election = self._cold, self._election
         if cold is None or self._target.weights is not None:
+            if cold is not None and cold.told is None and self._told is not Choice.LEAVE:
+                self._told = Choice.LEAVE
+                cold.tell(Choice.LEAVE)
             return Choice.LEAVE
         if cold.told is not None:
             choice = cold.told() or Choice.WAIT

@@ -129,7 +129,8 @@ def begin_load(
     for group in to_come:
         server.expect(group)
     if not _open(server, instance, final=False):
-        _servers.remove(server)
+        if all(known.server is not server for known in _in_use.values()):
+            _servers.remove(server)
         return None
     _publish_endpoint(server, ranks)
     return Relay(server, offer)

@@ -528,8 +528,12 @@ class WeightServer:
     def _count_places(self) -> None:
         """Say how many clients are fed at once; the lock is held."""
         stores = [offer.store for offer in self._offers.values()]
-        loading = any(store is not None and not store.complete for store in stores)
-        # With a rate limit, more clients would get less than their deadlines allow.
+        loading = any(
+            store is not None and not store.complete and store.device.accelerator is None
+            for store in stores
+        )
+        # With a rate limit, more clients would get less than their deadlines allow. Groups take
+        # memory of a device whose model is just being made.
         more = loading and self.config.max_send_rate is None
         self._server.places = self.config.max_sessions * (_PLACES_WHILE_LOADING if more else 1)
 
@@ -806,7 +810,9 @@ class _Served:
     def log(self, rank: int) -> None:
         """Write the session's one line: a warning unless it ended as it should."""
         seconds = time.monotonic() - self._started
-        log = logger.info if self.end == api.COMPLETE else logger.warning
+        # A client leaves one that is loading itself for another one whenever that brings more.
+        usual = self.end == api.COMPLETE or not self.store.complete
+        log = logger.info if usual else logger.warning
         log(
             "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "
             "%s: %s",

@@ -413,7 +413,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     instance_digest: str | None
     ranks: dict[int, str]
     endpoints: dict[int, Endpoint]
-    can_read: bool
+    can_read: bool = False
     nbytes: Count = 0
     blocks: Count = 0
     blocks_here: Count = 0

@@ -168,6 +168,7 @@ class Discovery:
         self._asked.update(candidates)
         endpoints: dict[object, _Found] = {}
         replicas: dict[str, Replica] = {}
+        via_target: set[str] = set()
         for address, status in self._answers(candidates).items():
             try:
                 self._note_replica(address, status.result(0), replicas, address in electors)
@@ -182,14 +183,20 @@ class Discovery:
                 # A process may be found at several addresses, and several may say that they are
                 # at one.
                 if endpoint.instance != self._own.process:
+                    groups = {model.identity.group for model in status.result(0).models}
+                    if self._identity.group not in groups:
+                        via_target.add(str(address))
                     endpoints.setdefault((endpoint.instance, endpoint.address.port), endpoint)
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
+        # One that has the target only may not be the rank to ask for a draft.
+        known = {replica.address for replica in replicas.values()}
         silent = {
             str(address)
             for address in candidates
-            if address in electors and _is_silent(problems.get(str(address)))
+            if address in electors
+            and (_is_silent(problems.get(str(address))) or str(address) in via_target - known)
         }
         self.seen = Seen(replicas, self._listed, silent, whole)
         return [*distinct.items()], problems

@@ -18,6 +18,7 @@ _FIRST_PAUSE_NAMED = 0.1  # at first, of those that others name, as they may beg
 # something and has ended because it did not suit at the moment; also those since something has
 # come after which those that others name are not asked any more.
 _GRACE = 30.0
+_GRACES = 3  # times that one that only others have named gets this
 MAX_HEARD = 256  # sources of one load that others may name
 _REVIVALS = 3  # processes after the first one that others may name at an address
 
@@ -49,6 +50,7 @@ class _Source:
     lied: bool = False
     turn: float = 0.0  # of those that others have named
     revivals: int = 0
+    graces: int = 0
     until: float = 0.0  # asked again at least so long
 
 
@@ -152,7 +154,10 @@ class SourceQueue:
             SourceBusy: it is being asked at another address just now.
         """
         with self._changed:
+            listed = not self._known[address].hearsay
             for source in self._in(_State.ASKED):
+                if listed and source.hearsay:
+                    continue  # it may only call itself so
                 if source.instance == instance != "" and source.address != address:
                     raise SourceBusy(f"{address}: is asked as {source.address} already")
             self._known[address].instance = instance
@@ -262,7 +267,8 @@ class SourceQueue:
             if isinstance(error, SourceBusy | SourceUnreachable):
                 later = isinstance(error, SourceBusy)
                 source.state = _State.LATER if later else _State.UNREACHABLE
-                if later and soon:
+                if later and soon and not (source.hearsay and source.graces >= _GRACES):
+                    source.graces += 1
                     source.until = self._clock() + _GRACE
                 first = _FIRST_PAUSE_NAMED if source.hearsay else _FIRST_PAUSE
                 pause = min(first * 2 ** min(source.attempts - 1, 10), _LONGEST_PAUSE)
