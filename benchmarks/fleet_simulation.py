@@ -246,7 +246,11 @@ class Fleet:
         if node.alive:
             node.began = self.now
             node.queue = SourceQueue(
-                [self.seed.address], CONFIG.source_wait, self.clock, self.random.uniform
+                [self.seed.address],
+                CONFIG.source_wait,
+                self.clock,
+                self.random.uniform,
+                most_hearsay=CONFIG.max_sources - 1,
             )
             self._poll(node)
 
@@ -254,7 +258,7 @@ class Fleet:
         queue = node.queue
         if queue is None or not node.alive:
             return
-        while len(node.downs) + node.joining < CONFIG.max_sources:
+        while self._idle(node):
             if (address := queue.poll()) is None:
                 break
             node.joining += 1
@@ -300,7 +304,7 @@ class Fleet:
             source.book.know(WEIGHTS, node.peer)
             named = self._others(source, node) if source.came or source.complete else []
             peers = tuple((peer.address, peer.instance) for peer in named)
-            error = SourceBusy(reason, reason, RETRY_AFTER, peers)
+            error = SourceBusy(reason, reason, 0.0 if reason == "loading" else RETRY_AFTER, peers)
             self._refused(node, source, error)
             return
         node.joining -= 1
@@ -401,12 +405,13 @@ class Fleet:
         assert client.scheduler is not None
         assert client.queue is not None
         if not session.peer.makes_room:
-            session.peer.makes_room = (
-                client.scheduler.brings_least(session.peer)
-                and len(client.downs) + client.joining >= CONFIG.max_sources
-                and client.queue.lacks_threads()
-            )
+            session.peer.makes_room = client.scheduler.brings_least(
+                session.peer
+            ) and client.queue.lacks_threads(self._idle(client))
         return session.peer.makes_room
+
+    def _idle(self, client: Node) -> int:
+        return CONFIG.max_sources - len(client.downs) - client.joining
 
     def _may_leave(self, session: Session) -> None:
         session.leaves = False
@@ -418,9 +423,8 @@ class Fleet:
             cut()
         client = session.client
         assert client.queue is not None
-        busy = len(client.downs) + client.joining >= CONFIG.max_sources
         longest = TRY_ANOTHER
-        if not (busy and client.queue.lacks_threads()):
+        if not client.queue.lacks_threads(self._idle(client)):
             longest = IDLE * CONFIG.progress_timeout / 3
         if scheduler.idle_for(session.peer) >= longest:
             self._fail(session, SourceBusy("has no blocks just now that are wanted"))
@@ -471,6 +475,8 @@ class Fleet:
                     up.waits_for_news = False
                     self.at(self.now + LATENCY, self._news, up)
         scheduler.done(run)
+        if client.queue is not None:
+            client.queue.progressed()
         if scheduler.finished:
             self._finish(client)
 

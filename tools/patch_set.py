@@ -29,6 +29,7 @@ CHINESE = "docs/source/locale/zh_CN/LC_MESSAGES/user_guide/feature_guide"
 COPIED = {
     f"{PACKAGE}/**/*.py": PACKAGE,
     f"{UNIT_TESTS}/*.py": UNIT_TESTS,
+    "tests/certificates.py": UNIT_TESTS,
     "tests/conftest.py": "tests/ut/model_loader",
     "tests/identity.py": UNIT_TESTS,
     "tests/name_server.py": UNIT_TESTS,
@@ -41,7 +42,7 @@ COPIED = {
         f"tests/e2e/{name}.py": E2E_TESTS
         for name in (
             *("__init__", "conftest", "support", "test_serve"),
-            *("hub_process", "killing_proxy", "loading", "ranks", "ranks_process"),
+            *("hub_process", "killing_proxy", "loading", "ranks", "ranks_process", "views"),
         )
     },
     "tools/netloader_view.py": E2E_TESTS,
@@ -53,6 +54,7 @@ COPIED = {
 OWN = (PACKAGE, UNIT_TESTS)
 # Modules of the tests that have another name there.
 MODULES = {
+    "tests.certificates": "tests.ut.model_loader.netloader.certificates",
     "tests.identity": "tests.ut.model_loader.netloader.identity",
     "tests.name_server": "tests.ut.model_loader.netloader.name_server",
     "tests.conformance": "tests.ut.model_loader.netloader.conformance",
@@ -63,7 +65,7 @@ MODULES = {
 }
 # Files there, a line of each, and the lines that come after that one.
 LINES = (
-    ("requirements.txt", "pyyaml", ("xxhash>=3.5",)),
+    ("requirements.txt", "pyyaml", ("cryptography>=42", "xxhash>=3.5")),
     ("requirements-dev.txt", "pytest-mock", ("hypothesis", "pytest-timeout")),
     ("docs/requirements-docs.txt", "myst-parser", ("sphinxcontrib-mermaid",)),
     ("docs/source/conf.py", '    "myst_parser",', ('    "sphinxcontrib.mermaid",',)),

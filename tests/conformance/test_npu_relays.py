@@ -11,12 +11,18 @@ from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from .fleet import PATIENT, load_and_relay
 from .models import MIB, many_rows
-from .npus import wait_until_hccl_rests
 from .sides import here, serve, until
 from .test_relays import dial
 from .ways import Way
 
 pytestmark = pytest.mark.ways(Way.HCCL, Way.NPU_HTTP)
+
+
+def _rest():
+    from .npus import wait_until_hccl_rests
+
+    wait_until_hccl_rests()
+
 
 CLIENTS = 3
 
@@ -62,7 +68,7 @@ def test_three_clients_pass_on_what_has_come(way, fleet):
     seed, address, clients, _ = fleet
     check([client.result(90) for client in clients], seed, address)
     for process in [seed, *clients]:
-        process.call(wait_until_hccl_rests)
+        process.call(_rest)
 
 
 def test_a_relay_that_is_killed_costs_what_was_on_its_way(way, fleet):

@@ -87,10 +87,10 @@ def test_each_kind_of_file_goes_to_its_place_and_is_listed(tree):
 
 
 def test_lines_are_added_where_they_belong_and_only_once(tree):
-    (tree / "requirements.txt").write_text("pyyaml\nxxhash==3.6\n")
+    (tree / "requirements.txt").write_text("pyyaml\ncryptography\nxxhash==3.6\n")
     assert run("apply", tree).returncode == 0
     after = {path: (tree / path).read_text() for path in FILES if (tree / path).exists()}
-    assert after["requirements.txt"] == "pyyaml\nxxhash==3.6\n"
+    assert after["requirements.txt"] == "pyyaml\ncryptography\nxxhash==3.6\n"
     assert after["requirements-dev.txt"].split() == [
         *("pytest-mock", "hypothesis", "pytest-timeout", "lm-eval==0.4.12")
     ]

@@ -69,6 +69,8 @@ _PARENTS = 2
 _FORM_AGAIN = 0.02, 0.1
 # Seconds without news in a group after which another source is asked, with which one has to form.
 _TRY_ANOTHER = 3.0
+# Times PROGRESS_TIMEOUT for a run to come from a source that may send a byte now and then.
+_OVERDUE = 3
 _ITSELF = "this is the instance itself"
 # What a failure without a code is called among the metrics.
 _KINDS = {
@@ -240,6 +242,7 @@ def elastic_load(
             if sessions.bytes_received() > received:
                 received = sessions.bytes_received()
                 queue.progressed()
+            sessions.cut_overdue()
             if bar is not None:
                 bar.show(received, target.nbytes, sessions.peers())
         if bar is not None:
@@ -525,6 +528,7 @@ class _Sessions:
         # By source and weights digest: those that go on, and the bytes of those that are over.
         self._pulls: list[tuple[tuple[Address, str], P2PLoad]] = []
         self._gave: Counter[tuple[Address, str]] = Counter()
+        self._untrusted: list[tuple[Address, _HttpSession, Scheduler]] = []
         self._relays: set[tuple[Address, str]] = set()  # those that were incomplete
         # What sources that SOURCE names have, and their lists of ranks. Those that others name may
         # have nothing else, and their own lists do not count.
@@ -554,6 +558,15 @@ class _Sessions:
             else:
                 for peer in peers:
                     self._met(weights, peer)
+
+    def cut_overdue(self) -> None:
+        """End sessions with sources that SOURCE does not name and whose blocks never come."""
+        longest = _OVERDUE * self._config.progress_timeout
+        with self._lock:
+            untrusted = [*self._untrusted]
+        for address, session, scheduler in untrusted:
+            if scheduler.held_for(session.peer) > longest:
+                session.cut(SourceLost(f"{address}: no blocks for {longest:g} s"))
 
     def peers(self) -> int:
         """Return the number of sources that are pulled from just now."""
@@ -794,6 +807,9 @@ class _Sessions:
                         raise client.last_words() or error from None
                 return
         session = _HttpSession(peer, client)
+        if not peer.trusted:
+            with self._lock:
+                self._untrusted.append((address, session, scheduler))
         if accelerator is None:
             peer.cut = lambda: session.cut(
                 SourceBusy(f"{address}: slow: others bring what it had left")
@@ -814,6 +830,10 @@ class _Sessions:
             if session.cut_by is not None:
                 raise session.cut_by from None
             raise
+        finally:
+            if not peer.trusted:
+                with self._lock:
+                    self._untrusted.remove((address, session, scheduler))
 
     @contextlib.contextmanager
     def _news_of(

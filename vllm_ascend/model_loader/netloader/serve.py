@@ -292,7 +292,9 @@ class WeightServer:
             if differ := api.differences(join.identity, offer.identity):
                 raise Refusal(Code.OTHER_MODEL, "the models differ", differences=differ)
             if offer.store is None:
-                raise Refusal(offer.code, offer.reason)
+                # Who loads from others has what these have in a moment.
+                soon = offer.code is Code.LOADING and offer.phase is not Phase.READING
+                raise Refusal(offer.code, offer.reason, retry_after=0 if soon else 1)
             if lingering:
                 raise Refusal(Code.PREPARING, _MADE_READY)
             known = offer.store.digests.weights

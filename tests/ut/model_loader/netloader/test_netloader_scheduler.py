@@ -389,6 +389,46 @@ def test_a_source_is_asked_later_for_what_it_wants_others_to_be_asked_for():
         assert taken(scheduler, seed) == [1]
 
 
+def test_what_a_source_declined_comes_after_all_else_that_it_has():
+    scheduler, _ = of_relays(4)
+    seed = Peer()
+    with scheduler.session(seed):
+        assert taken(scheduler, seed) == [0]
+        scheduler.declined(seed, Run(0, 0))
+        scheduler._clock.now += 1
+        assert [taken(scheduler, seed) for _ in range(4)] == [[1], [2], [3], [0]]
+
+
+def test_sources_that_come_and_go_leave_nothing_with_the_others():
+    scheduler, [relay] = of_relays(100, range(100))
+    for _ in range(50):
+        with scheduler.session(Peer(complete=False)) as liar:
+            scheduler.heard(liar, [Run(0, 99)], complete=False)
+    assert len(relay._open) <= 4 * 100
+    assert sorted(taken(scheduler, relay)[0] for _ in range(100)) == [*range(100)]
+
+
+def test_news_of_what_is_not_wanted_any_more_is_none():
+    scheduler, [relay] = of_relays(2, [])
+    assert taken(scheduler) == [0]
+    scheduler._clock.now += 5
+    scheduler.heard(relay, [Run(0, 0)], complete=False)
+    assert scheduler.idle_for(relay) == 5
+    scheduler.heard(relay, [Run(1, 1)], complete=False)
+    assert scheduler.idle_for(relay) == 0
+
+
+def test_it_is_known_for_how_long_a_source_holds_a_run():
+    scheduler, [relay] = of_relays(2, [0, 1])
+    assert scheduler.held_for(relay) == 0
+    assert taken(scheduler, relay) == [0]
+    scheduler._clock.now += 5
+    assert taken(scheduler, relay) == [1]
+    assert scheduler.held_for(relay) == 5
+    scheduler.done(Run(0, 0))
+    assert scheduler.held_for(relay) == 0
+
+
 def test_who_waits_goes_on_with_news_and_without_hope_of_any():
     scheduler, [peer] = of_relays(2, [])
     for event in (

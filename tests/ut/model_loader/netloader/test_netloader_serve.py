@@ -1111,7 +1111,7 @@ def test_a_load_that_is_complete_waits_for_its_clients_for_a_part_of_its_time(mo
     relay.end(complete=True)
     leaving.join(PATIENCE)
     assert refused == ["preparing"]
-    assert refusal(to.blocks, session(), store.digests.weights, 0, 1)[0] == "changed"
+    assert refusal(to.blocks, session(), store.digests.weights, 0, 1)[0] == "preparing"
     relay.begin(store, lambda weights, peer: None)
     joins(to, relayed(1))
     monkeypatch.setattr(serve, "_LINGER", 0.0)

@@ -504,6 +504,29 @@ def test_of_those_that_others_name_only_so_many_are_asked_at_once():
     assert queue.next() in named
 
 
+def test_who_may_not_be_asked_for_the_others_is_said_to_lack_a_thread():
+    queue = SourceQueue([A], 300, most_hearsay=1)
+    assert queue.next() == A
+    queue.heard(B, "b")
+    assert not queue.lacks_threads(idle=1)
+    assert queue.next() == B
+    queue.heard(C, "c")
+    assert queue.lacks_threads(idle=1)
+    queue.failed(B, SourceLost("gone"))
+    assert not queue.lacks_threads(idle=1)
+    assert queue.lacks_threads(idle=0)
+
+
+def test_a_source_that_others_name_is_asked_again_soon(world):
+    queue = world.queue([A], 300)
+    assert queue.next() == A
+    queue.heard(B, "b")
+    assert queue.next() == B
+    queue.failed(B, SourceBusy("loading"))
+    assert queue.next() == B
+    assert world.clock.passed < 0.2
+
+
 def test_a_process_is_asked_at_one_address_at_a_time():
     queue = SourceQueue([A, B], 300)
     assert [queue.next(), queue.next()] == [A, B]

@@ -49,6 +49,8 @@ PEER_PATHS = [
     ("POST", "/netloader/v1/groups/0/store"),
     ("POST", "/netloader/v1/groups/0/send"),
     ("POST", "/netloader/v1/done"),
+    ("GET", f"/netloader/v1/models/{IDENTITY.group}/files"),
+    ("GET", f"/netloader/v1/models/{IDENTITY.group}/files/config.json"),
 ]
 
 
@@ -583,7 +585,7 @@ CHANGES = {
 }
 
 
-MIDDLE = {"handshake": 0.5, "progress": 0.5}
+MIDDLE = {"handshake": 1.0, "progress": 1.0}
 
 
 @pytest.mark.parametrize("whose", ["source", "client"])
@@ -599,7 +601,7 @@ def test_whatever_a_man_in_the_middle_changes_is_noticed(secret, how, at, whose)
         return CHANGES[how](record)
 
     with (
-        running(credentials=secret, handshake_timeout=0.5, idle_timeout=0.5) as closed,
+        running(credentials=secret, handshake_timeout=1.0, idle_timeout=1.0) as closed,
         Tap(closed, **{whose: change}) as tap,
     ):
         try:

@@ -168,10 +168,11 @@ class Scheduler:
                     while (at := has.find(0, at, end)) >= 0:
                         has[at] = 1
                         news.append(at)
-                if news:
+                numbers = dict.fromkeys(self._number_of[block] for block in news)
+                if any(self._wanted[number] and self._has(peer, number) for number in numbers):
                     peer._since = self._clock()
                 if begun:
-                    self._count(peer, dict.fromkeys(self._number_of[block] for block in news))
+                    self._count(peer, numbers)
             self._changed.notify_all()
 
     def lost(self, peer: Peer, failure: Exception) -> None:
@@ -307,6 +308,12 @@ class Scheduler:
                 self._reviewed = now
             return self._least is peer
 
+    def held_for(self, peer: Peer) -> float:
+        """Return for how many seconds a source has been asked for the oldest run that it holds."""
+        with self._changed:
+            asked = [since for holder, since in self._held.values() if holder is peer]
+            return self._clock() - min(asked) if asked else 0.0
+
     def idle_for(self, peer: Peer) -> float:
         """Return for how many seconds an incomplete source has had nothing that was wanted."""
         with self._changed:
@@ -360,13 +367,17 @@ class Scheduler:
                 self._anybody = Peer()
                 self._welcome(self._anybody)
             peer = self._anybody
-        entries = peer._open
-        if peer._declined and self._clock() >= peer._ask_again:
-            for number in peer._declined:
-                if self._wanted[number]:
+        while True:
+            entries = peer._open
+            if not entries:  # what was declined comes last
+                if not peer._declined or self._clock() < peer._ask_again:
+                    return None
+                again = [number for number in peer._declined if self._wanted[number]]
+                peer._declined.clear()
+                for number in again:
                     self._push(peer, number)
-            peer._declined.clear()
-        while entries:
+                if not again:
+                    return None
             number = entries[0] & _MASK
             if not self._wanted[number] or number in peer._declined:
                 heappop(entries)
@@ -375,7 +386,6 @@ class Scheduler:
                 self._push(peer, number)
             else:
                 return number
-        return None
 
     def _take(self, number: int, max_bytes: int) -> Run:
         self._wanted[number] = 0
@@ -408,6 +418,17 @@ class Scheduler:
 
     def _push(self, peer: Peer, number: int) -> None:
         heappush(peer._open, self._urgency[number] << _BITS | number)
+        # Runs that are put in again and again, as sources come and go, are in it several times.
+        if len(peer._open) > 4 * len(self._runs):
+            self._fill(peer)
+
+    def _fill(self, peer: Peer) -> None:
+        peer._open = [
+            urgency << _BITS | number
+            for number, urgency in enumerate(self._urgency)
+            if self._wanted[number] and self._has(peer, number)
+        ]
+        heapify(peer._open)
 
     def _has(self, peer: Peer, number: int) -> bool:
         run = self._runs[number]
@@ -435,12 +456,7 @@ class Scheduler:
                 self._count(peer, (n for n, wanted in enumerate(self._wanted) if wanted))
             return
         peer._has = None
-        peer._open = [
-            urgency << _BITS | number
-            for number, urgency in enumerate(self._urgency)
-            if self._wanted[number]
-        ]
-        heapify(peer._open)
+        self._fill(peer)
 
     def _forget(self, peer: Peer) -> None:
         """Let an incomplete source count no more."""

@@ -13,6 +13,7 @@ from ..utils import Address, one_line
 
 # Seconds between two attempts at a source: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_FIRST_PAUSE_NAMED = 0.1  # at first, of those that others name, as they may begin to load just now
 # Seconds for which a source is asked again, whatever the deadline says, whose session has brought
 # something and has ended because it did not suit at the moment; also those since something has
 # come after which those that others name are not asked any more.
@@ -106,7 +107,8 @@ class SourceQueue:
             if self.over.is_set():
                 return None
             now = self._polled = self._clock()
-            if (source := self._due(now)) is not None:
+            source = self._due(now)
+            if source is not None and not self._is_one_too_many(source):
                 source.state = _State.ASKED
                 source.attempts += 1
                 return source.address
@@ -178,10 +180,16 @@ class SourceQueue:
                 self._known[address].hearsay = True
             self._changed.notify_all()
 
-    def lacks_threads(self) -> bool:
-        """Return whether there is a source to ask and no thread that waits for one."""
+    def lacks_threads(self, idle: int | None = None) -> bool:
+        """Return whether there is a source to ask and no thread that may ask it.
+
+        Args:
+            idle: threads that wait for one; None: those in `next`.
+        """
         with self._changed:
-            return self._idle == 0 and self._due(self._clock()) is not None
+            source = self._due(self._clock())
+            none = self._idle == 0 if idle is None else idle == 0
+            return source is not None and (none or self._is_one_too_many(source))
 
     def is_hearsay(self, address: Address) -> bool:
         """Return whether nobody but others has named a source."""
@@ -256,7 +264,8 @@ class SourceQueue:
                 source.state = _State.LATER if later else _State.UNREACHABLE
                 if later and soon:
                     source.until = self._clock() + _GRACE
-                pause = min(_FIRST_PAUSE * 2 ** min(source.attempts - 1, 10), _LONGEST_PAUSE)
+                first = _FIRST_PAUSE_NAMED if source.hearsay else _FIRST_PAUSE
+                pause = min(first * 2 ** min(source.attempts - 1, 10), _LONGEST_PAUSE)
                 asked_for = error.retry_after if isinstance(error, SourceError) else 0.0
                 # Jitter keeps clients that were refused together from coming back together.
                 source.due = self._clock() + max(pause, asked_for) * self._spread(0.75, 1.25)
@@ -304,17 +313,17 @@ class SourceQueue:
             return other[0]
         return None
 
+    def _is_one_too_many(self, source: _Source) -> bool:
+        asked = sum(one.hearsay for one in self._in(_State.ASKED))
+        return source.hearsay and asked >= self._most_hearsay
+
     def _may_ask(self, source: _Source, now: float) -> bool:
-        if source.hearsay:
-            asked = self._in(_State.ASKED)
-            if sum(one.hearsay for one in asked) >= self._most_hearsay:
-                return False
         if source.state is not _State.NEW:
             return now < max(self._deadline, source.until)
         if not source.hearsay or now < self._deadline:
             return True
         # So that those that bring nothing cannot keep the load from the disk.
-        return bool(asked) and now < self._progress + _GRACE
+        return bool(self._in(_State.ASKED)) and now < self._progress + _GRACE
 
     def _may_go_on(self, now: float) -> bool:
         if self._in(_State.ASKED):
