@@ -8,14 +8,19 @@ import jsonschema
 import pytest
 import yaml
 
-from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.utils import Lookup, Name
+from vllm_ascend.model_loader.netloader import cli
+from vllm_ascend.model_loader.netloader.config import SECRET_FILE_VARIABLE, parse_config
+from vllm_ascend.model_loader.netloader.interaction.api import HEALTHZ
+from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 KUBERNETES = "1.37"
 OBJECTS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
-SERVICE = OBJECTS["service.yaml"]
-WORKLOADS = [pytest.param(each, id=name) for name, each in OBJECTS.items() if each is not SERVICE]
+SERVICE, READY = OBJECTS["service.yaml"], OBJECTS["service-ready.yaml"]
+WORKLOADS = [
+    pytest.param(each, id=name) for name, each in OBJECTS.items() if each["kind"] != "Service"
+]
+WITH_SECRET = ["deployment-cpu-secret.yaml", "deployment-cpu-no-storage.yaml"]
 
 # The fields of its API, but for pods, which are Kubernetes' own.
 LEADER_WORKER_SET = {
@@ -90,9 +95,12 @@ def flags(template):
 def test_there_is_an_example_of_each_kind():
     assert [*OBJECTS] == [
         "deployment-ascend.yaml",
+        "deployment-cpu-no-storage.yaml",
+        "deployment-cpu-secret.yaml",
         "deployment-cpu.yaml",
         "leaderworkerset-ascend.yaml",
         "leaderworkerset-cpu.yaml",
+        "service-ready.yaml",
         "service.yaml",
     ]
 
@@ -196,3 +204,64 @@ def test_the_pods_of_a_group_are_one_instance(kind):
     assert int(flags(leader)["--tensor-parallel-size"]) == size * int(
         limits.get("huawei.com/Ascend910", "1")
     )
+
+
+def secret_of(template, one):
+    """Return the name of the Secret, and the path in it, that a container is pointed to."""
+    [path] = [each["value"] for each in one["env"] if each["name"] == SECRET_FILE_VARIABLE]
+    [mount] = [each for each in one["volumeMounts"] if each["name"] == "secret"]
+    [volume] = [each for each in template["spec"]["volumes"] if each["name"] == "secret"]
+    assert mount["readOnly"] is True
+    assert volume["secret"]["defaultMode"] & 0o007 == 0  # else NetLoader refuses it
+    assert volume["secret"]["defaultMode"] & 0o040  # else who is in fsGroup cannot read it
+    return volume["secret"]["secretName"], str(Path(path).relative_to(mount["mountPath"]))
+
+
+@pytest.mark.parametrize("name", WITH_SECRET)
+def test_all_containers_have_the_same_secret(name):
+    [template] = templates(OBJECTS[name])
+    every = [container(template), *template["spec"].get("initContainers", ())]
+    secret, key = "netloader", "secret"
+    assert [secret_of(template, one) for one in every] == [(secret, key)] * len(every)
+    assert f"kubectl create secret generic {secret} --from-file={key}=" in (
+        (FOLDER / name).read_text()
+    )
+    assert template["spec"]["securityContext"]["fsGroup"]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_probe_of_netloader_s_port_is_inside_tls_where_there_is_a_secret(workload):
+    for template in templates(workload):
+        only = container(template)
+        probes = [value["httpGet"] for key, value in only.items() if key.endswith("Probe")]
+        secret = any(each["name"] == SECRET_FILE_VARIABLE for each in only["env"])
+        for probe in probes:
+            if probe["port"] == "netloader":
+                assert (probe["path"], probe.get("scheme") == "HTTPS") == (HEALTHZ, secret)
+            else:
+                assert "scheme" not in probe
+    if workload is OBJECTS["deployment-cpu-secret.yaml"]:
+        assert "netloader" in {probe["port"] for probe in probes}
+
+
+def test_an_instance_without_storage_fetches_its_folder_from_one_that_is_ready():
+    workload = OBJECTS["deployment-cpu-no-storage.yaml"]
+    [template] = templates(workload)
+    only, [fetch] = container(template), template["spec"]["initContainers"]
+    options = cli.parser().parse_args(fetch["command"][1:])
+    assert fetch["command"][:2] == ["netloader", "fetch"]
+    [port] = READY["spec"]["ports"]
+    assert options.address == Address(READY["metadata"]["name"], port["port"])
+    assert READY["spec"]["selector"] == SERVICE["spec"]["selector"]
+    assert not READY["spec"].get("publishNotReadyAddresses")
+    assert only["args"][0] == str(options.folder)
+    assert fetch["image"] == only["image"]
+    [models] = [each for each in template["spec"]["volumes"] if each["name"] == "models"]
+    assert models == {"name": "models", "emptyDir": {}}
+    [mount] = [each for each in fetch["volumeMounts"] if each["name"] == "models"]
+    assert options.folder.is_relative_to(mount["mountPath"])
+    assert not mount.get("readOnly")
+    config = config_of(template)
+    assert config.fallback is False  # as there are no weights on disk
+    seed = config_of(templates(OBJECTS["deployment-cpu-secret.yaml"])[0])
+    assert config.model == seed.model
