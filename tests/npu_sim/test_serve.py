@@ -197,7 +197,11 @@ def test_stopped_client_and_killed_client_do_not_disturb_their_source(fleet, lla
     # The stopped one goes on and finds its session ended.
     stopped.server.resume()
     stopped.wait()
-    assert f"{source.address()}: " in stopped.why_from_disk()
+    # It may have heard of the third one by then.
+    if failure := stopped.why_from_disk():
+        assert f"{source.address()}: " in failure
+    else:
+        assert {load.digest for load in stopped.loads()} <= third.digests_sent()
     assert stopped.say() == said
     assert source.say() == said
 
