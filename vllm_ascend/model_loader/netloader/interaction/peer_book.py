@@ -12,6 +12,7 @@ from .api import Peer
 
 _REMEMBERED = 120.0  # seconds for which a peer is named after it was last heard of
 _MOST = 1024  # peers that are remembered
+_CERTAIN = 2  # of those named at least, that have a session
 
 
 class PeerBook:
@@ -84,7 +85,7 @@ class PeerBook:
         )
 
     def others(self, weights: str, client: str | None, there: Collection[str | None]) -> list[Peer]:
-        """Return whom a client can ask, those with a session first that were named to fewest.
+        """Return whom a client can ask, those that were named to fewest.
 
         Args:
             weights: what the client wants.
@@ -95,20 +96,20 @@ class PeerBook:
         for key, known in [*self._known.items()]:
             if now - known.heard > _REMEMBERED and known.peer.address not in there:
                 del self._known[key]
-        # Whom nobody has let in may be nobody at all.
-        others = nsmallest(
-            api.MAX_PEERS,
-            (
-                known
-                for known in self._known.values()
-                if known.weights == weights and known.peer.address != client
-            ),
-            key=lambda known: (known.peer.address not in there, known.peer.load),
-        )
+        asked_for = [
+            known
+            for known in self._known.values()
+            if known.weights == weights and known.peer.address != client
+        ]
+        # Whom nobody has let in may be nobody at all, so they are not all that is named.
+        there_now = (known for known in asked_for if known.peer.address in there)
+        others = [*nsmallest(_CERTAIN, there_now, key=_load)]
+        others += nsmallest(api.MAX_PEERS, asked_for, key=_load)
+        others = [*dict.fromkeys(others)][: api.MAX_PEERS]
         if client is not None:
-            for known in others:
-                known.peer = msgspec.structs.replace(known.peer, load=known.peer.load + 1)
-        return [known.peer for known in others]
+            for one in others:
+                one.peer = msgspec.structs.replace(one.peer, load=one.peer.load + 1)
+        return [one.peer for one in others]
 
 
 class _Known:
@@ -117,3 +118,7 @@ class _Known:
         self.weights = ""
         self.heard = 0.0
         self.sessions: set[Hashable] = set()
+
+
+def _load(known: _Known) -> int:
+    return known.peer.load
