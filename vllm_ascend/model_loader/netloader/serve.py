@@ -148,7 +148,7 @@ class WeightServer:
             progress_timeout=config.progress_timeout,
             idle_timeout=config.progress_timeout,
             credentials=config.credentials,
-            turned_away=lambda kind: metrics.AUTHENTICATION_FAILURES.labels(kind).inc(),
+            turned_away=lambda kind: metrics.count(metrics.AUTHENTICATION_FAILURES, kind),
         )
 
     @property
@@ -254,7 +254,7 @@ class WeightServer:
         """Offer a group's model no more, as it has been unloaded."""
         with self._lock:
             offer = self._offers.pop(group, None)
-            metrics.show_model(group, None, 0)
+            metrics.gone(group)
         if offer is not None and offer.store is not None:
             self._withdraw(offer.store, Gone("the source has unloaded the model"))
 
@@ -266,7 +266,7 @@ class WeightServer:
                 if offer.store is not None:
                     offer.store.withdraw(Gone(_SHUTTING_DOWN))
             for group in self._offers:
-                metrics.show_model(group, None, 0)
+                metrics.gone(group)
             self._offers.clear()
             self._expected.clear()
         self._server.stop()
@@ -614,7 +614,7 @@ class WeightServer:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
         end = served.end if served.end in ("", api.COMPLETE) else "gave_up"
-        metrics.SESSIONS_FINISHED.labels(end or "went_away").inc()
+        metrics.count(metrics.SESSIONS_FINISHED, end or "went_away")
         served.log(self.rank)
         if served.relay is not None:
             complete = served.end == api.COMPLETE
