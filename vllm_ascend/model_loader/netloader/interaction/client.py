@@ -108,9 +108,10 @@ class ElasticClient:
                 wire.handshake(handshake)
             except OSError as error:
                 wire.close()
-                if isinstance(error, NotAdmitted):
+                if isinstance(error, NotAdmitted) and error.kind != "broken":
                     raise SourceRefused(f"{address}: {error}") from None
-                raise SourceUnreachable(f"{address}: cannot connect: {_reason(error)}") from None
+                # It has accepted the connection: somebody is there.
+                raise SourceSilent(f"{address}: cannot connect: {_reason(error)}") from None
             return wire
 
         return cls(address, dial, handshake, progress)
@@ -451,7 +452,7 @@ class ElasticClient:
     def _lost(self, error: Exception) -> SourceError:
         if self._cut:
             return SourceLost(f"{self.address}: the connection was ended on this side")
-        if isinstance(error, NotAdmitted):
+        if isinstance(error, NotAdmitted) and error.kind != "broken":
             return SourceRefused(f"{self.address}: {error}")
         if isinstance(error, http.client.RemoteDisconnected):
             closed = "closed the connection without an answer"
