@@ -439,7 +439,8 @@ class WeightServer:
             served = self._served.get(session)
         if served is not None:
             gave_up = f"the client gave up: {shortened(done.reason, 300)}"
-            served.end = api.COMPLETE if done.complete else gave_up
+            looked = done.reason == api.LOOKED and not served.bytes_sent
+            served.end = api.COMPLETE if done.complete else api.LOOKED if looked else gave_up
             if done.complete and served.relay is not None:
                 with self._lock:
                     self._peers.complete(served.relay)
@@ -613,8 +614,8 @@ class WeightServer:
     def _end(self, session: Session, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
-        end = served.end if served.end in ("", api.COMPLETE) else "gave_up"
-        metrics.count(metrics.SESSIONS_FINISHED, end or "went_away")
+        ends = {"": "went_away", api.COMPLETE: api.COMPLETE, api.LOOKED: "looked"}
+        metrics.count(metrics.SESSIONS_FINISHED, ends.get(served.end, "gave_up"))
         served.log(self.rank)
         if served.relay is not None:
             complete = served.end == api.COMPLETE
@@ -806,7 +807,7 @@ class _Served:
     def log(self, rank: int) -> None:
         """Write the session's one line: a warning unless it ended as it should."""
         seconds = time.monotonic() - self._started
-        log = logger.info if self.end == api.COMPLETE else logger.warning
+        log = logger.info if self.end in (api.COMPLETE, api.LOOKED) else logger.warning
         log(
             "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "
             "%s: %s",

@@ -74,6 +74,7 @@ MAX_CELLS = 512  # of a map of blocks
 MAX_INSTANCE = 64  # characters of what names its process
 _MOST_RANKS = 512  # in the body of an answer that is not 200
 
+LOOKED = "only looked"  # the reason of a client that wanted no weights
 COMPLETE = "complete"  # how a session ends of which its client says so
 TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
 
