@@ -166,7 +166,7 @@ class Code(Enum):
     HEADERS = "headers", 431, SourceRefused, "the headers are too large"
     INTERNAL = "internal", 500, SourceLost, "the source failed, and its log has the error"
     TRANSFER_FAILED = "transfer_failed", 500, SourceLost, "the blocks could not be sent"
-    BUSY = "busy", 503, SourceBusy, "all places for sessions are taken"
+    BUSY = "busy", 503, SourceBusy, "all places are taken, of sessions or of those that read files"
     LOADING = "loading", 503, SourceBusy, "the source is still loading its weights"
     PREPARING = "preparing", 503, SourceBusy, "the weights are being made ready for inference"
     ASLEEP = "asleep", 503, SourceBusy, "the source sleeps, and its weights are not in memory"
