@@ -18,11 +18,18 @@ from tqdm import tqdm
 from . import copies, model_files
 from .config import SECRET_FILE_VARIABLE, NetLoaderConfig, parse_config
 from .credentials import Derived, derived_from, read_secrets
-from .errors import ConfigError, NetLoaderError, ProtocolError, SourceLost, SourceRefused
+from .errors import (
+    ConfigError,
+    NetLoaderError,
+    ProtocolError,
+    SourceError,
+    SourceLost,
+    SourceRefused,
+)
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
-from .utils import Address, Name, one_line, parse_address, parse_name, rate, size
+from .utils import Address, Name, one_line, parse_address, parse_name, rate, shortened, size
 
 OK, NO, USAGE = 0, 1, 2
 _INTERVAL = 1.0  # seconds between two looks of `status --watch`
@@ -35,10 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return int(options.run(options))
     except ConfigError as error:
-        print(f"netloader: {one_line(error)}", file=sys.stderr)
+        _complain([error])
         return USAGE
     except (NetLoaderError, OSError) as error:
-        print(f"netloader: {one_line(error)}", file=sys.stderr)
+        _complain([error])
         return NO
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -169,6 +176,8 @@ def client_config(options: argparse.Namespace) -> NetLoaderConfig:
     Raises:
         ConfigError: the configuration given is wrong.
     """
+    if not isinstance(options.config, dict):
+        raise ConfigError(f"--config is {options.config!r}; it must be a JSON object")
     # Whoever gives no SOURCE_WAIT wants an answer now.
     return parse_config({"SOURCE_WAIT": 0, **options.config})
 
@@ -178,12 +187,15 @@ def _group(options: argparse.Namespace) -> str:
 
 
 def _say(options: argparse.Namespace, answer: Any, text: str) -> None:
-    print(msgspec.json.encode(answer).decode() if options.json else text, flush=True)
+    if options.json:
+        print(msgspec.json.encode(answer).decode(), flush=True)
+    else:  # what peers say must not reach the terminal as they say it
+        print("\n".join(map(shortened, text.split("\n"))), flush=True)
 
 
 def _complain(problems: Sequence[Exception]) -> None:
     for problem in problems:
-        print(f"netloader: {one_line(problem)}", file=sys.stderr)
+        print(f"netloader: {shortened(one_line(problem))}", file=sys.stderr)
 
 
 # Commands
@@ -193,12 +205,16 @@ def _status(options: argparse.Namespace) -> int:
     config = client_config(options)
     before: dict[str, tuple[float, int]] = {}
     while True:
-        addresses = [
-            address
-            for name in options.where
-            for address in addresses_of(name, config.connect_timeout)
-        ]
+        addresses, unknown = [], []
+        for name in options.where:
+            try:
+                addresses += addresses_of(name, config.connect_timeout)
+            except SourceError as error:
+                if not options.watch:
+                    raise
+                unknown.append(error)  # it may be known a second later
         found, problems = copies.statuses(addresses, config)
+        problems = [*unknown, *problems]
         rows = [row for address, status in found.items() for row in _rows(address, status, before)]
         if options.watch and not options.json and sys.stdout.isatty():
             print("\033[H\033[J", end="")
@@ -241,7 +257,7 @@ def _rows(
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [_HEAD, *([one_line(cell) for cell in row] for row in rows)]
+    lines = [_HEAD, *([one_line(shortened(cell)) for cell in row] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(_HEAD))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -256,6 +272,7 @@ def _probe(options: argparse.Namespace) -> int:
     with copies.connect(address, config) as client:
         description = copies.describe(client, model.identity)
         latency = copies.latency(client, description.digests.weights)
+        client.done(api.Done(complete=False, reason=api.LOOKED))
     measured = []
     for connections in options.connections:
         with tqdm(unit="B", unit_scale=True, desc=f"{connections} connections") as bar:
@@ -297,7 +314,7 @@ def _described(
     for key, addresses in sorted(by_weights.items()):
         with copies.connect(addresses[0], config) as client:
             what = copies.describe(client, identities[key])
-            client.done(api.Done(complete=True))
+            client.done(api.Done(complete=False, reason=api.LOOKED))
             described.append((what, addresses, client.local_host))
     if not described:
         raise SourceRefused("no instance answers")
@@ -380,7 +397,7 @@ def _diff(options: argparse.Namespace) -> int:
         for address, model in zip(sides, models, strict=True):
             with copies.connect(address, config) as client:
                 described.append(copies.describe(client, model.identity))
-                client.done(api.Done(complete=True))
+                client.done(api.Done(complete=False, reason=api.LOOKED))
         differences = _differing(sides, *described)
     shown = differences[:_SHOWN]
     more = [f"and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else []

@@ -222,8 +222,11 @@ def parse_config(extra_config: object) -> NetLoaderConfig:
     if path is not None:
         # What the file says goes first; what stands beside it fills the gaps.
         values |= _config_file(path)
-    if secret_file := os.environ.get(SECRET_FILE_VARIABLE):
-        values.setdefault("SECRET_FILE", secret_file)
+    secret_file = os.environ.get(SECRET_FILE_VARIABLE)
+    if secret_file is not None and "SECRET_FILE" not in values:
+        if not secret_file:  # not as if there were none: whoever set it wants no open port
+            raise _wrong(SECRET_FILE_VARIABLE, secret_file, "the path of a file; or unset it")
+        values["SECRET_FILE"] = secret_file
     disk = {key: value for key, value in values.items() if key not in _PARSERS}
     parsed: dict[str, Any] = {"source": {}, "disk": disk}
     for key in values.keys() - disk.keys():

@@ -1,13 +1,15 @@
 """Weights of running instances without a model: in host memory, in files, or only measured."""
 
 import contextlib
+import ipaddress
 import json
 import math
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +31,15 @@ from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
 from .load import elastic_load
 from .serve import Offer, WeightServer
-from .utils import Address, one_line, parse_address
+from .utils import Address, one_line, parse_address, shortened
 
 _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
 _MAX_ASKED = 1024  # ranks of one instance
+_ASKED_AT_ONCE = 32
+_MAX_BYTES = 1 << 50  # of one tensor
+# Not by attribute of torch, which imports modules for some names.
+_OF_NAME = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 # How safetensors names dtypes. What it has no name for is a row of bytes there.
 _DTYPES = {
     torch.float64: "F64",
@@ -148,27 +154,38 @@ def statuses(
     problems: list[SourceError] = []
     instances: set[str] = set()
     asked: set[Address] = set()
-    left = [*addresses]
-    while left and len(asked) < _MAX_ASKED:
-        address = left.pop(0)
-        if address in asked:
-            continue
-        asked.add(address)
+    left = [*dict.fromkeys(addresses)]
+
+    def ask(address: Address) -> Status | SourceError:
         try:
-            status = status_of(address, config)
+            return status_of(address, config)
         except SourceError as error:
-            problems.append(error)
-            continue
-        if status.instance in instances:
-            continue
-        instances.add(status.instance)
-        found[address] = status
-        for model in status.models:
-            for _, end in sorted(model.endpoints.items()):
-                with contextlib.suppress(ValueError):  # no address
-                    if end.instance not in instances:
-                        left.append(parse_address(end.address))
+            return error
+
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as threads:
+        while left := left[: _MAX_ASKED - len(asked)]:
+            asked.update(left)
+            named: dict[Address, None] = {}
+            for address, answer in zip(left, threads.map(ask, left), strict=True):
+                if isinstance(answer, SourceError):
+                    problems.append(answer)
+                elif answer.instance not in instances:
+                    instances.add(answer.instance)
+                    found[address] = answer
+                    named |= dict.fromkeys(_named(answer, instances))
+            left = [address for address in named if address not in asked]
     return found, problems
+
+
+def _named(status: Status, known: Container[str]) -> Iterator[Address]:
+    """Return where the other ranks are that a rank names, by IP address as ranks do."""
+    for model in status.models:
+        for _, end in sorted(model.endpoints.items()):
+            with contextlib.suppress(ValueError):  # no address
+                address = parse_address(end.address)
+                ipaddress.ip_address(address.host)
+                if end.instance not in known:
+                    yield address
 
 
 def model_of(address: Address, status: Status, group: str) -> ModelStatus:
@@ -196,11 +213,7 @@ def describe(client: ElasticClient, identity: ModelIdentity) -> Description:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise ProtocolError("sent no manifest")
         manifest = msgspec.json.decode(joined.manifest, type=Manifest)
-        sizes = [
-            math.prod(entry.shape) * _dtype(entry).itemsize
-            for entry in manifest.tensors
-            if entry.alias_of is None
-        ]
+        sizes = [_nbytes(entry) for entry in manifest.tensors if entry.alias_of is None]
         blocks = Blocks(sizes)
         digests = combine(joined.weights.partition(":")[0], manifest, blocks, joined.blocks)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ProtocolError) as error:
@@ -266,10 +279,18 @@ def file_name(identity: ModelIdentity) -> str:
 
 
 def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype = getattr(torch, entry.dtype.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = _OF_NAME.get(f"torch.{entry.dtype.removeprefix('torch.')}")
+    if dtype is None:
         raise ProtocolError(f"{entry.name} has the dtype {entry.dtype}, which torch does not have")
     return dtype
+
+
+def _nbytes(entry: TensorEntry) -> int:
+    nbytes = math.prod(entry.shape) * _dtype(entry).itemsize
+    if any(size < 0 for size in entry.shape) or nbytes > _MAX_BYTES:
+        shape = shortened(str([*entry.shape]), 200)
+        raise ProtocolError(f"{entry.name} has the shape {shape}, which no tensor has")
+    return nbytes
 
 
 def _memory(description: Description, path: Path | None, part: Path | None) -> list[torch.Tensor]:
@@ -286,14 +307,22 @@ def _memory(description: Description, path: Path | None, part: Path | None) -> l
     part.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.replace(part)
-    with part.open("r+b" if part.exists() else "w+b") as file:
-        if file.read(len(head)) != head:  # of other weights, or new
-            file.seek(0)
-            file.truncate()
-            file.write(head)
+    if not _begins_with(part, head):  # of other weights, or new
+        part.unlink(missing_ok=True)  # whoever has mapped it keeps what it had
+        part.write_bytes(head)
+    with part.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, len(head) + at)  # else a full disk is a SIGBUS
         file.truncate(len(head) + at)
     mapped = torch.from_file(str(part), shared=True, size=len(head) + at, dtype=torch.uint8)
     return [mapped[len(head) + at :][:nbytes] for at, nbytes in zip(places, sizes, strict=True)]
+
+
+def _begins_with(path: Path, head: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(head)) == head
+    except FileNotFoundError:
+        return False
 
 
 def _head(description: Description, order: Sequence[tuple[int, int]]) -> bytes:
@@ -410,6 +439,7 @@ def measure(
     lock, failures = threading.Lock(), []
     nbytes = wrong = 0
     runs = description.blocks.cut(_CHUNK)
+    most = seconds + config.progress_timeout  # also where bytes come one by one
     started = time.monotonic()
 
     def work(number: int) -> None:
@@ -418,7 +448,7 @@ def measure(
         device = _Host(description.digests.algorithm)
         at = number * len(runs) // connections
         try:
-            with connect(address, config) as client:
+            with connect(address, config) as client, client.ended_after(most):
                 while time.monotonic() - started < seconds:
                     run = runs[at % len(runs)]
                     at += 1

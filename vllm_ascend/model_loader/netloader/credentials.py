@@ -14,7 +14,8 @@ import os
 import ssl
 import stat
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from .errors import ConfigError
@@ -23,6 +24,7 @@ from .utils import logger, one_line
 MIN_CHARACTERS = 32  # of a secret, or of a token
 _MAX_FILE = 4 << 10  # bytes of a file with secrets or tokens
 _SALT = b"netloader mutual TLS v1"
+_AGAIN = 10.0  # seconds until files that could not be read are read again, unless they change
 _HOW = "make one with: (umask 077; openssl rand -hex 32 > {})"
 
 
@@ -88,17 +90,27 @@ class Derived:
         token: the bearer token.
     """
 
-    key: bytes
+    key: bytes = field(repr=False)
     certificate: bytes
-    token: str
+    token: str = field(repr=False)
 
 
 @functools.lru_cache(maxsize=8)
 def derived_from(secret: str) -> Derived:
-    """Derive a key pair, its certificate and a token from a secret."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    """Derive a key pair, its certificate and a token from a secret.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    except ImportError as error:
+        raise ConfigError(
+            f"SECRET_FILE needs the package cryptography, which cannot be imported ({error}): "
+            "pip install cryptography, or give TLS_CERT, TLS_KEY and TLS_CA"
+        ) from None
 
     # Whoever connects is shown the certificate, and can try secrets on it at leisure.
     root = hashlib.scrypt(secret.encode(), salt=_SALT, n=1 << 15, r=8, p=1, maxmem=64 << 20)
@@ -197,7 +209,7 @@ class _Read:
 
     server: ssl.SSLContext
     client: ssl.SSLContext
-    tokens: tuple[bytes, ...]
+    tokens: tuple[bytes, ...] = field(repr=False)
 
 
 class Credentials:
@@ -217,7 +229,8 @@ class Credentials:
         self.by_secret = files.secret_file is not None
         self._files = files
         self._lock = threading.Lock()
-        self._seen = _state(files)
+        self._seen = self._failed = _state(files)
+        self._next_try = 0.0
         self._read = _read(files)
 
     def accepting(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> ssl.SSLObject:
@@ -242,16 +255,20 @@ class Credentials:
         """Return what the files say now, or said when they last were right."""
         with self._lock:
             state = _state(self._files)
-            if state != self._seen:
-                self._seen = state
+            if state == self._seen:
+                return self._read
+            if state != self._failed or time.monotonic() >= self._next_try:
                 try:
                     self._read = _read(self._files)
-                except ConfigError as error:
-                    logger.warning(
-                        "NetLoader: goes on with the secret or certificates from before: %s",
-                        one_line(error),
-                    )
+                except (ConfigError, OSError) as error:  # also out of descriptors, say
+                    if state != self._failed:
+                        logger.warning(
+                            "NetLoader: goes on with the secret or certificates from before: %s",
+                            one_line(error),
+                        )
+                    self._failed, self._next_try = state, time.monotonic() + _AGAIN
                 else:
+                    self._seen = self._failed = state
                     logger.info("NetLoader: read %s anew", ", ".join(self._files.paths()))
             return self._read
 

@@ -21,6 +21,7 @@ from .errors import (
     ChosenToRead,
     LayoutUnsupported,
     LoadFailed,
+    MakesRoom,
     ProtocolError,
     SourceBusy,
     SourceError,
@@ -73,10 +74,11 @@ _TURN = 2.0
 # Times PROGRESS_TIMEOUT for a run to come from a source that may send a byte now and then.
 _OVERDUE = 3
 _ITSELF = "this is the instance itself"
-# What a failure without a code is called among the metrics.
+# What a failure without a code is called among the metrics; the first that fits.
 _KINDS = {
     SourceUnreachable: "unreachable",
     SourceLost: "lost",
+    MakesRoom: "left",
     SourceBusy: "later",
     ProtocolError: "protocol_error",
     TransferCorrupt: "wrong_bytes",
@@ -617,7 +619,7 @@ class _Sessions:
             self._pull(address)
             # Only now, with the session closed: a process may end right after its load.
             self._queue.succeeded()
-            metrics.SOURCE_ATTEMPTS.labels(api.COMPLETE).inc()
+            metrics.count(metrics.SOURCE_ATTEMPTS, api.COMPLETE)
         except _Postponed as error:
             self._queue.postpone(address, str(error))
             logger.info("NetLoader rank %d: source %s", self._worker, error)
@@ -657,7 +659,7 @@ class _Sessions:
             self._ask_too(other, instance)
         # What was ended on this side has no code. A source whose own load is complete prepares.
         soon = brought and error.code in ("", Code.PREPARING.text)
-        metrics.SOURCE_ATTEMPTS.labels(error.code or _KINDS.get(type(error), "refused")).inc()
+        metrics.count(metrics.SOURCE_ATTEMPTS, _kind(error))
         news = self._queue.failed(address, error, soon=soon)
         if news:
             self.warn(error, self._queue.waits(address))
@@ -1120,6 +1122,12 @@ class _HttpSession:
 
 def _in_groups(device: Device, config: NetLoaderConfig) -> bool:
     return device.accelerator is not None and config.transport is Transport.AUTO
+
+
+def _kind(error: SourceError) -> str:
+    """Return what a failure is called among the metrics."""
+    kinds = (name for kind, name in _KINDS.items() if isinstance(error, kind))
+    return error.code or next(kinds, "refused")
 
 
 def _blamed(address: Address, error: Exception) -> SourceError:

@@ -6,15 +6,37 @@ PROMETHEUS_MULTIPROC_DIR set they are in the files there as well, from which vLL
 """
 
 import contextlib
+import os
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    values,
+)
 
+from .utils import logger
 from .version import __version__
 
 PEERS, DISK = "peers", "disk"
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # of the environment
+
+folder = os.environ.get(_FOLDER)
+if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+    # No metric can be made then, and without metrics there is no loader.
+    del os.environ[_FOLDER]
+    values.ValueClass = values.MutexValue
+    logger.warning(
+        "NetLoader: PROMETHEUS_MULTIPROC_DIR %r is no folder that can be written to, so the "
+        "metrics of this process are in its memory only",
+        folder,
+    )
 
 registry = CollectorRegistry()
 
@@ -93,12 +115,21 @@ AUTHENTICATION_FAILURES = Counter(
 )
 
 BUILD_INFO.labels(__version__).set(1)
+_lock = threading.Lock()  # while the states of models change
+_gone: deque[str] = deque()  # models of which that is still to be shown
 _states: defaultdict[str, set[str]] = defaultdict(set)  # that a model has been in
 
 
 def exposition() -> bytes:
     """Return all metrics of this process as Prometheus reads them."""
+    _show_gone()
     return generate_latest(registry)
+
+
+def count(counter: Counter, *labels: str, by: float = 1) -> None:
+    """Add to a counter; that it cannot be written, in its folder, is no failure of a load."""
+    with contextlib.suppress(OSError):
+        counter.labels(*labels).inc(by)
 
 
 def show_model(model: str, state: str | None, nbytes: int) -> None:
@@ -109,11 +140,32 @@ def show_model(model: str, state: str | None, nbytes: int) -> None:
         state: None: it has been unloaded.
         nbytes: 0 if there is nothing to load.
     """
-    if state is not None:
-        _states[model].add(state)
-    for name in _states[model]:
-        STATE.labels(model, name).set(name == state)
-    WEIGHTS_BYTES.labels(model).set(nbytes)
+    _show_gone()
+    with _lock:
+        if state is not None:
+            _states[model].add(state)
+        _set(model, state, nbytes)
+
+
+def gone(model: str) -> None:
+    """Let the next look at the metrics show that a model has been unloaded.
+
+    It takes no lock: a garbage collector may call it while this thread holds prometheus_client's.
+    """
+    _gone.append(model)
+
+
+def _show_gone() -> None:
+    with _lock, contextlib.suppress(IndexError):
+        while True:
+            _set(_gone.popleft(), None, 0)
+
+
+def _set(model: str, state: str | None, nbytes: int) -> None:
+    with contextlib.suppress(OSError):
+        for name in _states[model]:
+            STATE.labels(model, name).set(name == state)
+        WEIGHTS_BYTES.labels(model).set(nbytes)
 
 
 @contextlib.contextmanager
@@ -124,4 +176,5 @@ def load_from(source: str) -> Iterator[None]:
         yield
         outcome = "complete"
     finally:
-        LOAD_SECONDS.labels(source, outcome).observe(time.monotonic() - started)
+        with contextlib.suppress(OSError):
+            LOAD_SECONDS.labels(source, outcome).observe(time.monotonic() - started)

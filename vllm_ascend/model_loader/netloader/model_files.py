@@ -1,5 +1,6 @@
 """The small files beside a model's weights: configuration, tokenizer, chat template, code."""
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -36,11 +37,12 @@ def files_of(folder: Path) -> list[ModelFile]:
     """Return the files of a model's folder that clients may get."""
     found = []
     for path in sorted(folder.iterdir()):
-        if is_allowed(path.name) and _is_within(path, folder) and path.is_file():
-            status = path.stat()
-            if status.st_size <= MAX_FILE:
-                digest = _digest(path, status.st_size, status.st_mtime_ns)
-                found.append(ModelFile(path.name, status.st_size, digest))
+        with contextlib.suppress(OSError):  # one that cannot be read costs no other
+            if is_allowed(path.name) and _is_within(path, folder) and path.is_file():
+                status = path.stat()
+                if status.st_size <= MAX_FILE:
+                    digest = _digest(path, status.st_size, status.st_mtime_ns)
+                    found.append(ModelFile(path.name, status.st_size, digest))
     return found[:MAX_FILES]
 
 

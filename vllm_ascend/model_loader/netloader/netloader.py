@@ -233,7 +233,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                         )
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
-                metrics.FALLBACKS.labels(reason).inc()
+                metrics.count(metrics.FALLBACKS, reason)
                 start_over()
                 if self._relay is not None:
                     self._relay.announce(Phase.READING)
@@ -387,7 +387,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 if not self._config.fallback or order != AS_CONFIGURED:
                     raise
                 failure = str(error)
-                metrics.FALLBACKS.labels(_reason(error)).inc()
+                metrics.count(metrics.FALLBACKS, _reason(error))
                 logger.warning(
                     "NetLoader rank %d: reloading from disk, as no source gave the weights: %s",
                     self._worker(),

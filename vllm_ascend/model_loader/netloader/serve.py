@@ -148,7 +148,7 @@ class WeightServer:
             progress_timeout=config.progress_timeout,
             idle_timeout=config.progress_timeout,
             credentials=config.credentials,
-            turned_away=lambda kind: metrics.AUTHENTICATION_FAILURES.labels(kind).inc(),
+            turned_away=lambda kind: metrics.count(metrics.AUTHENTICATION_FAILURES, kind),
         )
 
     @property
@@ -254,7 +254,7 @@ class WeightServer:
         """Offer a group's model no more, as it has been unloaded."""
         with self._lock:
             offer = self._offers.pop(group, None)
-            metrics.show_model(group, None, 0)
+            metrics.gone(group)
         if offer is not None and offer.store is not None:
             self._withdraw(offer.store, Gone("the source has unloaded the model"))
 
@@ -266,7 +266,7 @@ class WeightServer:
                 if offer.store is not None:
                     offer.store.withdraw(Gone(_SHUTTING_DOWN))
             for group in self._offers:
-                metrics.show_model(group, None, 0)
+                metrics.gone(group)
             self._offers.clear()
             self._expected.clear()
         self._server.stop()
@@ -439,7 +439,8 @@ class WeightServer:
             served = self._served.get(session)
         if served is not None:
             gave_up = f"the client gave up: {shortened(done.reason, 300)}"
-            served.end = api.COMPLETE if done.complete else gave_up
+            looked = done.reason == api.LOOKED and not served.bytes_sent
+            served.end = api.COMPLETE if done.complete else api.LOOKED if looked else gave_up
             if done.complete and served.relay is not None:
                 with self._lock:
                     self._peers.complete(served.relay)
@@ -617,8 +618,8 @@ class WeightServer:
     def _end(self, session: Session, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
-        end = served.end if served.end in ("", api.COMPLETE) else "gave_up"
-        metrics.SESSIONS_FINISHED.labels(end or "went_away").inc()
+        ends = {"": "went_away", api.COMPLETE: api.COMPLETE, api.LOOKED: "looked"}
+        metrics.count(metrics.SESSIONS_FINISHED, ends.get(served.end, "gave_up"))
         served.log(self.rank)
         if served.relay is not None:
             complete = served.end == api.COMPLETE
@@ -811,7 +812,7 @@ class _Served:
         """Write the session's one line: a warning unless it ended as it should."""
         seconds = time.monotonic() - self._started
         # A client leaves one that is loading itself for another one whenever that brings more.
-        usual = self.end == api.COMPLETE or not self.store.complete
+        usual = self.end in (api.COMPLETE, api.LOOKED) or not self.store.complete
         log = logger.info if usual else logger.warning
         log(
             "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "

@@ -1,18 +1,32 @@
 """How the operator's commands are called."""
 
+import errno
 import json
+import os
 import socket
 import ssl
 import stat
+import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
+import msgspec
 import pytest
 import torch
 
-from tests.ut.model_loader.netloader.support import settings, source
-from vllm_ascend.model_loader.netloader import cli
+from tests.identity import IDENTITY
+from tests.ut.model_loader.netloader.support import HOST, PATIENCE, settings, source
+from vllm_ascend.model_loader.netloader import cli, copies, model_files
+from vllm_ascend.model_loader.netloader.errors import (
+    ProtocolError,
+    SourceLost,
+    SourceUnreachable,
+)
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import TensorEntry
 from vllm_ascend.model_loader.netloader.interaction import api
+from vllm_ascend.model_loader.netloader.utils import Address
 
 
 @pytest.mark.parametrize(
@@ -36,6 +50,12 @@ def test_wrong_usage_has_a_status_of_its_own(arguments):
 def test_a_wrong_key_is_wrong_usage(capsys):
     assert cli.main(["status", "127.0.0.1:1", "--config", '{"PROGRESS_TIMEOUT": 0}']) == cli.USAGE
     assert "PROGRESS_TIMEOUT is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["[1]", "null", "7"])
+def test_a_config_that_is_no_object_is_wrong_usage(config, capsys):
+    assert cli.main(["status", "127.0.0.1:1", "--config", config]) == cli.USAGE
+    assert "--config is " in capsys.readouterr().err
 
 
 COMMANDS = ("status", "probe", "pull", "fetch", "hold", "diff", "secret", "token", "certificate")
@@ -108,3 +128,179 @@ def test_the_pem_files_of_a_secret_are_those_that_its_instances_show(tmp_path, m
         ):
             assert ssl.DER_cert_to_PEM_cert(inside.getpeercert(binary_form=True)) == shown
     assert cli.main(["certificate", str(tmp_path / "pem")]) == cli.NO  # they are there already
+
+
+# What is written
+
+
+def test_a_file_in_use_keeps_what_it_has_when_others_take_its_place(tmp_path):
+    file = tmp_path / "netloader-rank-0.safetensors"
+    with source({"w": torch.arange(3000)}) as one, source({"w": torch.ones(3)}) as other:
+        assert cli.main(["pull", str(one.address), str(tmp_path)]) == cli.OK
+        before = file.read_bytes()
+        with file.open("rb") as in_use:
+            assert cli.main(["pull", str(other.address), str(tmp_path)]) == cli.OK
+            assert in_use.read() == before
+    assert file.read_bytes() != before
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch, capsys):
+    def full(descriptor, offset, nbytes):
+        assert nbytes > 24000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with source({"w": torch.arange(3000)}) as there:
+        assert cli.main(["pull", str(there.address), str(tmp_path)]) == cli.NO
+    assert "No space left on device" in capsys.readouterr().err
+
+
+# What peers say
+
+
+@pytest.mark.parametrize("name", ["torch.onnx", "onnx", "torch.nn", "float32x", ""])
+def test_a_dtype_of_a_peer_imports_nothing(name, monkeypatch):
+    monkeypatch.delattr(torch, "onnx", raising=False)
+    monkeypatch.delitem(sys.modules, "torch.onnx", raising=False)
+    with pytest.raises(ProtocolError, match="x has the dtype"):
+        copies._dtype(TensorEntry("x", name, (1,)))
+    assert "torch.onnx" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["torch.bfloat16", "bfloat16"])
+def test_a_dtype_of_torch_is_known(name):
+    assert copies._dtype(TensorEntry("x", name, (1,))) is torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-2, -3), (1 << 60,), (1 << 40, 1 << 40)])
+def test_a_shape_that_no_tensor_has_is_refused_by_its_name(shape):
+    with pytest.raises(ProtocolError, match=r"some\.weight has the shape"):
+        copies._nbytes(TensorEntry("some.weight", "torch.float32", shape))
+
+
+def test_text_of_peers_does_not_reach_the_terminal_as_it_is(capsys):
+    who = msgspec.structs.replace(IDENTITY, model="m\x1b]0;owned\x07\x9b2J")
+    with source({"w": torch.ones(3)}, who=who) as there:
+        assert cli.main(["status", str(there.address)]) == cli.OK
+    shown = "".join(capsys.readouterr())
+    assert "owned" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    cli._complain([SourceLost("a\x1b[2Jb\nc")])
+    assert capsys.readouterr().err == "netloader: a [2Jb c\n"
+
+
+@pytest.fixture
+def trickling():
+    """Where each answer has 1,000 bytes, which come one by one."""
+    over = threading.Event()
+
+    def answer(sock):
+        with sock:
+            sock.recv(1 << 16)
+            sock.sendall(
+                b"HTTP/1.1 200 OK\r\nServer: NetLoader\r\nContent-Type: a/b\r\n"
+                b"Content-Length: 1000\r\n\r\n"
+            )
+            try:
+                while not over.wait(0.02):
+                    sock.sendall(b"x")
+            except OSError:
+                pass
+
+    def accept(listener):
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=answer, args=(sock,), daemon=True).start()
+
+    with socket.create_server((HOST, 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield Address(*listener.getsockname()[:2])
+        over.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_file_that_trickles_in_is_given_up(trickling):
+    with copies.connect(trickling, settings(handshake_timeout=0.3)) as asks:
+        began = time.monotonic()
+        with pytest.raises(SourceLost, match=r"not all came within 0\.301 s"):
+            asks.file("netloader", api.ModelFile("config.json", 1000, "0" * 64))
+        assert time.monotonic() - began < PATIENCE / 2
+
+
+def test_blocks_that_trickle_in_are_given_up(trickling):
+    tensors = {"w": torch.zeros(1000, dtype=torch.uint8)}
+    with source(tensors) as there, copies.connect(there.address, settings()) as asks:
+        what = copies.describe(asks, IDENTITY)
+    measured = copies.measure(trickling, what, 1, 0.1, settings(progress_timeout=0.3))
+    assert measured.nbytes == 0
+    assert measured.failures == [f"{trickling}: not all came within 0.4 s"]
+
+
+def test_instances_are_asked_for_their_status_at_the_same_time(monkeypatch):
+    both = threading.Barrier(2)
+
+    def status_of(address, config):
+        both.wait(PATIENCE)
+        raise SourceUnreachable(str(address))
+
+    monkeypatch.setattr(copies, "status_of", status_of)
+    found, problems = copies.statuses([Address("10.0.0.1", 1), Address("10.0.0.2", 1)], settings())
+    assert not found and [str(one) for one in problems] == ["10.0.0.1:1", "10.0.0.2:1"]
+
+
+def test_of_what_a_rank_names_only_ip_addresses_are_asked():
+    ends = {
+        0: api.Endpoint("somewhere.example:80", "a"),
+        1: api.Endpoint("10.0.0.1:80", "b"),
+        2: api.Endpoint("[::1]:80", "c"),
+        3: api.Endpoint("10.0.0.2:80", "known"),
+    }
+    with source({"w": torch.ones(3)}) as there:
+        status = copies.status_of(there.address, settings())
+    model = msgspec.structs.replace(status.models[0], endpoints=ends)
+    status = msgspec.structs.replace(status, models=[model])
+    assert [*copies._named(status, {"known"})] == [Address("10.0.0.1", 80), Address("::1", 80)]
+
+
+# What a source hears
+
+
+def test_who_only_looks_is_not_logged_as_complete(log):
+    with source({"w": torch.ones(3)}) as one, source({"w": torch.zeros(3)}) as other:
+        assert cli.main(["diff", str(one.address), str(other.address)]) == cli.NO
+    sent = [line for line in log if ": sent 0.0 MB" in line]
+    assert len(sent) == 2
+    assert all(line.endswith(": only looked") for line in sent)
+
+
+def test_a_file_that_cannot_be_read_costs_no_other(tmp_path, monkeypatch):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    digest = model_files._digest
+
+    def fails(path, *arguments):
+        if path.name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return digest(path, *arguments)
+
+    monkeypatch.setattr(model_files, "_digest", fails)
+    assert [one.name for one in model_files.files_of(tmp_path)] == ["config.json"]
+
+
+def test_a_watch_survives_a_look_up_that_fails(monkeypatch, capsys):
+    def look_up(name, seconds):
+        raise SourceUnreachable(f"{name}: not known")
+
+    looks = iter([None, KeyboardInterrupt()])
+
+    def sleep(seconds):
+        if (end := next(looks)) is not None:
+            raise end
+
+    monkeypatch.setattr(cli, "addresses_of", look_up)
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    assert cli.main(["status", "here.example:80", "--watch"]) == 130
+    assert capsys.readouterr().err.count("netloader: here.example:80: not known") == 2

@@ -609,7 +609,9 @@ def test_a_secret_can_be_named_by_the_environment(tmp_path, monkeypatch):
     assert parse_config({}).credentials is parse_config({}).credentials is not None
     assert parse_config({"SECRET_FILE": other}).secret_file == other
     monkeypatch.setenv("NETLOADER_SECRET_FILE", "")
-    assert parse_config({}).credentials is None
+    assert parse_config({"SECRET_FILE": other}).secret_file == other
+    with pytest.raises(ConfigError, match="NETLOADER_SECRET_FILE is ''"):
+        parse_config({})
 
 
 def test_a_bad_secret_is_an_error_of_the_configuration(tmp_path):

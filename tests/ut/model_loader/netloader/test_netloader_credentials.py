@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import hashlib
 import os
 import ssl
+import sys
 
 import pytest
 
@@ -231,6 +233,22 @@ def test_a_file_that_is_wrong_for_a_while_leaves_all_as_it_was(tmp_path, log):
     assert known.is_token(derived_from(OTHER_SECRET).token)
 
 
+def test_a_failure_that_passes_loses_no_new_secret(tmp_path, log, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    known = Credentials(Files(secret_file(tmp_path, SECRET)))
+    secret_file(tmp_path, OTHER_SECRET)
+    with monkeypatch.context() as without_descriptors:
+        without_descriptors.setattr(os, "memfd_create", fails)
+        for _ in range(3):
+            assert known.is_token(derived_from(SECRET).token)
+    assert len(log) == 1
+    assert known.is_token(derived_from(SECRET).token)  # not yet
+    known._next_try = 0.0
+    assert known.is_token(derived_from(OTHER_SECRET).token)
+
+
 def test_other_certificates_count_from_when_the_files_have_them(tmp_path, log):
     authority = Authority(tmp_path)
     known = Credentials(Files(**(files := authority.files())))
@@ -259,3 +277,17 @@ def test_other_certificates_count_from_when_the_files_have_them(tmp_path, log):
 )
 def test_addresses_that_only_this_machine_reaches(host, loopback):
     assert is_loopback(host) is loopback
+
+
+def test_what_shows_credentials_shows_no_key_and_no_token(tmp_path):
+    derived = derived_from(SECRET)
+    known = Credentials(Files(secret_file(tmp_path, SECRET)))
+    for shown in (repr(derived), repr(known._read)):
+        assert derived.token not in shown
+        assert "PRIVATE KEY" not in shown
+
+
+def test_without_the_package_for_secrets_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(ConfigError, match="pip install cryptography"):
+        derived_from("of no other test, as what is derived is kept")

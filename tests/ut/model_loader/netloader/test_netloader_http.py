@@ -1297,3 +1297,49 @@ def test_curl_looks_at_a_source_and_fetches_a_block(source):
 
     assert json.loads(curl("/status"))["version"] == "0.1.0"
     assert curl(RUN + "7-8") == CONTENT[7 * BLOCK : 9 * BLOCK]
+
+
+def test_over_the_bound_who_has_asked_last_is_kept(monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
+    with running() as source, source.dial() as asks, source.dial() as silent:
+        assert until(lambda: len(source.server._waiting) == 2)
+        asks.sendall(get("/healthz"))
+        assert answer_on(asks)[0] == 200
+        with source.dial():
+            assert silent.recv(1) == b""
+        asks.sendall(get("/healthz"))
+        assert answer_on(asks)[0] == 200
+
+
+def test_files_are_read_by_few_at_once_and_without_a_place(monkeypatch):
+    monkeypatch.setattr(server, "_TURN", 0.01)
+    go_on, entered = threading.Event(), threading.Semaphore(0)
+
+    def files(group):
+        entered.release()
+        go_on.wait(PATIENCE)
+        return [FILE]
+
+    with running(max_sessions=1) as source, contextlib.ExitStack() as clients:
+        source.service.files = files
+        three = [clients.enter_context(source.client()) for _ in range(3)]
+        reading = [threading.Thread(target=one.files, args=("netloader",)) for one in three[:2]]
+        for thread in reading:
+            thread.start()
+            assert entered.acquire(timeout=PATIENCE)
+        with pytest.raises(SourceBusy, match="2 clients are reading files"):
+            three[2].files("netloader")
+        assert source.server.sessions == 0
+        assert source.serves()
+        go_on.set()
+        for thread in reading:
+            thread.join()
+        assert three[2].files("netloader") == [FILE]
+
+
+def test_the_netloader_of_vllm_ascend_does_not_fill_the_log(source, log):
+    for _ in range(20):
+        with source.dial() as sock:
+            sock.sendall(b"{")
+            assert b"JOIN_NACK" in sock.recv(1024)
+    assert len([line for line in log if "shipped in vLLM Ascend" in line]) == 1

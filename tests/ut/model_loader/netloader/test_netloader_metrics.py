@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_ascend.model_loader.netloader import metrics
+from vllm_ascend.model_loader.netloader import load, metrics
+from vllm_ascend.model_loader.netloader.errors import (
+    MakesRoom,
+    SourceBusy,
+    SourceLost,
+    SourceRefused,
+    SourceSilent,
+    SourceUnreachable,
+    TransferCorrupt,
+)
 from vllm_ascend.model_loader.netloader.version import __version__
 
 ROOT = Path(__file__).parents[4]
@@ -106,6 +115,85 @@ def test_the_version_is_told():
     assert samples()["netloader_build_info", (("version", __version__),)] == 1
 
 
+def in_process(code, folder):
+    """Run code in a process that shares its metrics through a folder; return its output."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+COLLECTED_WHILE_A_VALUE_IS_WRITTEN = """
+import gc, weakref
+from prometheus_client import mmap_dict
+import torch
+from tests.ut.model_loader.netloader.support import source
+from vllm_ascend.model_loader.netloader import metrics
+
+class Model: pass
+
+write = mmap_dict.MmapedDict.write_value
+def collect_and_write(*arguments):
+    gc.collect()
+    write(*arguments)
+
+with source({"w": torch.ones(3)}) as there:
+    model = Model()
+    model.itself = model
+    weakref.finalize(model, there.server.forget, "netloader")
+    del model
+    mmap_dict.MmapedDict.write_value = collect_and_write
+    metrics.SENT_BYTES.labels("serving").inc(1)
+    assert b'state="serving"} 0.0' in metrics.exposition()
+"""
+
+
+def test_a_model_may_be_collected_while_a_metric_is_written(tmp_path):
+    in_process(COLLECTED_WHILE_A_VALUE_IS_WRITTEN, tmp_path)
+
+
+def test_a_model_that_is_gone_and_comes_again_is_there():
+    metrics.show_model("back", "serving", 7)
+    metrics.gone("back")
+    metrics.show_model("back", "serving", 9)
+    shown = samples()
+    assert shown["netloader_state", (("model", "back"), ("state", "serving"))] == 1
+    assert shown["netloader_weights_bytes", (("model", "back"),)] == 9
+    metrics.gone("back")
+    assert samples()["netloader_weights_bytes", (("model", "back"),)] == 0
+
+
+WITHOUT_A_FOLDER = """
+import logging
+logging.basicConfig()
+from vllm_ascend.model_loader.netloader import metrics
+metrics.count(metrics.SENT_BYTES, "serving", by=7)
+assert b'netloader_sent_bytes_total{state="serving"} 7.0' in metrics.exposition()
+"""
+
+
+def test_a_folder_that_is_not_there_costs_no_more_than_its_metrics(tmp_path):
+    said = in_process(WITHOUT_A_FOLDER, tmp_path / "none").stderr
+    assert said.count("PROMETHEUS_MULTIPROC_DIR") == 1 and "in its memory only" in said
+
+
+def test_a_folder_that_goes_away_costs_no_load(monkeypatch):
+    def fails(*labels):
+        raise FileNotFoundError("the folder")
+
+    for metric in (metrics.LOAD_SECONDS, metrics.STATE, metrics.SENT_BYTES):
+        monkeypatch.setattr(metric, "labels", fails)
+    with metrics.load_from(metrics.PEERS):
+        pass
+    metrics.show_model("some", "serving", 7)
+    metrics.count(metrics.SENT_BYTES, "serving")
+
+
 PROCESS = """
 from vllm_ascend.model_loader.netloader import metrics
 metrics.show_model("netloader", "serving", 1000)
@@ -122,20 +210,27 @@ print(generate_latest(registry).decode())
 
 def test_with_a_folder_for_several_processes_all_of_them_are_in_it(tmp_path):
     # As vLLM's API server reads it; two ranks have written.
-    def run(code):
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    run(PROCESS)
-    run(PROCESS)
-    got = samples(run(COLLECTOR))
+    in_process(PROCESS, tmp_path)
+    in_process(PROCESS, tmp_path)
+    got = samples(in_process(COLLECTOR, tmp_path).stdout)
     assert got["netloader_sent_bytes_total", (("state", "serving"),)] == 14
     assert got["netloader_state", (("model", "netloader"), ("state", "serving"))] == 2
     assert got["netloader_weights_bytes", (("model", "netloader"),)] == 2000
     assert got["netloader_build_info", (("version", __version__),)] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SourceSilent("x"), "unreachable"),
+        (SourceUnreachable("x"), "unreachable"),
+        (SourceLost("x"), "lost"),
+        (MakesRoom("x"), "left"),
+        (SourceBusy("x"), "later"),
+        (TransferCorrupt("x"), "wrong_bytes"),
+        (SourceRefused("x"), "refused"),
+        (SourceRefused("x", code="other_model"), "other_model"),
+    ],
+)
+def test_an_attempt_is_called_by_what_has_ended_it(error, kind):
+    assert load._kind(error) == kind

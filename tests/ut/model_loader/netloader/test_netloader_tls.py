@@ -18,7 +18,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
     SourceLost,
     SourceRefused,
-    SourceUnreachable,
+    SourceSilent,
 )
 from vllm_ascend.model_loader.netloader.interaction import server, tls
 from vllm_ascend.model_loader.netloader.interaction.api import Done, Join
@@ -419,7 +419,7 @@ def test_a_source_that_stalls_in_the_handshake_is_given_up_in_time(secret):
     with socket.create_server((HOST, 0)) as listener:
         stalled = type("Stalled", (), {"address": Address(*listener.getsockname())})
         began = time.monotonic()
-        with pytest.raises(SourceUnreachable, match=r"no complete TLS handshake in 0\.3 s"):
+        with pytest.raises(SourceSilent, match=r"no complete TLS handshake in 0\.3 s"):
             dial(stalled, secret, handshake=0.3)
         assert time.monotonic() - began < AT_ONCE
 
@@ -634,3 +634,33 @@ def test_records_in_another_order_are_noticed(secret):
         client.join(Join(IDENTITY))
         read(client, 0, 199)
     assert kept
+
+
+def test_strangers_do_not_cut_a_peer_that_waits(secret, monkeypatch):
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with (
+        running(credentials=secret) as closed,
+        dial(closed, secret) as peer,
+        contextlib.ExitStack() as open_now,
+    ):
+        peer.status()
+        strangers = [open_now.enter_context(closed.dial()) for _ in range(4)]
+        assert strangers[0].recv(1) == b""
+        assert not peer.hung_up()
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x03\x00\x05\x02\x00\x00\x01\x00"])
+def test_a_source_that_breaks_off_the_handshake_is_there(secret, said):
+    with socket.create_server((HOST, 0)) as listener:
+        there = type("There", (), {"address": Address(*listener.getsockname())})
+
+        def break_off():
+            with listener.accept()[0] as sock:
+                sock.recv(100)
+                sock.sendall(said)
+
+        thread = threading.Thread(target=break_off)
+        thread.start()
+        with pytest.raises(SourceSilent):
+            dial(there, secret)
+        thread.join()

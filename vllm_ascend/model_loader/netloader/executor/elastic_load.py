@@ -86,7 +86,7 @@ class P2PSend:
         self._sender.send(run)
         self.bytes_sent += nbytes
         state = "serving" if self._store.complete else "loading"
-        metrics.SENT_BYTES.labels(state).inc(nbytes)
+        metrics.count(metrics.SENT_BYTES, state, by=nbytes)
 
 
 class P2PLoad:
@@ -190,7 +190,7 @@ class P2PLoad:
             self.bytes_received += nbytes
             self._scheduler.done(run)
             source = "serving" if self._peer.complete else "loading"
-            metrics.RECEIVED_BYTES.labels(source).inc(nbytes)
+            metrics.count(metrics.RECEIVED_BYTES, source, by=nbytes)
             self._count(run, "right" if self._verify else "unchecked")
             return
         self._count(run, "wrong", len(wrong))
@@ -208,7 +208,7 @@ class P2PLoad:
 
     def _count(self, run: Run, result: str, blocks: int | None = None) -> None:
         blocks = run.last - run.first + 1 if blocks is None else blocks
-        metrics.BLOCKS.labels(result).inc(blocks)
+        metrics.count(metrics.BLOCKS, result, by=blocks)
 
     def _idle(self) -> None:
         if self._peer.makes_room:

@@ -74,6 +74,7 @@ MAX_CELLS = 512  # of a map of blocks
 MAX_INSTANCE = 64  # characters of what names its process
 _MOST_RANKS = 512  # in the body of an answer that is not 200
 
+LOOKED = "only looked"  # the reason of a client that wanted no weights
 COMPLETE = "complete"  # how a session ends of which its client says so
 TARGET_GROUP, DRAFT_GROUP = "netloader", "netloader_draft"
 
@@ -165,7 +166,7 @@ class Code(Enum):
     HEADERS = "headers", 431, SourceRefused, "the headers are too large"
     INTERNAL = "internal", 500, SourceLost, "the source failed, and its log has the error"
     TRANSFER_FAILED = "transfer_failed", 500, SourceLost, "the blocks could not be sent"
-    BUSY = "busy", 503, SourceBusy, "all places for sessions are taken"
+    BUSY = "busy", 503, SourceBusy, "all places are taken, of sessions or of those that read files"
     LOADING = "loading", 503, SourceBusy, "the source is still loading its weights"
     PREPARING = "preparing", 503, SourceBusy, "the weights are being made ready for inference"
     ASLEEP = "asleep", 503, SourceBusy, "the source sleeps, and its weights are not in memory"

@@ -30,6 +30,7 @@ from .api import Done, Join, Joined, Refusal, Status
 from .tls import ALERT, NotAdmitted, TlsWire
 from .wire import Wire
 
+_LEAST_RATE = 1_000_000  # bytes per second of a file
 _LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
 _SERVER = "NetLoader"
 _TLS_THERE = "it uses TLS, and this instance has none (SECRET_FILE or TLS_CERT)"
@@ -108,9 +109,10 @@ class ElasticClient:
                 wire.handshake(handshake)
             except OSError as error:
                 wire.close()
-                if isinstance(error, NotAdmitted):
+                if isinstance(error, NotAdmitted) and error.kind != "broken":
                     raise SourceRefused(f"{address}: {error}") from None
-                raise SourceUnreachable(f"{address}: cannot connect: {_reason(error)}") from None
+                # It has accepted the connection: somebody is there.
+                raise SourceSilent(f"{address}: cannot connect: {_reason(error)}") from None
             return wire
 
         return cls(address, dial, handshake, progress)
@@ -136,6 +138,31 @@ class ElasticClient:
         with self._lock:
             self._cut = True
             self._wire.cut()
+
+    @contextlib.contextmanager
+    def ended_after(self, seconds: float) -> Iterator[None]:
+        """Cut the connection where what is inside takes longer, also while bytes come now and then.
+
+        Raises:
+            SourceLost: it has taken longer.
+        """
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self.cut()
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except SourceLost:
+            if late.is_set():
+                raise SourceLost(f"{self.address}: not all came within {seconds:g} s") from None
+            raise
+        finally:
+            timer.cancel()
 
     def hung_up(self) -> bool:
         """Return whether the source has closed the connection, or its process has ended."""
@@ -269,7 +296,8 @@ class ElasticClient:
             SourceError: see the class.
         """
         content = bytearray(file.nbytes)
-        with self._failures():
+        seconds = self._handshake + file.nbytes / _LEAST_RATE
+        with self.ended_after(seconds), self._failures():
             path = api.FILE.format(group=group, name=file.name)
             answer = self._open("GET", path, b"", self._progress)
             if answer.length != file.nbytes:
@@ -451,7 +479,7 @@ class ElasticClient:
     def _lost(self, error: Exception) -> SourceError:
         if self._cut:
             return SourceLost(f"{self.address}: the connection was ended on this side")
-        if isinstance(error, NotAdmitted):
+        if isinstance(error, NotAdmitted) and error.kind != "broken":
             return SourceRefused(f"{self.address}: {error}")
         if isinstance(error, http.client.RemoteDisconnected):
             closed = "closed the connection without an answer"

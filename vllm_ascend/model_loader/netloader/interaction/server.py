@@ -20,11 +20,16 @@ from .page import PAGE, PAGE_HEADERS
 from .tls import Doorkeeper, NotAdmitted, TlsWire
 from .wire import Wire
 
-MAX_CONNECTIONS = 64  # that hold no place; over that the oldest is cut
+# That hold no place; over that one is cut: the oldest that has no certificate where one is needed,
+# else the one that has asked nothing for longest.
+MAX_CONNECTIONS = 64
+_MOST_READING = 2  # of the connections, from storage
+_TURN = 1.0  # seconds to wait for that
 _LAST_WORDS = 0.2  # seconds for sessions to tell their clients why the server stops
 _LINGER = 1.0  # seconds for a peer to stop sending once it was told that it need not
 _JSON, _TEXT, _BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
 _TLS = b"\x16"  # how a handshake begins
+_OTHER_NETLOADER = "it runs the NetLoader shipped in vLLM Ascend, which cannot load from this one"
 _NO_TLS_HERE = "it uses TLS, and this instance has none (SECRET_FILE or TLS_CERT)"
 _HTML, _PROMETHEUS = "text/html; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
 # What this package's own clients ask for most: parsing it with the standard library takes longer
@@ -183,12 +188,13 @@ class ElasticServer:
         self.handshake_timeout = handshake_timeout
         self.idle_timeout = idle_timeout
         self.places = max_sessions
+        self.reading = threading.BoundedSemaphore(_MOST_READING)
         self._progress_timeout = progress_timeout
         self._listener: socket.socket | None = None
         self._accepting: threading.Thread | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._waiting: dict[Wire, threading.Thread] = {}  # oldest first
+        self._waiting: dict[Wire, threading.Thread] = {}  # who has asked last comes last
         self._placed: dict[Wire, threading.Thread] = {}
 
     def start(self, host: str | None, port: int) -> int:
@@ -259,6 +265,12 @@ class ElasticServer:
             self._placed[wire] = threading.current_thread()
             return True
 
+    def heard(self, wire: Wire) -> None:
+        """Take note that a peer has asked something: others are cut before it."""
+        with self._lock:
+            if (thread := self._waiting.pop(wire, None)) is not None:
+                self._waiting[wire] = thread
+
     def dismiss(self, wire: Wire) -> None:
         """Take a connection's place back."""
         with self._lock:
@@ -289,7 +301,8 @@ class ElasticServer:
             )
             with self._lock:
                 if len(self._waiting) >= MAX_CONNECTIONS:
-                    oldest = next(iter(self._waiting))
+                    strangers = (one for one in self._waiting if not one.trusted)
+                    oldest = next(strangers, next(iter(self._waiting)))
                     del self._waiting[oldest]  # now, as its thread may take its time to notice
                     oldest.cut()
                 self._waiting[wire] = thread
@@ -362,11 +375,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
             self.close_connection = True  # until the request has been read to its end
             if begin == b"{":
-                logger.warning(
-                    "NetLoader: %s runs the NetLoader shipped in vLLM Ascend, which cannot load "
-                    "from this one",
-                    self._session.peer,
-                )
+                error = NotAdmitted("other_netloader", _OTHER_NETLOADER)
+                self._server.door.note(self._session.peer, error)
                 self._refused = True
                 self._wire.send([_NACK])
                 return
@@ -405,6 +415,7 @@ class _Handler(BaseHTTPRequestHandler):
             body, said = self._read_body(), self.headers.get("Authorization", "")
         self.close_connection = not keep
         path, parameters = api.route(self.path)
+        self._server.heard(self._wire)
         if not self._wire.trusted and path not in api.FOR_ALL:
             self._check_token(path, said)
         if self.command != api.METHODS[path]:
@@ -579,12 +590,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(api.Noted())
 
     def _files(self, body: bytes, group: str) -> None:
-        with self._place():
+        with self._reading():
             files = self._server.service.files(group)
         self._say(api.Files(files))
 
     def _file(self, body: bytes, group: str, name: str) -> None:
-        with self._place():
+        with self._reading():
             content = self._server.service.file(group, name)
         self._reply(HTTPStatus.OK, _BYTES, content)
 
@@ -621,6 +632,17 @@ class _Handler(BaseHTTPRequestHandler):
             if new:
                 self._server.dismiss(self._wire)
             raise
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Call the service for what it reads from storage: few at once, and without a place."""
+        if not self._server.reading.acquire(timeout=_TURN):
+            raise Refusal(Code.BUSY, f"{_MOST_READING} clients are reading files")
+        try:
+            with self._calls():
+                yield
+        finally:
+            self._server.reading.release()
 
     @contextlib.contextmanager
     def _calls(self) -> Iterator[None]:

@@ -65,6 +65,7 @@ class TlsWire(Wire):
         super().__init__(sock, progress)
         self._credentials = credentials
         self._host = host
+        self._trusted = False
         self._tls: ssl.SSLObject | None = None
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._received = memoryview(bytearray(_SMALL if host is None else _PIECE))
@@ -87,11 +88,12 @@ class TlsWire(Wire):
                 except TimeoutError:
                     raise TimeoutError(f"no complete TLS handshake in {seconds:g} s") from None
             self._flush()
+        self._trusted = bool(self._tls.getpeercert(binary_form=True))
 
     @property
     def trusted(self) -> bool:
         """See `Wire`: whether the peer has a certificate, which was checked in the handshake."""
-        return self._tls is not None and bool(self._tls.getpeercert(binary_form=True))
+        return self._trusted
 
     def send(self, views: Iterable[Buffer | bytes]) -> None:
         """See `Wire`."""
