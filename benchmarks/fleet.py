@@ -15,6 +15,7 @@ the latter is near 100 %, times are those of a busy machine.
 import argparse
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import logging
@@ -38,16 +39,17 @@ import torch
 
 from tests.identity import IDENTITY
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import ChosenToRead, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore, make_store
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.api import Code
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.interaction.discovery import Own
-from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.load import ColdStart, elastic_load
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
-from vllm_ascend.model_loader.netloader.utils import Address, logger
+from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name, logger
 
 MIB = 1 << 20
 TENSORS, TENSOR_BYTES = 64, 4 * MIB
@@ -58,6 +60,7 @@ MOST_MBIT, STEP_MBIT = 1000, 50
 SHARE_OF_CORES = 0.25
 WITHIN = 0.05  # seconds in which all start
 PORT = 28000
+STORAGE_MB_PER_S = 200
 SEED = 0  # the node that has the weights
 SIZES = (2, 4, 8, 16)
 TARGETS = {1: 1.0, 2: 1.10, 4: 1.12, 8: 1.15, 16: 1.25}
@@ -78,6 +81,7 @@ class Case:
         late: seconds after which the last of them starts; 0: with the others.
         lies: what the first of them does to what it passes on; see `LIES`.
         seed_dies: when the seed has sent so many copies; 0: never.
+        cold: whether there is no seed, so that one of the clients reads the storage for all.
     """
 
     clients: int
@@ -86,6 +90,7 @@ class Case:
     late: float = 0.0
     lies: str = ""
     seed_dies: float = 0.0
+    cold: bool = False
 
     def special(self, client: int) -> bool:
         """Return whether a client's own time does not count."""
@@ -101,6 +106,7 @@ class Result:
         reasons: for each client that did not load the weights, why.
         wrong: clients whose bytes are not the seed's.
         seed_copies: that the seed has sent; None: it was killed.
+        storage_copies: that were read from storage.
         cpu: seconds of processor time that the nodes have taken that live.
         used: part of the cores' time that they took.
         busy: part of the cores' time that anybody took.
@@ -110,6 +116,7 @@ class Result:
     reasons: dict[int, str] = field(default_factory=dict)
     wrong: int = 0
     seed_copies: float | None = None
+    storage_copies: float = 0.0
     cpu: float = 0.0
     used: float = 0.0
     busy: float = 0.0
@@ -241,21 +248,57 @@ class Watched(Relay):
         threading.Thread(target=die_at_half, args=(store,), daemon=True).start()
 
 
-def load(server: WeightServer, tensors: Tensors, relay: type[Relay]) -> BlockStore:
-    """Load from the seed and all that it names."""
-    offer = Offer(IDENTITY, None, "the weights are being loaded", code=Code.LOADING)
+class Storage:
+    """A model of storage that all nodes share: a token bucket of so many bytes per second."""
+
+    def __init__(self) -> None:
+        self._lock = multiprocessing.Lock()
+        self._free_at = multiprocessing.Value("d", 0.0, lock=False)
+        self._read = multiprocessing.Value("q", 0, lock=False)
+
+    @property
+    def copies(self) -> float:
+        """Copies of the weights that were read."""
+        return float(self._read.value) / NBYTES
+
+    def read(self, tensors: Tensors, weights: Tensors) -> None:
+        """Fill tensors, one after the other."""
+        for name, tensor in tensors.items():
+            with self._lock:
+                begin = max(time.monotonic(), self._free_at.value)
+                self._free_at.value = end = begin + tensor.nbytes / (STORAGE_MB_PER_S * 1e6)
+                self._read.value += tensor.nbytes
+            time.sleep(max(0.0, end - time.monotonic()))
+            tensor.copy_(weights[name])
+
+
+def load(
+    server: WeightServer, tensors: Tensors, case: Case, node: int, read: Callable[[], object]
+) -> BlockStore:
+    """Load from the seed and all that it names; where there is none, as all have agreed."""
+    phase = Phase.WAITING if case.cold else Phase.LOADING
+    reason = "the weights are being loaded"
+    offer = Offer(IDENTITY, None, reason, code=Code.LOADING, phase=phase, can_read=case.cold)
     server.announce(offer)
-    seed = Address(host(SEED), PORT)
-    return elastic_load(
-        tensors,
-        tensors.keys(),
-        [seed],
-        IDENTITY,
-        server.config,
-        CpuDevice(),
-        own=Own(server.process),
-        relay=relay(server, offer),
-    ).store
+    relay = (Watched if node <= case.killed else Relay)(server, offer)
+    sources: list[Address | Name] = [Address(host(SEED), PORT)]
+    if case.cold:
+        sources = [Name(Lookup.INSTANCE, host(one), PORT) for one in range(1, case.clients + 1)]
+    try:
+        return elastic_load(
+            tensors,
+            tensors.keys(),
+            sources,
+            IDENTITY,
+            server.config,
+            CpuDevice(),
+            own=Own(server.process),
+            relay=relay,
+            cold=ColdStart(can_read=True, announce=relay.announce) if case.cold else None,
+        ).store
+    except ChosenToRead:
+        read()
+        return make_store(tensors, RAW, {}, CpuDevice())
 
 
 def same(found: Tensors, right: Tensors) -> bool:
@@ -263,7 +306,9 @@ def same(found: Tensors, right: Tensors) -> bool:
     return all(torch.equal(found[name], right[name]) for name in right)
 
 
-def be_node(pipe: Connection, node: int, case: Case, weights: Tensors, mbit: float) -> None:
+def be_node(
+    pipe: Connection, node: int, case: Case, weights: Tensors, mbit: float, storage: Storage
+) -> None:
     """Be one node of a fleet, in a process of its own, until it is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
@@ -276,7 +321,9 @@ def be_node(pipe: Connection, node: int, case: Case, weights: Tensors, mbit: flo
     server.process = f"node {node}"
     server.start(PORT)
     tensors = weights  # as the seed has them
-    if node == SEED:
+    if node == SEED and case.cold:
+        server.stop()
+    elif node == SEED:
         server.offer(Offer(IDENTITY, make_store(weights, RAW, {}, CpuDevice())))
         if case.seed_dies:
             threading.Thread(target=die_after, args=(server, case.seed_dies), daemon=True).start()
@@ -289,8 +336,8 @@ def be_node(pipe: Connection, node: int, case: Case, weights: Tensors, mbit: flo
     if node != SEED:
         time.sleep(max(0.0, begin - time.monotonic()))
         try:
-            relay = Watched if node <= case.killed else Relay
-            server.offer(Offer(IDENTITY, load(server, tensors, relay)))
+            read = functools.partial(storage.read, tensors, weights)
+            server.offer(Offer(IDENTITY, load(server, tensors, case, node, read)))
         except LoadFailed as error:
             reason = str(error) or "no reason"
         pipe.send((time.monotonic(), reason))
@@ -306,7 +353,7 @@ def run(case: Case, mbit: float, weights: Tensors, patience: float = 300.0) -> R
     Raises:
         NotPermitted: there can be no such network here.
     """
-    context = multiprocessing.get_context("fork")
+    context, storage = multiprocessing.get_context("fork"), Storage()
     with contextlib.ExitStack() as stack:
         pipes: dict[int, Connection] = {}
         processes: dict[int, Any] = {}
@@ -314,7 +361,7 @@ def run(case: Case, mbit: float, weights: Tensors, patience: float = 300.0) -> R
             rate = mbit / 10 if 0 < node <= case.slow else mbit
             pipes[node], far = context.Pipe()
             process = processes[node] = context.Process(
-                target=be_node, args=(far, node, case, weights, rate), daemon=True
+                target=be_node, args=(far, node, case, weights, rate, storage), daemon=True
             )
             process.start()
             stack.callback(process.join)
@@ -331,6 +378,7 @@ def run(case: Case, mbit: float, weights: Tensors, patience: float = 300.0) -> R
         for pipe in pipes.values():
             hear(pipe)
         result = watch(case, pipes, patience)
+        result.storage_copies = storage.copies
         for node in range(case.clients + 1):
             if (code := processes[node].exitcode) is not None:
                 result.reasons[node] = f"its process ended with exit code {code}"
@@ -407,6 +455,11 @@ def cases(solo: float) -> dict[str, tuple[str, float, Case]]:
         ),
         "late": ("one of 8 joins at 50 %", 1.1, Case(8, late=solo / 2)),
         "slow_link": ("one of 8 links is 10 x slower", 1.3, Case(8, slow=1)),
+        "cold_copies": (
+            "8 start cold (aim: 1.1 copies from storage)",
+            math.inf,
+            Case(8, cold=True),
+        ),
         **{f"liar_{kind}": (f"one of 8 lies: {kind}", 1.3, Case(8, lies=kind)) for kind in LIES},
     }
 
@@ -421,6 +474,13 @@ def relative(case: Case, result: Result, solo: float) -> float | None:
     return max(result.seconds[client] for client in counts) / solo
 
 
+def copies_of(case: Case, result: Result) -> str:
+    """Return how many copies came from the seed, or from storage, as a cell of the table."""
+    if case.cold:
+        return f"{result.storage_copies:.2f} from storage"
+    return "killed" if result.seed_copies is None else f"{result.seed_copies:.2f}"
+
+
 def summary(times: Mapping[str, float | None], results: Mapping[str, Result]) -> dict[str, Any]:
     """Return the JSON object."""
     lies = [each for kind in LIES if (each := times[f"liar_{kind}"]) is not None]
@@ -431,7 +491,7 @@ def summary(times: Mapping[str, float | None], results: Mapping[str, Result]) ->
         "seed_killed_complete": times["seed_killed_complete"] is not None,
         "late": times["late"],
         "slow_link": times["slow_link"],
-        "cold_copies": None,  # a fleet that has the weights nowhere does not decide who reads them
+        "cold_copies": results["cold_copies"].storage_copies,
         "liar": max(lies) if len(lies) == len(LIES) else None,
         "wrong": sum(result.wrong for result in results.values()),
     }
@@ -538,7 +598,7 @@ def measure(options: argparse.Namespace, mbit: int, weights: Tensors) -> None:
             "failed" if shown is None else f"{shown * solo:.2f}",
             "-" if shown is None else f"{shown:.2f}",
             "-" if target == math.inf else f"{target:.2f}",
-            "killed" if result.seed_copies is None else f"{result.seed_copies:.2f}",
+            copies_of(case, result),
             str(result.wrong),
             f"{result.used:.0%} of {result.busy:.0%}",
         ]

@@ -35,7 +35,7 @@ def test_those_that_are_killed_do_not_count():
 def summary(**changes):
     names = fleet.cases(1.0)
     times = dict.fromkeys(names, 1.25) | changes
-    results = {name: result(1.0, wrong=1, seed_copies=1.5) for name in names}
+    results = {name: result(1.0, wrong=1, seed_copies=1.5, storage_copies=1.0) for name in names}
     return fleet.summary(times, results), len(names)
 
 
@@ -48,7 +48,7 @@ def test_the_json_object_has_what_readers_of_it_expect():
         "seed_killed_complete": True,
         "late": 1.25,
         "slow_link": 1.25,
-        "cold_copies": None,
+        "cold_copies": 1.0,
         "liar": 1.75,
         "wrong": count,
     }
