@@ -75,7 +75,7 @@ def shipped(running, models, replicas, tmp_path_factory):
 
 def test_a_shipped_client_is_refused_at_once_and_loads_from_disk(models, replicas, shipped):
     assert_as_on_cpu(shipped.say_little(), models["plain"])
-    refusals = rf"NetLoader: \S+ runs {SHIPPED}, which cannot load from this one"
+    refusals = rf"refused the connection of \S+: it runs {SHIPPED}, which cannot load from this one"
     assert replicas.server.search_log(refusals)
     assert replicas.say_little(1) == shipped.say_little()
 
