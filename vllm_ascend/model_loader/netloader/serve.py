@@ -609,11 +609,10 @@ class WeightServer:
             return True
         weights, blocks = served.store.digests.weights, served.store.blocks
         with self._lock:
-            if self._peers.has_complete(weights):  # others can take this source's place
-                return True
             if weights not in self._first_copies:
                 self._first_copies[weights] = FirstCopy(blocks.count)
-            return self._first_copies[weights].sends(served.relay, run)
+            sends = self._first_copies[weights].sends(served.relay, run)
+            return sends or self._peers.has_complete(weights)  # which can take this one's place
 
     def _end(self, session: Session, served: "_Served") -> None:
         """Count and log what a session got from a store; the lock is held."""
