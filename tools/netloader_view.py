@@ -18,6 +18,11 @@ class Load:
     source: str
     digest: str
 
+    @property
+    def sources(self) -> list[str]:
+        """The addresses: a source may have named others that have the same weights."""
+        return re.findall(r"[^\s,]+:\d+", self.source)
+
 
 @dataclass(frozen=True)
 class Sent:

@@ -113,7 +113,8 @@ def test_replicas_of_a_dense_model_load_from_any_of_them(fleet, models, replicas
     assert [client.say_little(replica) for replica in range(2)] == [said, said]
 
     loads = client.loads()
-    assert [(load.rank, load.source) for load in loads] == [(0, source), (1, source)]
+    assert [load.rank for load in loads] == [0, 1]
+    assert all(source in load.sources for load in loads)
     [digest] = {load.digest for load in loads}
     for sent in find_sent(replicas.server.read_log()):
         assert (sent.rank, sent.digest, sent.end) == (1, digest, "complete")

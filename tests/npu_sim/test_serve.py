@@ -214,6 +214,6 @@ def test_draft_model_comes_from_the_source_too(fleet, llama, other_llama):
         "client", llama, config, bare=True, arguments=[drafting(other_llama.bare)]
     ).wait()
     target, drafter = client.loads()
-    assert target.source == drafter.source == seed.address()
+    assert all(seed.address() in load.sources for load in (target, drafter))
     assert target.digest != drafter.digest
     assert {target.digest, drafter.digest} <= seed.digests_sent()
