@@ -256,7 +256,7 @@ def test_architectures_between_instances_with_a_secret(tmp_path, model, arch):
         with socket.create_connection((host, int(port)), timeout=30) as stranger:
             stranger.sendall(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
             assert b"HTTP" not in stranger.recv(1 << 16)
-        assert seed.server.search_log(r"refused the connection of .*: it does not use TLS")
+        assert seed.server.wait_for_log(r"refused the connection of .*: it does not use TLS")
 
 
 @pytest.mark.parametrize(
