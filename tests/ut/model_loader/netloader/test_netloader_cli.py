@@ -87,7 +87,7 @@ def test_commands_get_into_instances_with_the_same_secret(tmp_path, capsys, monk
         assert cli.main(["status", str(address)]) == cli.NO
         monkeypatch.setenv("NETLOADER_SECRET_FILE", str(file))
         assert cli.main(["status", str(address)]) == cli.OK
-        assert cli.main(["probe", str(address), "--seconds", "0.1"]) == cli.OK
+        assert cli.main(["probe", str(address), "--seconds", "1"]) == cli.OK
         capsys.readouterr()
         assert cli.main(["token", "--json"]) == cli.OK
         token = json.loads(capsys.readouterr().out)["token"]
