@@ -29,6 +29,7 @@ from .errors import (
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
+from .load import connect
 from .utils import Address, Name, one_line, parse_address, parse_name, rate, shortened, size
 
 OK, NO, USAGE = 0, 1, 2
@@ -269,7 +270,7 @@ def _probe(options: argparse.Namespace) -> int:
     config, address = client_config(options), options.address
     status = copies.status_of(address, config)
     model = copies.model_of(address, status, _group(options))
-    with copies.connect(address, config) as client:
+    with connect(address, config) as client:
         description = copies.describe(client, model.identity)
         latency = copies.latency(client, description.digests.weights)
         client.done(api.Done(complete=False, reason=api.LOOKED))
@@ -312,7 +313,7 @@ def _described(
         raise SourceRefused(f"the instances have different weights for rank {twice[0]}")
     described = []
     for key, addresses in sorted(by_weights.items()):
-        with copies.connect(addresses[0], config) as client:
+        with connect(addresses[0], config) as client:
             what = copies.describe(client, identities[key])
             client.done(api.Done(complete=False, reason=api.LOOKED))
             described.append((what, addresses, client.local_host))
@@ -339,7 +340,7 @@ def _fetch(options: argparse.Namespace) -> int:
     config, group, address = client_config(options), _group(options), options.address
     answer = {}
     options.folder.mkdir(parents=True, exist_ok=True)
-    with copies.connect(address, config) as client:
+    with connect(address, config) as client:
         for file in client.files(group):
             if not model_files.is_allowed(file.name):
                 raise ProtocolError(f"{address}: {file.name} is no file beside weights")
@@ -395,7 +396,7 @@ def _diff(options: argparse.Namespace) -> int:
     if not differences:
         described = []
         for address, model in zip(sides, models, strict=True):
-            with copies.connect(address, config) as client:
+            with connect(address, config) as client:
                 described.append(copies.describe(client, model.identity))
                 client.done(api.Done(complete=False, reason=api.LOOKED))
         differences = _differing(sides, *described)

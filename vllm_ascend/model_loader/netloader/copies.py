@@ -29,7 +29,7 @@ from .identity import ModelIdentity
 from .interaction import api
 from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
-from .load import elastic_load
+from .load import connect, elastic_load
 from .serve import Offer, WeightServer
 from .utils import Address, one_line, parse_address, shortened
 
@@ -115,21 +115,6 @@ class _Host(CpuDevice):
         if self.digest_algorithm == rowsums.ALGORITHM:
             return rowsums.digests(parts)
         return super().digests(parts)
-
-
-def connect(address: Address, config: NetLoaderConfig) -> ElasticClient:
-    """Connect as a client with this configuration does.
-
-    Raises:
-        SourceUnreachable: it cannot be reached.
-    """
-    return ElasticClient.connect(
-        address,
-        connect=config.connect_timeout,
-        handshake=config.handshake_timeout,
-        progress=config.progress_timeout,
-        credentials=config.credentials,
-    )
 
 
 def status_of(address: Address, config: NetLoaderConfig) -> Status:

@@ -242,8 +242,8 @@ def elastic_load(
     received = 0
     with _ProgressBar(started) if show_progress else contextlib.nullcontext() as bar:
         while not queue.over.wait(0.1) and any(thread.is_alive() for thread in threads):
-            if sessions.bytes_received() > received:
-                received = sessions.bytes_received()
+            if (came := sessions.bytes_received()) > received:
+                received = came
                 queue.progressed()
             sessions.cut_overdue()
             if bar is not None:
@@ -275,6 +275,21 @@ def elastic_load(
         sessions.relayed(),
     )
     return loaded
+
+
+def connect(address: Address, config: NetLoaderConfig) -> ElasticClient:
+    """Connect as a client with this configuration does.
+
+    Raises:
+        SourceUnreachable: it cannot be reached.
+    """
+    return ElasticClient.connect(
+        address,
+        connect=config.connect_timeout,
+        handshake=config.handshake_timeout,
+        progress=config.progress_timeout,
+        credentials=config.credentials,
+    )
 
 
 class _ProgressBar:
@@ -727,14 +742,7 @@ class _Sessions:
             raise SourceBusy(f"{address}: changed: {changed}", answer.code) from None
 
     def _connect(self, address: Address) -> ElasticClient:
-        config = self._config
-        return ElasticClient.connect(
-            address,
-            connect=config.connect_timeout,
-            handshake=config.handshake_timeout,
-            progress=config.progress_timeout,
-            credentials=config.credentials,
-        )
+        return connect(address, self._config)
 
     def _join(self, client: ElasticClient) -> Joined:
         """Ask for the weights that are being loaded; for any, if there are none yet."""
