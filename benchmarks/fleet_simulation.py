@@ -37,8 +37,8 @@ from vllm_ascend.model_loader.netloader.executor.transport.http import HttpRecei
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.peer_book import PeerBook
 from vllm_ascend.model_loader.netloader.interaction.source_queue import SourceQueue
-from vllm_ascend.model_loader.netloader.load import _FIRST_QUESTION as FIRST_QUESTION
-from vllm_ascend.model_loader.netloader.load import _LAST_QUESTION as LAST_QUESTION
+from vllm_ascend.model_loader.netloader.loading.sessions import _FIRST_QUESTION as FIRST_QUESTION
+from vllm_ascend.model_loader.netloader.loading.sessions import _LAST_QUESTION as LAST_QUESTION
 from vllm_ascend.model_loader.netloader.serve import _LINGER as LINGER
 from vllm_ascend.model_loader.netloader.serve import _PLACES_WHILE_LOADING as PLACES_WHILE_LOADING
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -240,7 +240,7 @@ class Fleet:
         assert node.finished is not None
         return (node.finished - node.began) / (self.solo / min(node.speed, self.seed.speed))
 
-    # Whom to ask: see `load._Sessions`
+    # Whom to ask: see `loading.sessions.Sessions`
 
     def _start(self, node: Node) -> None:
         if node.alive:
@@ -334,7 +334,7 @@ class Fleet:
         self._poll(node)
 
     def _ask_for_peers(self, node: Node, pause: float) -> None:
-        """Ask now and then who else gets the same weights: see `load._Sessions.keep_asking`."""
+        """Ask now and then who else gets the same weights: see `keep_asking`."""
         assert node.queue is not None
         if node.queue.over.is_set() or not node.alive:
             return
@@ -481,7 +481,7 @@ class Fleet:
             self._finish(client)
 
     def _news(self, session: Session) -> None:
-        """Let a client hear what has come to its source: see `load._Sessions._news_of`."""
+        """Let a client hear what has come to its source: see `Sessions._news_of`."""
         if not session.alive:
             return
         session.waits_for_news = True

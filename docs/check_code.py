@@ -93,8 +93,9 @@ def wrong_in_config(table: list[list[str]]) -> Iterator[str]:
 
 
 def wrong_chunk_size(table: list[list[str]]) -> Iterator[str]:
-    """Say whether a table has another default for CHUNK_MIB than load.py."""
-    code = (ROOT / "vllm_ascend/model_loader/netloader/load.py").read_text(encoding="utf-8")
+    """Say whether a table has another default for CHUNK_MIB than target.py."""
+    target = ROOT / "vllm_ascend/model_loader/netloader/loading/target.py"
+    code = target.read_text(encoding="utf-8")
     sizes = re.search(r"^_CHUNK_MIB, _CHUNK_MIB_GROUP = (\d+), (\d+)$", code, re.MULTILINE)
     shown = "{} over HTTP, {} in groups".format(*(sizes.groups() if sizes else ("?", "?")))
     if ["`CHUNK_MIB`", shown] not in [row[:2] for row in table]:

@@ -12,7 +12,8 @@ from vllm_ascend.model_loader.netloader.executor.store import BlockStore
 from vllm_ascend.model_loader.netloader.interaction.api import Code
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.interaction.discovery import Own
-from vllm_ascend.model_loader.netloader.load import ColdStart, elastic_load
+from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.loading.target import ColdStart
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_address
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import xxhash
 
-from vllm_ascend.model_loader.netloader import load as load_module
 from vllm_ascend.model_loader.netloader.executor import memory
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Span
 from vllm_ascend.model_loader.netloader.executor.devices import device_of, rowsums
+from vllm_ascend.model_loader.netloader.loading import sessions, target
 
 from . import models, ways
 from .faults import tapped
@@ -204,9 +204,7 @@ def buffers_of_a_load(address, megabytes):
     device = device_of(f"npu:{ways.INDEX}", megabytes)
     load_here(WAY, [address], device=device).check()  # the first one makes streams
     before, within = counted_memory(), []
-    at_call(
-        load_module.GroupReceiver, "receive", lambda: within.append(counted_memory()), COUNT // 2
-    )
+    at_call(sessions.GroupReceiver, "receive", lambda: within.append(counted_memory()), COUNT // 2)
     load_here(WAY, [address], device=device).check()
     assert counted_memory() == before
     return (within[0] - before) / MIB
@@ -294,7 +292,7 @@ def large_nz(make):
 
 
 def lose_memory_before_the_formats():
-    at_call(load_module._Target, "complete", no_memory)
+    at_call(target.Target, "complete", no_memory)
 
 
 def test_a_client_without_memory_for_formats_fails_and_lives_on(way, two):

@@ -14,7 +14,7 @@ import urllib.request
 import psutil
 import pytest
 
-from vllm_ascend.model_loader.netloader import load as load_module
+from vllm_ascend.model_loader.netloader.loading import sessions
 
 from .models import rows
 from .sides import HOST, PATIENCE, load_here, serve, wait_for_no_sessions
@@ -126,7 +126,7 @@ class Strangers:
 
 def load_among_strangers(address, source_pid, first, seed):
     """Load while they come; the first one before the source knows where HCCL listens here."""
-    form_group = load_module.form_group
+    form_group = sessions.form_group
     with Strangers(first, seed, os.getpid(), source_pid) as strangers:
 
         def form(accelerator, tell, *others, **options):
@@ -136,11 +136,11 @@ def load_among_strangers(address, source_pid, first, seed):
 
             return form_group(accelerator, told, *others, **options)
 
-        load_module.form_group = form
+        sessions.form_group = form
         try:
             outcome = load_here(WAY, [address], rows, **QUICK)
         finally:
-            load_module.form_group = form_group
+            sessions.form_group = form_group
     return outcome, strangers.hit
 
 

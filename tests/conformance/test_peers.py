@@ -16,13 +16,13 @@ import time
 
 import pytest
 
-from vllm_ascend.model_loader.netloader import load as load_module
 from vllm_ascend.model_loader.netloader import serve as serve_module
 from vllm_ascend.model_loader.netloader.executor.devices.streams import StreamDevice
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore
 from vllm_ascend.model_loader.netloader.executor.transport.rendezvous import PeerStore
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.interaction.wire import Wire
+from vllm_ascend.model_loader.netloader.loading import sessions
 from vllm_ascend.model_loader.netloader.serve import WeightServer
 
 from .models import COUNT, rows
@@ -83,7 +83,7 @@ def connecting(action):
 
 
 def forming(action):
-    at_call(load_module, "form_group", action)
+    at_call(sessions, "form_group", action)
     at_call(serve_module, "form_group", action)
 
 

@@ -29,7 +29,7 @@ from .errors import (
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
-from .load import connect
+from .loading.sessions import connect
 from .utils import Address, Name, one_line, parse_address, parse_name, rate, shortened, size
 
 OK, NO, USAGE = 0, 1, 2

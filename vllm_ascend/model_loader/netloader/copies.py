@@ -29,7 +29,8 @@ from .identity import ModelIdentity
 from .interaction import api
 from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
-from .load import connect, elastic_load
+from .load import elastic_load
+from .loading.sessions import connect
 from .serve import Offer, WeightServer
 from .utils import Address, one_line, parse_address, shortened
 

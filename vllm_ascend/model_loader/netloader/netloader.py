@@ -76,7 +76,8 @@ from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP, Code
 from .interaction.cold_start import Phase
 from .interaction.discovery import Own
-from .load import ColdStart, elastic_load
+from .load import elastic_load
+from .loading.target import ColdStart
 from .serve import Offer, Relay
 from .utils import LOAD_FORMAT, Address, Name, logger, one_line, rate, size
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_ascend.model_loader.netloader import load, metrics
+from vllm_ascend.model_loader.netloader import metrics
 from vllm_ascend.model_loader.netloader.errors import (
     MakesRoom,
     SourceBusy,
@@ -19,6 +19,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceUnreachable,
     TransferCorrupt,
 )
+from vllm_ascend.model_loader.netloader.loading import sessions
 from vllm_ascend.model_loader.netloader.version import __version__
 
 ROOT = Path(__file__).parents[4]
@@ -233,4 +234,4 @@ def test_with_a_folder_for_several_processes_all_of_them_are_in_it(tmp_path):
     ],
 )
 def test_an_attempt_is_called_by_what_has_ended_it(error, kind):
-    assert load._kind(error) == kind
+    assert sessions._kind(error) == kind

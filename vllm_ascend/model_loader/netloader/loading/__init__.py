@@ -1,0 +1,1 @@
+"""What a load consists of: what it fills, whom it looks for, what it does with each source."""
