@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from vllm_ascend.model_loader.netloader import serve as serve_module
+from vllm_ascend.model_loader.netloader import served
 from vllm_ascend.model_loader.netloader.executor.devices.streams import StreamDevice
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore
 from vllm_ascend.model_loader.netloader.executor.transport.rendezvous import PeerStore
@@ -84,7 +84,7 @@ def connecting(action):
 
 def forming(action):
     at_call(sessions, "form_group", action)
-    at_call(serve_module, "form_group", action)
+    at_call(served, "form_group", action)
 
 
 def waiting(nth):

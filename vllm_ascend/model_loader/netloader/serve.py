@@ -1,12 +1,10 @@
 """The source's story: models offered, and sessions in which clients pull their blocks."""
 
-import contextlib
 import ipaddress
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,17 +13,12 @@ import msgspec
 from . import metrics, model_files
 from .config import NetLoaderConfig, Transport
 from .credentials import is_loopback
-from .errors import Gone, NotHere, Preparing, ProtocolError, SourceBusy, Withdrawn
+from .errors import Gone, Preparing, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
-from .executor.devices import Accelerator
-from .executor.elastic_load import P2PSend
 from .executor.rate_limiter import RateLimiter
 from .executor.scheduler import FirstCopy
 from .executor.store import BlockStore
-from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
-from .executor.transport.http import HttpSender
-from .executor.transport.rendezvous import Mailbox
 from .identity import ModelIdentity
 from .interaction import api
 from .interaction.api import Bytes, Code, Done, Endpoint, Feed, Join, Joined, Peer, Refusal
@@ -33,15 +26,14 @@ from .interaction.cold_start import Phase
 from .interaction.elastic import ElasticServer, Session
 from .interaction.peer_book import PeerBook
 from .port_file import PortFile
+from .served import Served, ServedGroup, as_refusals
 from .utils import (
     Address,
     Buffer,
     logger,
     one_line,
     parse_address,
-    rate,
     shortened,
-    size,
 )
 from .version import __version__
 
@@ -135,7 +127,7 @@ class WeightServer:
         self._peers = PeerBook()
         self._first_copies: dict[str, FirstCopy[Peer]] = {}  # by weights digest
         self._next_check = 0.0
-        self._served: dict[Session, _Served] = {}
+        self._served: dict[Session, Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
         self._lock = threading.RLock()  # a garbage collector may call `forget` or `stop`
@@ -339,7 +331,7 @@ class WeightServer:
         if not store.blocks.contains(run):
             allowed = f"there are no blocks {run}; allowed: 0-{store.blocks.count - 1}"
             raise Refusal(Code.OUT_OF_RANGE, allowed)
-        with _as_refusals():
+        with as_refusals():
             store.check(run)
         if not self._sends(served, run):
             raise Refusal(Code.ASK_OTHERS, f"others have got blocks {run} from here")
@@ -370,7 +362,7 @@ class WeightServer:
         with self._lock:
             store = self._store(weights, session)
         deadline = time.monotonic() + wait
-        with _as_refusals():
+        with as_refusals():
             while True:
                 left = deadline - time.monotonic()
                 runs = store.came(since, min(max(left, 0.0), _LOOK))[: api.MAX_NEWS]
@@ -379,7 +371,7 @@ class WeightServer:
         version = since + len(runs)
         return api.Have(version, [*runs], store.complete and not store.came(version, 0.0))
 
-    def open_group(self, session: Session, weights: str) -> "_ServedGroup":
+    def open_group(self, session: Session, weights: str) -> ServedGroup:
         """Begin to form a two-rank group with the client."""
         with self._lock:
             served = self._session(session, self._store(weights, session))
@@ -390,7 +382,7 @@ class WeightServer:
         # Clients that form groups with each other would wait for each other in turn.
         if loading and not self.connecting.acquire(blocking=False):
             raise Refusal(Code.BUSY, "another group is being formed")
-        group = _ServedGroup(session, served, accelerator, self.config, self._limiter, self._sends)
+        group = ServedGroup(session, served, accelerator, self.config, self._limiter, self._sends)
         if loading:
             group.call_when_formed(self.connecting.release)
         served.groups.append(group)
@@ -413,7 +405,7 @@ class WeightServer:
             if now < self._next_check:
                 raise Refusal(Code.BUSY, "blocks were checked for another client just now")
             self._next_check = now + _BETWEEN_CHECKS
-        with _as_refusals(), store.device.attached(), store.reading(run):
+        with as_refusals(), store.device.attached(), store.reading(run):
             wrong = store.wrong(run)
         if not wrong:
             return
@@ -561,7 +553,7 @@ class WeightServer:
                 raise Refusal(offer.code, offer.reason)  # they may be what it gets ready
         raise Refusal(Code.CHANGED, "these weights are not served here, or no longer")
 
-    def _session(self, session: Session, store: BlockStore) -> "_Served":
+    def _session(self, session: Session, store: BlockStore) -> Served:
         """Return what a session gets from a store, which may be new to it; the lock is held."""
         served = self._served.get(session)
         if served is not None and served.store is store:
@@ -573,7 +565,7 @@ class WeightServer:
         else:
             self._end(session, served)
         metrics.SESSIONS_STARTED.inc()
-        served = self._served[session] = _Served(session, store, self._limiter)
+        served = self._served[session] = Served(session, store, self._limiter)
         return served
 
     def _check_children(self, session: Session, store: BlockStore) -> None:
@@ -603,7 +595,7 @@ class WeightServer:
             there = {one.relay.address for one in self._served.values() if one.relay is not None}
             return self._peers.others(weights, client.address if client else None, there)
 
-    def _sends(self, served: "_Served", run: Run) -> bool:
+    def _sends(self, served: Served, run: Run) -> bool:
         """Return whether a client gets a run now, or is to ask others for it."""
         if served.relay is None or not served.store.complete:
             return True
@@ -614,7 +606,7 @@ class WeightServer:
             sends = self._first_copies[weights].sends(served.relay, run)
             return sends or self._peers.has_complete(weights)  # which can take this one's place
 
-    def _end(self, session: Session, served: "_Served") -> None:
+    def _end(self, session: Session, served: Served) -> None:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
         ends = {"": "went_away", api.COMPLETE: api.COMPLETE, api.LOOKED: "looked"}
@@ -626,11 +618,11 @@ class WeightServer:
             if (first_copy := self._first_copies.get(served.store.digests.weights)) is not None:
                 first_copy.gone(served.relay, complete=not gone)
 
-    def _pieces(self, served: "_Served", run: Run) -> Generator[list[Buffer], None, None]:
+    def _pieces(self, served: Served, run: Run) -> Generator[list[Buffer], None, None]:
         """Yield the memory of a run, piece by piece, as the rate limiter lets them go."""
         nbytes = min(_PIECE, self.config.max_message_bytes)
         # A piece is read until the next one is asked for.
-        with _as_refusals(), served.store.device.attached(), served.store.reading(run):
+        with as_refusals(), served.store.device.attached(), served.store.reading(run):
             for piece in served.store.blocks.split(run, nbytes):
                 yield served.views(piece)
 
@@ -762,189 +754,6 @@ def _is_local(address: Address) -> bool:
     return ip.is_loopback or ip.is_link_local
 
 
-class _Served:
-    """What one session gets: the store it pulls, and how much of it was sent.
-
-    Attributes:
-        relay: where the client passes on what it gets; None: nowhere.
-    """
-
-    def __init__(self, session: Session, store: BlockStore, limiter: RateLimiter) -> None:
-        self.store = store
-        self.end = ""
-        self.relay: Peer | None = None
-        self.groups: list[_ServedGroup] = []
-        self._peer = session.peer
-        self._started = time.monotonic()
-        self._views: list[Buffer] = []
-        self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter)
-        self._group: P2PSend | None = None
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of blocks that were sent, by any transport."""
-        return self._http.bytes_sent + (self._group.bytes_sent if self._group else 0)
-
-    def views(self, run: Run) -> list[Buffer]:
-        """Return the memory of a run that goes out over HTTP."""
-        self._views.clear()
-        self._http.send(run)
-        return [*self._views]
-
-    def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
-        """Return what sends through a group."""
-        self._group = P2PSend(self.store, sender, limiter)
-        return self._group
-
-    def status(self) -> api.SessionStatus:
-        """Say how far it is."""
-        seconds = time.monotonic() - self._started
-        return api.SessionStatus(
-            str(self._peer),
-            self.store.digests.weights,
-            self.bytes_sent,
-            round(seconds, 3),
-            self.relay.address if self.relay is not None else None,
-        )
-
-    def log(self, rank: int) -> None:
-        """Write the session's one line: a warning unless it ended as it should."""
-        seconds = time.monotonic() - self._started
-        # A client leaves one that is loading itself for another one whenever that brings more.
-        usual = self.end in (api.COMPLETE, api.LOOKED) or not self.store.complete
-        log = logger.info if usual else logger.warning
-        log(
-            "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "
-            "%s: %s",
-            rank,
-            size(self.bytes_sent),
-            size(self.store.blocks.nbytes),
-            len(self.store.tensors),
-            seconds,
-            rate(self.bytes_sent, seconds),
-            self._peer,
-            self.store.digests.weights,
-            one_line(self.end) or "the client went away",
-        )
-
-
-class _ServedGroup:
-    """The source's end of a two-rank group; see `interaction.elastic.Group`."""
-
-    def __init__(
-        self,
-        session: Session,
-        served: _Served,
-        accelerator: Accelerator,
-        config: NetLoaderConfig,
-        limiter: RateLimiter,
-        sends: Callable[[_Served, Run], bool],
-    ) -> None:
-        self._sends = sends
-        self.max_bytes = config.max_message_bytes
-        self._session = session
-        self._served = served
-        self._accelerator = accelerator
-        self._config = config
-        self._limiter = limiter
-        self._mailbox = Mailbox()
-        self._formed: Future[TransferGroup] = Future()
-        self._sender: GroupSender | None = None
-        self._send: P2PSend | None = None
-        self._sending = threading.Lock()
-
-    def start(self) -> None:
-        """Begin to form the group, in a thread of its own."""
-        try:
-            threading.Thread(target=self._form, name="netloader-group", daemon=True).start()
-        except RuntimeError as error:  # no more threads
-            self._formed.set_exception(error)
-            raise
-
-    def call_when_formed(self, call: Callable[[], object]) -> None:
-        """Call something when the group is formed, or could not be."""
-        self._formed.add_done_callback(lambda _: call())
-
-    def exchange(self, values: list[api.Value]) -> list[api.Value]:
-        """Pass values of the group's store on, both ways."""
-        with _as_refusals():
-            return self._mailbox.exchange(values, api.MAX_EXCHANGE_SECONDS)
-
-    def sizes(self, runs: list[api.Run]) -> list[int | None]:
-        """Return the sizes of runs that can be sent; None: others are to be asked for one."""
-        blocks = self._served.store.blocks
-        sizes: list[int | None] = []
-        for run in (Run(*run) for run in runs):
-            if not blocks.contains(run) or blocks.size_of(run) > self.max_bytes:
-                allowed = f"blocks 0-{blocks.count - 1}, {self.max_bytes} bytes of them at once"
-                raise Refusal(Code.OUT_OF_RANGE, f"blocks {run} asked for; allowed: {allowed}")
-            with _as_refusals():
-                self._served.store.check(run)
-            sizes.append(blocks.size_of(run) if self._sends(self._served, run) else None)
-        return sizes
-
-    def send(self, runs: list[api.Run]) -> None:
-        """Start to send runs, after waiting for room in the window."""
-        with self._accelerator.attached(), _as_refusals():
-            send = self._ready()
-            for run in (Run(*run) for run in runs):
-                with self._sending:
-                    send.send(run)
-
-    def settle(self) -> None:
-        """Return when all that was sent has arrived."""
-        if self._sender is not None:
-            with self._accelerator.attached(), _as_refusals(), self._sending:
-                self._sender.finish()
-
-    def settle_last(self) -> None:
-        """Wait until nothing of the weights, which were withdrawn, is `in_flight` any more."""
-        with contextlib.suppress(Exception):  # then the session's own thread fails, too
-            self.settle()
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether the device may still read what was sent."""
-        return self._sender is not None and self._sender.in_flight > 0
-
-    def close(self) -> None:
-        """Leave the group, or stop forming it."""
-        self._mailbox.close()
-        with contextlib.suppress(Exception):  # it was not formed
-            self._formed.result(self._config.handshake_timeout).close()
-
-    def _form(self) -> None:
-        config, mailbox = self._config, self._mailbox
-        try:
-            with self._accelerator.attached():
-                group = form_group(
-                    self._accelerator,
-                    mailbox.tell,
-                    mailbox.hear,
-                    SOURCE,
-                    self._session.local_host,
-                    handshake=config.handshake_timeout,
-                    progress=config.progress_timeout,
-                    gone=self._session.gone,
-                )
-        except BaseException as error:
-            self._formed.set_exception(error)
-        else:
-            self._formed.set_result(group)
-
-    def _ready(self) -> P2PSend:
-        """Return what sends through the group, once that is formed."""
-        if self._send is None:
-            handshake = self._config.handshake_timeout
-            try:
-                group = self._formed.result(handshake)
-            except TimeoutError:
-                raise RuntimeError(f"no process group within {handshake:g} s") from None
-            self._sender = GroupSender(group, self._served.store, self._accelerator)
-            self._send = self._served.through(self._sender, self._limiter)
-        return self._send
-
-
 def _show(offer: Offer) -> None:
     """Show what is offered among the metrics."""
     nbytes = offer.store.blocks.nbytes if offer.store is not None else 0
@@ -960,20 +769,3 @@ def _state(offer: Offer) -> str:
     if offer.store is None:
         return offer.phase.value if offer.code is Code.LOADING else offer.code.text
     return "serving" if offer.store.complete else Code.LOADING.text
-
-
-@contextlib.contextmanager
-def _as_refusals() -> Iterator[None]:
-    """Tell the client in a code what keeps the data plane from sending."""
-    try:
-        yield
-    except Gone as error:
-        raise Refusal(Code.GONE, str(error)) from None
-    except Preparing as error:
-        raise Refusal(Code.PREPARING, str(error)) from None
-    except Withdrawn as error:
-        raise Refusal(Code.CHANGED, str(error)) from None
-    except NotHere as error:
-        raise Refusal(Code.NOT_HERE, str(error)) from None
-    except (RuntimeError, ProtocolError, TimeoutError) as error:  # torch raises RuntimeErrors
-        raise Refusal(Code.TRANSFER_FAILED, one_line(error)) from None
