@@ -6,6 +6,7 @@ PROMETHEUS_MULTIPROC_DIR set they are in the files there as well, from which vLL
 """
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -126,10 +127,15 @@ def exposition() -> bytes:
     return generate_latest(registry)
 
 
+@functools.cache  # several for each chunk
+def _child(counter: Counter, labels: tuple[str, ...]) -> Counter:
+    return counter.labels(*labels)
+
+
 def count(counter: Counter, *labels: str, by: float = 1) -> None:
     """Add to a counter; that it cannot be written, in its folder, is no failure of a load."""
     with contextlib.suppress(OSError):
-        counter.labels(*labels).inc(by)
+        _child(counter, labels).inc(by)
 
 
 def show_model(model: str, state: str | None, nbytes: int) -> None:

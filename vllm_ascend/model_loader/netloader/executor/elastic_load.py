@@ -172,12 +172,12 @@ class P2PLoad:
 
     def _request(self) -> None:
         receiver, held, peer = self._receiver, len(self._requested), self._peer
+        if held > receiver.ahead - receiver.batch:
+            return
         if not peer.makes_room and self._scheduler.brings_least(peer):
             peer.makes_room = self._others()
-        if (
-            not peer.makes_room
-            and held <= receiver.ahead - receiver.batch
-            and (runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, peer))
+        if not peer.makes_room and (
+            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, peer)
         ):
             self._requested.extend(runs)
             receiver.request(runs)

@@ -435,8 +435,8 @@ class Scheduler:
         return peer._has is None or peer._has.find(0, run.first, run.last + 1) < 0
 
     def _renumber(self, run: Run, number: int) -> None:
-        for block in range(run.first, run.last + 1):
-            self._number_of[block] = number
+        numbers = array("q", [number]) * (run.last - run.first + 1)
+        self._number_of[run.first : run.last + 1] = numbers
 
     def _count(self, peer: Peer, numbers: Iterable[int]) -> None:
         """Let an incomplete source count for those runs that it has."""

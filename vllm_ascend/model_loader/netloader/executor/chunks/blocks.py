@@ -5,10 +5,11 @@ shorter, and a tensor without bytes has one block without bytes. Nothing of this
 the bytes travel.
 """
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 BLOCK_BYTES = 1 << 20
 
@@ -63,11 +64,16 @@ class Blocks:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
-        counts = [-(-size // BLOCK_BYTES) or 1 for size in self.sizes]
-        self.firsts = list(itertools.accumulate(counts, initial=0))
-        self._starts = list(itertools.accumulate(self.sizes, initial=0))
+        each = np.array(self.sizes, np.int64)
+        counts = np.maximum(-(-each // BLOCK_BYTES), 1)
+        ends, firsts = each.cumsum(), counts.cumsum()
+        self.firsts = [0, *firsts.tolist()]
         self.count = self.firsts[-1]
-        self.nbytes = self._starts[-1]
+        self.nbytes = int(each.sum())
+        # Bytes before each block, and before the one after all of them.
+        before = ends - each - (firsts - counts) * BLOCK_BYTES
+        starts = np.arange(self.count, dtype=np.int64) * BLOCK_BYTES + before.repeat(counts)
+        self._positions = [*starts.tolist(), self.nbytes]
 
     def contains(self, run: Run) -> bool:
         """Return whether there are such blocks."""
@@ -75,10 +81,7 @@ class Blocks:
 
     def size_of(self, run: Run) -> int:
         """Return the number of bytes of a run."""
-        tensor = self.tensor_of(run.first)
-        if run.last < self.firsts[tensor + 1]:  # as most runs: of one tensor
-            return self._end(tensor, run.last) - (run.first - self.firsts[tensor]) * BLOCK_BYTES
-        return self._position(run.last + 1) - self._position(run.first)
+        return self._positions[run.last + 1] - self._positions[run.first]
 
     def blocks_of(self, tensor: int) -> Run:
         """Return the blocks of a tensor."""
@@ -93,11 +96,12 @@ class Blocks:
         tensor = self.tensor_of(run.first)
         offset = (run.first - self.firsts[tensor]) * BLOCK_BYTES
         if run.last < self.firsts[tensor + 1]:
-            return [Span(tensor, offset, self._end(tensor, run.last) - offset)]
+            return [Span(tensor, offset, self.size_of(run))]
         last = self.tensor_of(run.last)
         whole = [Span(at, 0, size) for at, size in enumerate(self.sizes[tensor:last], tensor)]
         whole[0] = Span(tensor, offset, self.sizes[tensor] - offset)
-        return [*whole, Span(last, 0, self._end(last, run.last))]
+        end = self._positions[run.last + 1] - self._positions[self.firsts[last]]
+        return [*whole, Span(last, 0, end)]
 
     def whole(self, run: Run) -> range | None:
         """Return the tensors that a run has, if it has all of each; None: it has parts."""
@@ -112,11 +116,9 @@ class Blocks:
             return [run]
         parts = []
         first, end = run.first, run.last + 1
-        blocks = range(end + 1)
         while first < end:
-            limit = self._position(first) + max_bytes
-            fits = bisect_right(blocks, limit, first + 1, end + 1, key=self._position) - 1
-            after = max(fits, first + 1)
+            limit = self._positions[first] + max_bytes
+            after = max(bisect_right(self._positions, limit, first + 1, end + 1) - 1, first + 1)
             parts.append(Run(first, after - 1))
             first = after
         return parts
@@ -149,14 +151,3 @@ class Blocks:
                 held, tensors = held + size, tensors + 1
         if first < self.count:
             yield Run(first, self.count - 1)
-
-    def _end(self, tensor: int, block: int) -> int:
-        """Return where a block of a tensor ends in it."""
-        return min(self.sizes[tensor], (block + 1 - self.firsts[tensor]) * BLOCK_BYTES)
-
-    def _position(self, block: int) -> int:
-        """Return how many bytes come before a block."""
-        if block >= self.count:
-            return self.nbytes
-        tensor = self.tensor_of(block)
-        return self._starts[tensor] + (block - self.firsts[tensor]) * BLOCK_BYTES

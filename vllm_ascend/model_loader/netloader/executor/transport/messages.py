@@ -20,7 +20,7 @@ def own_memory(run: Run, store: BlockStore, accelerator: Accelerator) -> torch.T
     memory = in_place(spans[0], store.readable)
     if memory is None or not accelerator.reachable(memory):
         return None
-    return bytes_of(memory)
+    return memory if memory.dtype == torch.uint8 and memory.dim() == 1 else bytes_of(memory)
 
 
 def unpack(run: Run, store: BlockStore, message: torch.Tensor, accelerator: Accelerator) -> None:
