@@ -9,8 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 BLOCK_BYTES = 1 << 20
 
 # A tensor from this part of a chunk on shares no chunk with others, so that a message can be sent
@@ -64,16 +62,20 @@ class Blocks:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sizes)
-        each = np.array(self.sizes, np.int64)
-        counts = np.maximum(-(-each // BLOCK_BYTES), 1)
-        ends, firsts = each.cumsum(), counts.cumsum()
-        self.firsts = [0, *firsts.tolist()]
-        self.count = self.firsts[-1]
-        self.nbytes = int(each.sum())
+        self.firsts = [0]
         # Bytes before each block, and before the one after all of them.
-        before = ends - each - (firsts - counts) * BLOCK_BYTES
-        starts = np.arange(self.count, dtype=np.int64) * BLOCK_BYTES + before.repeat(counts)
-        self._positions = [*starts.tolist(), self.nbytes]
+        self._positions: list[int] = []
+        start = 0
+        for size in self.sizes:
+            if size <= BLOCK_BYTES:
+                self._positions.append(start)
+            else:
+                self._positions += range(start, start + size, BLOCK_BYTES)
+            start += size
+            self.firsts.append(len(self._positions))
+        self._positions.append(start)
+        self.count = self.firsts[-1]
+        self.nbytes = start
 
     def contains(self, run: Run) -> bool:
         """Return whether there are such blocks."""
