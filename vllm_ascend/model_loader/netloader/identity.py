@@ -118,6 +118,13 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str
     vllm_version: str | None
 
+    def of_checkpoint(self) -> "ModelIdentity":
+        """Return it without what decides which part of a checkpoint a rank has, and as what."""
+        whole = {"rank": 0, "tp": 1, "pp": 1, "pcp": 1, "dp": 1, "dp_rank": 0, "ep": 1}
+        return msgspec.structs.replace(
+            self, **whole, ep_rank=0, dtype="", layout="", vllm_version=None
+        )
+
     def differences(self, other: "ModelIdentity") -> list[tuple[str, Any, Any]]:
         """Return each field that differs, with this side's value and the other's."""
         here, there = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
