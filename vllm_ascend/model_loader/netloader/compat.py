@@ -1,12 +1,14 @@
 """What differs between vLLM versions, and the vLLM internals that have no public name."""
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
@@ -24,6 +26,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -438,6 +441,19 @@ def _is_checkpoint(folder: Path) -> bool:
         numbers = range(1, int(count) + 1)
         wanted |= {f"{first}-{number:0{len(count)}}-of-{count}{suffix}" for number in numbers}
     return wanted <= files and any(map(_WEIGHTS.fullmatch, files))
+
+
+def read_through(
+    loader: DefaultModelLoader,
+    model: nn.Module,
+    model_config: ModelConfig,
+    weights: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    """Let vLLM's default loader fill a model with an iterator in the place of files' tensors."""
+    other: Any = copy.copy(loader)
+    other.get_all_weights = lambda *_: weights
+    other.counter_before_loading_weights = time.perf_counter()
+    other.load_weights(model, model_config)
 
 
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:

@@ -43,6 +43,8 @@ _VERSION = re.compile(r"[0-9]+(\.[0-9a-z+]+)+")
 # Rotary embeddings of these types are made from the longest position, too.
 _SCALED_BY_LENGTH = ("dynamic", "longrope")
 Settings: TypeAlias = dict[str, Any]
+# Fields that say which part of the weights a rank has, and as what.
+PLACEMENT = {"rank", "tp", "pp", "pcp", "dp", "dp_rank", "ep", "ep_rank", "dtype"}
 _SNAPSHOT = re.compile(rf"(?:.*/)?models--([^/]+)/snapshots/({_COMMIT})/?")
 
 

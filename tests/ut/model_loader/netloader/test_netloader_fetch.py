@@ -1,4 +1,4 @@
-"""What is fetched of a checkpoint, and in which requests, for loads that are cut in any two ways."""
+"""What is fetched of a checkpoint, and in which requests, for loads cut in any two ways."""
 
 import pytest
 import torch

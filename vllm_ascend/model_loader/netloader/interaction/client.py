@@ -17,6 +17,7 @@ import xxhash
 
 from ..credentials import Credentials
 from ..errors import (
+    OtherPlacement,
     ProtocolError,
     SourceBusy,
     SourceError,
@@ -26,6 +27,7 @@ from ..errors import (
     SourceUnreachable,
     TransferCorrupt,
 )
+from ..identity import PLACEMENT
 from ..utils import Address, Buffer, Patience, shortened, within
 from . import api
 from .api import Done, Join, Joined, Refusal, Status
@@ -467,6 +469,9 @@ class ElasticClient:
         self._close_after(answer)
         later = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
         kind = code.error if code else SourceBusy if later else SourceRefused
+        fields = {one.field for one in problem.differences}
+        if fields and fields <= PLACEMENT:
+            kind = OtherPlacement
         differ = [
             f"{shortened(one.field, 200)} is {shortened(one.client, 200)} here "
             f"and {shortened(one.source, 200)} there"
