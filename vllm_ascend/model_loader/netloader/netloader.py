@@ -39,6 +39,7 @@ from .compat import (
     name_of,
     places_of,
     ranks_of,
+    read_through,
     remember_registrations,
     take_over_load,
     watch,
@@ -78,8 +79,9 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
+from .loading.view import Instance, find_instance, load_through_view
 from .serve import Offer, Relay
-from .utils import LOAD_FORMAT, Address, Name, logger, one_line, rate, size
+from .utils import LOAD_FORMAT, Address, Name, logger, one_line, parse_address, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
 _WAIT_AGAIN = 30.0
@@ -111,6 +113,7 @@ class _Load:
         loaded_from: where the weights came from.
         weights: their digest, if known.
         lists: see `load.Loaded`.
+        instance: the one whose view of the checkpoint is read in the place of the disk.
     """
 
     identity: ModelIdentity
@@ -130,6 +133,7 @@ class _Load:
     loaded_from: str = DISK
     weights: str | None = None
     lists: Sequence[RankWeights] = ()
+    instance: Instance | None = None
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:
@@ -217,32 +221,47 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 start_over()
             failure = "the ranks of this instance had different weights" if order.disk else ""
             reason = "ranks_differ"
+            others: Sequence[str] = ()
             if not failure:
                 load = self._load = self._new_load(identity, model_config, order)
                 try:
                     with default_dtype_kept():
                         model = self._load_from_sources(load, vllm_config, model_config, prefix)
                 except NetLoaderError as error:
-                    if not self._config.fallback or order != AS_CONFIGURED:
+                    others = error.others if isinstance(error, LoadFailed) else ()
+                    if order != AS_CONFIGURED or not (self._config.fallback or others):
                         raise
                     failure, reason = str(error), _reason(error)
-                    if not isinstance(error, ChosenToRead):
-                        logger.warning(
-                            "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                            self._worker(),
-                            failure,
-                        )
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
-                metrics.count(metrics.FALLBACKS, reason)
                 start_over()
                 if self._relay is not None:
                     self._relay.announce(Phase.READING)
+            if others:
+                try:
+                    load, model = self._load_through_views(
+                        others, identity, vllm_config, model_config, prefix, start_over
+                    )
+                except LoadFailed as error:
+                    failure = f"{failure}; {error}"
+                    if not self._config.fallback:
+                        raise LoadFailed(failure) from None
+                else:
+                    failure = ""
+            if failure:
+                metrics.count(metrics.FALLBACKS, reason)
+                if reason not in ("chosen", "ranks_differ"):
+                    logger.warning(
+                        "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
+                        self._worker(),
+                        failure,
+                    )
                 load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
                 with default_dtype_kept():
                     model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
             self._finish(load, model)
-            return Attempt((load, model), load.loaded_from, load.weights, load.lists)
+            view = load.instance.digest if load.instance is not None else ""
+            return Attempt((load, model), load.loaded_from, load.weights, load.lists, view)
 
         with self._listening(identity, model_config, ranks):
             (load, model), agreed = self._together(identity, attempt)
@@ -486,6 +505,42 @@ class ModelNetLoaderElastic(BaseModelLoader):
         load.store = store if load.serving else None
         return model
 
+    def _load_through_views(
+        self,
+        others: Sequence[str],
+        identity: ModelIdentity,
+        vllm_config: VllmConfig,
+        model_config: ModelConfig,
+        prefix: str,
+        start_over: Callable[[], None],
+    ) -> tuple[_Load, nn.Module]:
+        """Load from the first instance of another placement that has what this rank needs.
+
+        Raises:
+            LoadFailed: there is none; says what is wrong with each.
+        """
+        worker, addresses = self._worker(), [parse_address(other) for other in others]
+        tried: list[Instance] = []
+        reasons: list[str] = []
+        while True:
+            try:
+                instance = find_instance(addresses, identity, self._config, worker, tried)
+            except LoadFailed as error:
+                raise LoadFailed("; ".join([*reasons, str(error)])) from None
+            tried.append(instance)
+            load = replace(
+                self._new_load(identity, model_config), from_disk=True, instance=instance
+            )
+            self._load = load
+            try:
+                with default_dtype_kept(), modules_without_files():
+                    return load, self._follow_vllm(load, vllm_config, model_config, prefix)
+            except Exception as error:  # there is the disk, and it fails in the same way if need be
+                said = "" if isinstance(error, LoadFailed) else f"{type(error).__name__}: "
+                reasons.append(f"{said}{one_line(error)}")
+                logger.warning("NetLoader rank %d: no view of source %s", worker, reasons[-1])
+            start_over()
+
     def _load_from_disk(
         self,
         load: _Load,
@@ -511,6 +566,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
         """Let vLLM's default loader fill a model, and say so in one line."""
+        if load.instance is not None:
+            self._read_view(load, load.instance, model, model_config)
+            return
         started = time.monotonic()
         try:
             named, required = raw_tensors(model)
@@ -530,6 +588,24 @@ class ModelNetLoaderElastic(BaseModelLoader):
             seconds,
             rate(nbytes, seconds),
         )
+
+    def _read_view(
+        self, load: _Load, instance: Instance, model: nn.Module, model_config: ModelConfig
+    ) -> None:
+        """Let vLLM's default loader fill a model with what an instance's ranks have."""
+        if outside := sorted(weights_outside(model)):
+            raise LoadFailed(f"{outside[0]} is not loaded like the model's other weights")
+        with metrics.load_from(metrics.PEERS):
+            load_through_view(
+                instance,
+                model,
+                model.load_weights,
+                partial(read_through, self._disk, model, model_config),
+                load.identity,
+                self._config,
+                load.worker,
+            )
+        load.loaded_from = str(instance)
 
     def _pull(
         self,
@@ -569,7 +645,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
-            raise LoadFailed("; ".join((*malformed, str(error)))) from None
+            raise LoadFailed("; ".join((*malformed, str(error))), error.others) from None
         load.loaded_from, load.lists = loaded.sources, loaded.lists
         store = loaded.store
         if load.serving and not self._config.verify:
@@ -596,7 +672,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _compare_with_pin(self, load: _Load, agreed: RankWeights) -> None:
         """Warn if the disk has other weights than those that may come from sources."""
         pinned = self._config.weights_digest
-        if load.weights is None or is_one_of(pinned, load.weights, agreed):
+        if (
+            load.weights is None
+            or load.instance is not None
+            or is_one_of(pinned, load.weights, agreed)
+        ):
             return
         logger.warning(
             "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
