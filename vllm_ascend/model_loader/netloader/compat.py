@@ -623,6 +623,33 @@ def take_over_load(model: nn.Module, weights: object, fill: Callable[[], set[str
     model.load_weights = load_weights
 
 
+@contextlib.contextmanager
+def load_watched(
+    model: nn.Module,
+    mode: AbstractContextManager[object],
+    watch: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]],
+) -> Iterator[None]:
+    """Have what a model's `load_weights` is given pass through a function, as long as this lasts.
+
+    Args:
+        model: the model.
+        mode: entered while `load_weights` runs.
+        watch: takes the iterator of names and tensors, and returns the one to load.
+    """
+    load = model.load_weights
+    assert callable(load)
+
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return load(watch(weights), *args, **kwargs)
+
+    model.load_weights = load_weights
+    try:
+        yield
+    finally:
+        del model.load_weights
+
+
 def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put raw tensors into a model that `initialize_layerwise_reload` has prepared.
 

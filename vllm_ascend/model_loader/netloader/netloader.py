@@ -34,6 +34,7 @@ from .compat import (
     has_checkpoint,
     identity_of,
     instance_of,
+    load_watched,
     meaning_of,
     modules_without_files,
     name_of,
@@ -69,10 +70,14 @@ from .executor.model.raw import (
     raw_tensors,
     samples_of,
     scalars,
+    viewed_through,
     weights_outside,
     without_doubles,
 )
+from .executor.model.trace import Trace
 from .executor.store import BlockStore
+from .executor.view.offered import Viewed
+from .executor.view.records import Records
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP, Code
 from .interaction.cold_start import Phase
@@ -114,6 +119,9 @@ class _Load:
         weights: their digest, if known.
         lists: see `load.Loaded`.
         instance: the one whose view of the checkpoint is read in the place of the disk.
+        records: how the weights came from a checkpoint, if that was seen.
+        view: the checkpoint as others see it through the store.
+        why_no_view: why they cannot.
     """
 
     identity: ModelIdentity
@@ -134,6 +142,18 @@ class _Load:
     weights: str | None = None
     lists: Sequence[RankWeights] = ()
     instance: Instance | None = None
+    records: Records | None = None
+    view: Viewed | None = None
+    why_no_view: str = Offer.why_no_view
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[None]:
+        """Go without a view of the checkpoint where it cannot be had, whatever the reason."""
+        try:
+            yield
+        except Exception as error:
+            logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
+            self.why_no_view = f"{type(error).__name__}: {one_line(error)}"
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:
@@ -362,7 +382,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if load.serving or load.hashing:
                 with load.preparing_to_serve():
                     before = before_loading(model, load.device)
-            self._read_disk(load, model, model_config)
+            self._read_disk(load, model, model_config, trace=before is not None and load.serving)
             if before is not None:
                 with load.preparing_to_serve():
                     load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
@@ -564,8 +584,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
         with defined_memory() if draft else contextlib.nullcontext():
             return super().load_model(vllm_config, model_config, prefix)
 
-    def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
-        """Let vLLM's default loader fill a model, and say so in one line."""
+    def _read_disk(
+        self, load: _Load, model: nn.Module, model_config: ModelConfig, *, trace: bool = False
+    ) -> None:
+        """Let vLLM's default loader fill a model from disk or a view, and say so in one line.
+
+        Args:
+            load: the load.
+            model: the model, still empty.
+            model_config: vLLM's.
+            trace: whether to take note of where the weights come from.
+        """
         if load.instance is not None:
             self._read_view(load, load.instance, model, model_config)
             return
@@ -577,7 +606,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
             required = {*named}
         tensors = {named[name].data_ptr(): named[name] for name in required}
         with metrics.load_from(metrics.DISK):
-            self._disk.load_weights(model, model_config)
+            if trace:
+                seen = Trace()
+                with load_watched(model, seen, seen.watch):
+                    self._disk.load_weights(model, model_config)
+                with load.seeing():
+                    load.records = seen.records(model)
+            else:
+                self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         logger.info(
@@ -596,7 +632,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if outside := sorted(weights_outside(model)):
             raise LoadFailed(f"{outside[0]} is not loaded like the model's other weights")
         with metrics.load_from(metrics.PEERS):
-            load_through_view(
+            load.records = load_through_view(
                 instance,
                 model,
                 model.load_weights,
@@ -666,6 +702,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}
                 load.store = after_processing(load.store, load.copies, used)
+                if load.records is not None:
+                    with load.seeing():
+                        load.view = viewed_through(load.store, load.records)
         if load.store is not None:
             load.weights = load.store.digests.weights
 
@@ -715,6 +754,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             present,
             ranks.endpoints,
             folder=folder_of(model_config),
+            view=load.view if store is not None else None,
+            why_no_view=load.why_no_view,
         )
         watched = watch(vllm_config, model, registry.changing, registry.processing)
         if known is not None:
