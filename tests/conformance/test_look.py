@@ -9,6 +9,8 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.certificates import OTHER_SECRET, SECRET, secret_file
+from vllm_ascend.model_loader.netloader.credentials import derived_from
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.api import Join
 
@@ -135,12 +137,12 @@ def test_wrong_blocks_and_refusals_are_counted(way):
 # The page
 
 
-def browse(address, *options):
-    """What a browser makes of the page after some seconds of its own time."""
+def browse(url, *options):
+    """What a browser makes of a page after some seconds of its own time."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     command += ["--virtual-time-budget=4000", "--timeout=20000", *options]
     return subprocess.run(
-        [*command, f"http://{address}/"], capture_output=True, text=True, timeout=120, check=True
+        [*command, url], capture_output=True, text=True, timeout=120, check=True
     ).stdout
 
 
@@ -149,7 +151,7 @@ def test_the_page_shows_how_far_a_load_is_and_refreshes_itself(way, tmp_path):
     with half_loaded(way) as (seed, replica, finish):
         asked, status = [], replica.server.status
         replica.server.status = lambda sessions: asked.append(sessions) or status(sessions)
-        shown = browse(replica.address, "--dump-dom")
+        shown = browse(f"http://{replica.address}/", "--dump-dom")
         assert f"{HALF} of {ALL} blocks are here" in shown
         assert '<span class="state loading">loading</span>' in shown
         assert seed.store.digests.weights in shown
@@ -157,8 +159,20 @@ def test_the_page_shows_how_far_a_load_is_and_refreshes_itself(way, tmp_path):
         assert len(re.findall(r'<b style="opacity: 1;">', shown)) == HALF
         assert len(asked) > 2
         finish()
-        shown = browse(replica.address, "--dump-dom")
+        shown = browse(f"http://{replica.address}/", "--dump-dom")
         assert '<span class="state serving">serving</span>' in shown
+
+
+@in_a_browser
+@pytest.mark.parametrize("secret", [SECRET, OTHER_SECRET], ids=["right", "wrong"])
+def test_the_page_of_a_closed_port_is_for_browsers_with_the_token(way, tmp_path, secret):
+    token = derived_from(secret).token
+    with source(way, secret_file=secret_file(tmp_path, SECRET)) as seed:
+        url, option = f"https://:{token}@{seed.address}/", "--ignore-certificate-errors"
+        # The one thing wrong with the certificate is one that a user can pass over.
+        assert "ERR_CERT_AUTHORITY_INVALID" in browse(url, "--dump-dom")
+        shown = browse(url, "--dump-dom", option)
+        assert (seed.store.digests.weights in shown) == (secret == SECRET)
 
 
 @in_a_browser
@@ -166,7 +180,7 @@ def test_what_a_client_says_is_only_text_on_the_page(way):
     hostile = "<b id=hostile>&"
     with source(way) as seed, dial(seed.address) as client:
         client.join(Join(identity(way), None, api.Peer(hostile, "process")))
-        shown = browse(seed.address, "--dump-dom")
+        shown = browse(f"http://{seed.address}/", "--dump-dom")
     assert "<td>&lt;b id=hostile&gt;&amp;</td>" in shown
 
 

@@ -2,7 +2,7 @@
 
 Whoever has the secret, or a certificate of the authority, can be either side of a session. A secret
 is no key by itself: both sides derive the same key pair and the same certificate from it, and trust
-those and nothing else.
+those, what they have signed, and nothing else.
 """
 
 import contextlib
@@ -82,16 +82,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Derived:
-    """What belongs to a secret: the same bytes wherever the secret is the same.
+    """What belongs to a secret: the same wherever the secret is the same, but for what is shown.
 
     Attributes:
         key: the private key, PEM.
         certificate: its certificate, PEM, which is its own authority.
+        shown: what a source shows, PEM: another key, and a certificate of that authority for it.
         token: the bearer token.
     """
 
     key: bytes = field(repr=False)
     certificate: bytes
+    shown: bytes = field(repr=False)
     token: str = field(repr=False)
 
 
@@ -105,6 +107,7 @@ def derived_from(secret: str) -> Derived:
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     except ImportError as error:
         raise ConfigError(
@@ -112,7 +115,7 @@ def derived_from(secret: str) -> Derived:
             "pip install cryptography, or give TLS_CERT, TLS_KEY and TLS_CA"
         ) from None
 
-    # Whoever connects is shown the certificate, and can try secrets on it at leisure.
+    # Whoever connects is shown what its key has signed, and can try secrets on that at leisure.
     root = hashlib.scrypt(secret.encode(), salt=_SALT, n=1 << 15, r=8, p=1, maxmem=64 << 20)
     # Ed25519, as both sides have to make the same signature.
     key = Ed25519PrivateKey.from_private_bytes(_labelled(root, b"key"))
@@ -134,14 +137,16 @@ def derived_from(secret: str) -> Derived:
             "decipher_only",
         )
     }
-    certificate = (
+    anything = (
         x509.CertificateBuilder()
-        .subject_name(name)
         .issuer_name(name)
-        .public_key(public)
-        .serial_number(1)
         .not_valid_before(datetime.datetime(1970, 1, 1))
         .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59))
+    )
+    certificate = (
+        anything.subject_name(name)
+        .public_key(public)
+        .serial_number(1)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
         .add_extension(known_by, critical=False)
@@ -150,9 +155,20 @@ def derived_from(secret: str) -> Derived:
     )
     pem = serialization.Encoding.PEM
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    # Browsers do not know Ed25519.
+    own = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.NameAttribute(x509.NameOID.COMMON_NAME, "netloader source")
+    signed = (
+        anything.subject_name(x509.Name([subject]))
+        .public_key(own.public_key())
+        .serial_number(x509.random_serial_number())
+        .sign(key, None)
+    )
     return Derived(
         key.private_bytes(pem, *plain),
         certificate.public_bytes(pem),
+        # Twice, as OpenSSL adds the authority to a certificate alone: browsers go no further then.
+        own.private_bytes(pem, *plain) + 2 * signed.public_bytes(pem),
         _labelled(root, b"token").hex(),
     )
 
@@ -311,8 +327,9 @@ def _read(files: Files) -> _Read:
         tokens = [each.token for each in derived]
         client.check_hostname = False  # whoever has the secret is a peer, wherever it is
         trusted = "".join(each.certificate.decode() for each in derived)
+        _use_chain(server, derived[0].shown)
+        _use_chain(client, derived[0].key + derived[0].certificate)
         for context in (server, client):
-            _use_chain(context, derived[0].key + derived[0].certificate)
             context.load_verify_locations(cadata=trusted)
     else:
         for context in (server, client):

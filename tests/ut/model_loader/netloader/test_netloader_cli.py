@@ -76,6 +76,7 @@ def test_a_secret_is_made_once_and_nobody_else_may_read_it(tmp_path, capsys):
     assert len(made) == 65 and stat.S_IMODE(file.stat().st_mode) == 0o600
     assert made.strip() not in "".join(capsys.readouterr())
     assert cli.main(["secret", str(file)]) == cli.NO
+    assert f"{file} exists already: remove it, or name another" in capsys.readouterr().err
     assert file.read_text() == made
 
 
@@ -109,24 +110,24 @@ def body_of(address, path, token):
         return answer.read()
 
 
-def test_the_pem_files_of_a_secret_are_those_that_its_instances_show(tmp_path, monkeypatch):
+def test_with_the_pem_files_of_a_secret_other_tools_are_peers(tmp_path, monkeypatch):
     assert cli.main(["certificate", str(tmp_path / "pem")]) == cli.USAGE  # of which secret?
     monkeypatch.setenv("NETLOADER_SECRET_FILE", str(tmp_path / "secret"))
     cli.main(["secret", str(tmp_path / "secret")])
     assert cli.main(["certificate", str(tmp_path / "pem")]) == cli.OK
-    shown = (tmp_path / "pem/tls.crt").read_text()
     with source(
         {"w": torch.ones(3)}, config=settings(secret_file=str(tmp_path / "secret"))
     ) as there:
         at = there.address
-        context = ssl.create_default_context(cadata=shown)
+        context = ssl.create_default_context(cafile=tmp_path / "pem/tls.crt")
         context.check_hostname = False
         context.load_cert_chain(tmp_path / "pem/tls.crt", tmp_path / "pem/tls.key")
         with (
             socket.create_connection((at.host, at.port)) as plain,
             context.wrap_socket(plain) as inside,
         ):
-            assert ssl.DER_cert_to_PEM_cert(inside.getpeercert(binary_form=True)) == shown
+            inside.sendall(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert inside.recv(100).startswith(b"HTTP/1.1 200 ")
     assert cli.main(["certificate", str(tmp_path / "pem")]) == cli.NO  # they are there already
 
 

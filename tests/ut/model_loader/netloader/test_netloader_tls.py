@@ -1,5 +1,6 @@
 """What a closed port lets in, and what both ends say when it does not."""
 
+import base64
 import contextlib
 import itertools
 import json
@@ -191,7 +192,7 @@ def test_the_name_in_a_certificate_is_the_one_that_the_operator_says(authority):
         with dial(closed, said) as client:
             client.join(Join(IDENTITY))
         why = str(refusal(closed, Credentials(Files(**files))))
-        assert "its certificate is for another name; TLS_SERVER_NAME says which" in why
+        assert "its certificate is for another name; set TLS_SERVER_NAME to the one it has" in why
         other = Credentials(Files(**files, tls_server_name="other.test"))
         assert "another name" in str(refusal(closed, other))
 
@@ -323,7 +324,7 @@ def test_without_a_certificate_no_peers_path_is_answered(closed, method, path, s
     for headers in ({}, {"Authorization": f"Bearer {token}"}):
         status, fields, body = ask(closed, method, path, body=JOIN, **headers)
         assert status == 401
-        assert fields["WWW-Authenticate"] == "Bearer"
+        assert fields.get_all("WWW-Authenticate") == ['Basic realm="NetLoader"', "Bearer"]
         assert json.loads(body)["code"] == "unauthorized"
     assert not closed.service.ended
     assert not closed.service.groups
@@ -356,6 +357,16 @@ def test_the_status_is_for_those_with_the_token(closed, log):
     assert sum(closed.server.door.counts.values()) == 7
     assert lines_about(log, "its token is not the one of this instance")
     assert not [line for line in log if token[:-1] in line]
+
+
+def test_a_token_is_the_password_of_any_user(closed):
+    token = derived_from(SECRET).token
+    for user, password, status in (("", token, 200), ("me", token, 200), (token, "", 401)):
+        given = base64.b64encode(f"{user}:{password}".encode()).decode()
+        assert ask(closed, "GET", "/metrics", Authorization=f"Basic {given}")[0] == status
+    for malformed in ("Basic", "Basic =", "Basic /w==", "Basic \xe9"):
+        assert ask(closed, "GET", "/metrics", Authorization=malformed)[0] == 401
+    assert closed.server.door.counts == {"token": 5}
 
 
 def test_a_token_is_good_for_one_request(closed):

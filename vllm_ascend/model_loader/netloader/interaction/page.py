@@ -135,10 +135,12 @@ function show(status, seconds) {
   document.getElementById("main").replaceWith(main);
 }
 
+// Of the address without a password in it, with which nothing can be fetched.
 async function refresh() {
   let problem = "";
   try {
-    const answer = await fetch("/status", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+    const answer = await fetch(location.origin + "/status",
+      { cache: "no-store", signal: AbortSignal.timeout(5000) });
     if (!answer.ok) throw new Error("/status answers " + answer.status);
     const status = await answer.json(), now = performance.now();
     show(status, before ? (now - before.at) / 1000 : 0);

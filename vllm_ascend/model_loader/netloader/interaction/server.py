@@ -1,5 +1,6 @@
 """A rank's HTTP server: `ElasticServer`, and what it asks of whoever serves the weights."""
 
+import base64
 import contextlib
 import re
 import socket
@@ -431,13 +432,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_token(self, path: str, authorization: str) -> None:
         """Refuse a client without a certificate that has no right token, or asks for more."""
-        scheme, _, token = authorization.partition(" ")
-        credentials = self._server.credentials
-        if scheme.lower() != "bearer":
+        token, credentials = _token_in(authorization), self._server.credentials
+        if token is None:
             error = NotAdmitted("no_certificate", f"it has no certificate, and asks for {path}")
         elif path not in api.WITH_TOKEN:
             error = NotAdmitted("no_certificate", f"a token is not enough to ask for {path}")
-        elif credentials is None or not credentials.is_token(token.strip()):
+        elif credentials is None or not credentials.is_token(token):
             error = NotAdmitted("token", "its token is not the one of this instance")
         else:
             return
@@ -689,6 +689,7 @@ class _Handler(BaseHTTPRequestHandler):
         if code.status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append(f"Retry-After: {refusal.retry_after}")
         if code is Code.UNAUTHORIZED:
+            headers.append('WWW-Authenticate: Basic realm="NetLoader"')  # browsers ask for it then
             headers.append("WWW-Authenticate: Bearer")
         if code is Code.METHOD_NOT_ALLOWED:
             headers.append(f"Allow: {api.METHODS[api.route(self.path)[0]]}")
@@ -737,6 +738,19 @@ _ANSWERS: dict[str, Callable[..., None]] = {
     api.PAGE: _Handler._page,
     api.HEALTHZ: _Handler._healthz,
 }
+
+
+def _token_in(authorization: str) -> str | None:
+    """Return a bearer's token, or the password that a browser has asked for; None: neither."""
+    scheme, _, given = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return given.strip()
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(given).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _join(threads: list[threading.Thread], seconds: float) -> None:
