@@ -7,13 +7,15 @@ VLLM := $(NEWEST)
 PYTHON := $(shell command -v python3.11 || echo python3)
 SIZE := small
 PYTEST_ARGS :=
+FUZZ_N := 100000
+FUZZ_SEED := 0
 
 VENV := .venv/vllm-$(VLLM)
 BIN := $(VENV)/bin
 VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
-.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e proof \
+.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e fuzz proof \
 	proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet clean
 
 help:
@@ -23,6 +25,7 @@ help:
 	@echo "               and the tests on simulated NPUs"
 	@echo "make test-ut   unit tests"
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
+	@echo "make fuzz      damaged requests, handshakes, answers and bodies (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
 	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit"
 	@echo "make proof-npu  the same with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
@@ -61,6 +64,11 @@ test-conformance: venv
 
 test-e2e: venv
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
+
+# Its last line says how many were tried and how many accepted. A fault names the command that tries
+# its case again.
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --count $(FUZZ_N) --seed $(FUZZ_SEED)
 
 # Part of the end-to-end tests, too.
 proof: venv
@@ -117,7 +125,7 @@ simulate-fleet: venv
 # The older version gets the unit tests and the end-to-end tests that matter most; the conformance
 # suite and the simulation of fleets run no code of vLLM, and both versions have the same torch.
 test:
-	$(MAKE) lint docs test-ut test-conformance test-e2e VLLM=$(NEWEST)
+	$(MAKE) lint docs test-ut test-conformance fuzz test-e2e VLLM=$(NEWEST)
 	$(MAKE) test-ut VLLM=$(OLDEST) PYTEST_ARGS="--ignore=tests/ut/test_fleet_simulation.py $(PYTEST_ARGS)"
 	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
 	$(MAKE) test-npu

@@ -25,6 +25,23 @@ def pem_of(key):
     return key.private_bytes(PEM, *plain)
 
 
+def forged(certificate):
+    """Another key and its certificate with the same names and identifiers, PEM."""
+    theirs, key = x509.load_pem_x509_certificate(certificate), Ed25519PrivateKey.generate()
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(theirs.subject)
+        .issuer_name(theirs.issuer)
+        .public_key(key.public_key())
+        .serial_number(theirs.serial_number)
+        .not_valid_before(theirs.not_valid_before_utc)
+        .not_valid_after(theirs.not_valid_after_utc)
+    )
+    for extension in theirs.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    return pem_of(key) + builder.sign(key, None).public_bytes(PEM)
+
+
 class Authority:
     """Signs certificates; `folder` gets the files."""
 

@@ -10,10 +10,8 @@ import threading
 import time
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.certificates import OTHER_SECRET, PEM, SECRET, Authority, pem_of, secret_file
+from tests.certificates import OTHER_SECRET, SECRET, Authority, forged, secret_file
 from vllm_ascend.model_loader.netloader.credentials import Credentials, Files, derived_from
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
@@ -228,23 +226,6 @@ def test_a_foreign_key_under_the_same_name(closed, tmp_path, log):
     with pytest.raises(OSError):
         ask(closed, "GET", "/healthz", context)
     assert until(lambda: closed.server.door.counts == {"certificate": 1})
-
-
-def forged(certificate):
-    """Another key and its certificate with the same names and identifiers, PEM."""
-    theirs, key = x509.load_pem_x509_certificate(certificate), Ed25519PrivateKey.generate()
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(theirs.subject)
-        .issuer_name(theirs.issuer)
-        .public_key(key.public_key())
-        .serial_number(theirs.serial_number)
-        .not_valid_before(theirs.not_valid_before_utc)
-        .not_valid_after(theirs.not_valid_after_utc)
-    )
-    for extension in theirs.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    return pem_of(key) + builder.sign(key, None).public_bytes(PEM)
 
 
 def test_another_authority(tmp_path, authority, log):

@@ -500,6 +500,7 @@ def test_records_that_go_beyond_what_there_is_are_refused(records):
         (b"\x01nonsense", "not records"),
         (encode(one_tensor())[:-5], "cut short"),
         (b"\x01" + records_module.zlib.compress(b"\x93"), "not records"),
+        (b"\x01" + records_module.zlib.compress(b"\x81\xa1\xff"), "not records"),
     ],
 )
 def test_what_is_no_records_is_refused(data, why):

@@ -179,7 +179,7 @@ def decode(data: bytes) -> Records:
         if not unpack.eof:
             raise ProtocolError(f"records of more than {_MOST_BYTES} bytes, or cut short")
         records = msgspec.msgpack.decode(plain, type=Records)
-    except (zlib.error, msgspec.DecodeError) as error:
+    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not records: {error}") from None
     check(records)
     return records
