@@ -13,6 +13,7 @@ import msgspec
 from .errors import ConfigError
 from .utils import plain
 
+CHECKPOINT = "checkpoint"  # the layout of a folder, which no instance has
 MAX_REVISION_BYTES = 128
 MAX_CONFIG_BYTES = 16 << 10  # of JSON, all settings together
 MAX_SETTING_BYTES = 512  # of JSON, the value of one
@@ -95,7 +96,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         config: dotted name -> value of the settings in the model's configuration.
         defaults: of the settings that the configuration's class has filled in, or has under another
             name, too. A setting that only one side knows makes no difference if it is one of these.
-        layout: what the tensors are: `raw` or `processed`.
+        layout: what the tensors are: `raw` or `processed`; of a folder `checkpoint`.
         vllm_version: in the processed layout the version whose post-processing made them; None in
             the raw layout, where the manifest decides.
     """
