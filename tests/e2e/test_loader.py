@@ -26,7 +26,14 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.v1.attention import selector
 
 from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
-from tests.e2e.loading import assert_same, load, make_config, reload_from, worker
+from tests.e2e.loading import (
+    assert_same,
+    load,
+    make_config,
+    not_seen_through,
+    reload_from,
+    worker,
+)
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
@@ -81,8 +88,18 @@ class Seed:
         return make_config(path, MODEL="m", SOURCE=source, **NO_SERVER, **extra)
 
 
+# What vLLM reads and then overwrites: where it makes one layer of two, the scale of the last stays.
+NOT_SEEN = {
+    "w8a8-static": {
+        "model.layers.N.self_attn.q_proj.input_scale",
+        "model.layers.N.self_attn.k_proj.input_scale",
+        "model.layers.N.mlp.gate_proj.input_scale",
+    }
+}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_client_gets_the_model_of_its_source(
+def test_a_client_gets_the_model_of_its_source_and_sees_the_checkpoint_through_it(
     arch: str, models: Path, tmp_path: Path, log: list[str]
 ) -> None:
     seed = Seed(on_disk(models, arch), tmp_path / "rank_")
@@ -92,6 +109,8 @@ def test_a_client_gets_the_model_of_its_source(
     lines = [re.search(r"loaded (.+?) in .+ from (\S+)", line) for line in log]
     (much, disk), (as_much, source) = (line.groups() for line in lines if line)
     assert (much, disk, source.rstrip(",")) == (as_much, "disk", seed.address)
+    gaps = not_seen_through(seed.address, models / f"{arch}-0")
+    assert {re.sub(r"\d+", "N", name) for name in gaps} == NOT_SEEN.get(arch, set())
 
 
 @pytest.fixture(params=["of this processor", "of AMX"])

@@ -10,8 +10,9 @@ list to whoever joins. The protocol, for a target, for a draft, and again for ea
    slow disk does, and a rank that never comes breaks nothing.
 2. Each rank waits for the reports of all, and takes the same decision from them (`decide`):
 
-   - All have what one list says, or all have read the disk, which has one checkpoint: done. The
-     digests of all ranks are the list that this instance hands out.
+   - All have what one list says, or all have read the disk, which has one checkpoint, or all have
+     read the view of one instance: done. The digests of all ranks are the list that this instance
+     hands out.
    - Else the ranks that differ from a list load again, from sources with these very weights. If
      several lists are known, the one that most ranks agree with comes first. A rank that has read
      the disk is compared as well, so it hashes what it has read, if SOURCE names sources at all.
@@ -70,6 +71,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         weights: their digest, if known.
         lists: those of the sources that have these weights: rank -> weights digest.
         failure: why it has no weights.
+        view: digest of the instance whose view of the checkpoint gave the weights; empty: none did.
     """
 
     rank: int
@@ -79,6 +81,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: str | None = None
     lists: Sequence[dict[int, str]] = ()
     failure: str = ""
+    view: str = ""
 
     def __str__(self) -> str:
         if self.failure:
@@ -125,12 +128,14 @@ class Attempt(Generic[T]):
         origin: see `Report`.
         weights: see `Report`.
         lists: see `Report`.
+        view: see `Report`.
     """
 
     result: T
     origin: str = DISK
     weights: str | None = None
     lists: Sequence[RankWeights] = ()
+    view: str = ""
 
 
 @dataclass(frozen=True)
@@ -339,7 +344,10 @@ def decide(
     """
     held = {report.rank: report.weights for report in reports}
     failed = any(report.failure for report in reports)
-    if not failed and (held in lists or all(report.origin == DISK for report in reports)):
+    # One instance's view is one checkpoint.
+    of_one = reports[0].view != "" and len({report.view for report in reports}) == 1
+    from_disk = all(report.origin == DISK for report in reports)
+    if not failed and (held in lists or from_disk or of_one):
         return None
     final = failed and past[-1].last_resort
     if not final:
@@ -386,5 +394,5 @@ def _attempt(
         raise
     lists = [dict(each) for each in mine.lists]
     return mine, msgspec.structs.replace(
-        blank, origin=mine.origin, weights=mine.weights, lists=lists
+        blank, origin=mine.origin, weights=mine.weights, lists=lists, view=mine.view
     )

@@ -1,12 +1,14 @@
 """What differs between vLLM versions, and the vLLM internals that have no public name."""
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
@@ -24,6 +26,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload import meta as layerwise_meta
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -440,6 +443,19 @@ def _is_checkpoint(folder: Path) -> bool:
     return wanted <= files and any(map(_WEIGHTS.fullmatch, files))
 
 
+def read_through(
+    loader: DefaultModelLoader,
+    model: nn.Module,
+    model_config: ModelConfig,
+    weights: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    """Let vLLM's default loader fill a model with an iterator in the place of files' tensors."""
+    other: Any = copy.copy(loader)
+    other.get_all_weights = lambda *_: weights
+    other.counter_before_loading_weights = time.perf_counter()
+    other.load_weights(model, model_config)
+
+
 def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
     """Return the groups of the models that this process loads with NetLoader after a model."""
     if loaded.group != TARGET_GROUP or _draft_of(vllm_config) is None:
@@ -605,6 +621,33 @@ def take_over_load(model: nn.Module, weights: object, fill: Callable[[], set[str
         return fill() if given is weights else load(given)
 
     model.load_weights = load_weights
+
+
+@contextlib.contextmanager
+def load_watched(
+    model: nn.Module,
+    mode: AbstractContextManager[object],
+    watch: Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[tuple[str, torch.Tensor]]],
+) -> Iterator[None]:
+    """Have what a model's `load_weights` is given pass through a function, as long as this lasts.
+
+    Args:
+        model: the model.
+        mode: entered while `load_weights` runs.
+        watch: takes the iterator of names and tensors, and returns the one to load.
+    """
+    load = model.load_weights
+    assert callable(load)
+
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return load(watch(weights), *args, **kwargs)
+
+    model.load_weights = load_weights
+    try:
+        yield
+    finally:
+        del model.load_weights
 
 
 def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

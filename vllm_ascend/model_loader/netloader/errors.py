@@ -1,6 +1,6 @@
 """What can go wrong in NetLoader, one exception type for each meaning."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class NetLoaderError(Exception):
@@ -48,6 +48,10 @@ class ProtocolError(SourceError):
 
 class SourceRefused(SourceError):
     """The source, or this client on seeing what it offers, declined before any transfer."""
+
+
+class OtherPlacement(SourceRefused):
+    """The source has the same weights, and its ranks have other parts of them than those here."""
 
 
 class SourceBusy(SourceError):
@@ -109,7 +113,15 @@ class LayoutUnsupported(NetLoaderError):
 
 
 class LoadFailed(NetLoaderError):
-    """No source gave the whole model; the message has every source's reason."""
+    """No source gave the whole model; the message has every source's reason.
+
+    Attributes:
+        others: addresses of sources that refused as their ranks have other parts of the weights.
+    """
+
+    def __init__(self, message: str, others: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.others = others
 
 
 class ChosenToRead(LoadFailed):

@@ -44,6 +44,8 @@ _VERSION = re.compile(r"[0-9]+(\.[0-9a-z+]+)+")
 # Rotary embeddings of these types are made from the longest position, too.
 _SCALED_BY_LENGTH = ("dynamic", "longrope")
 Settings: TypeAlias = dict[str, Any]
+# Fields that say which part of the weights a rank has, and as what.
+PLACEMENT = {"rank", "tp", "pp", "pcp", "dp", "dp_rank", "ep", "ep_rank", "dtype"}
 _SNAPSHOT = re.compile(rf"(?:.*/)?models--([^/]+)/snapshots/({_COMMIT})/?")
 
 
@@ -118,6 +120,13 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defaults: Settings
     layout: str
     vllm_version: str | None
+
+    def of_checkpoint(self) -> "ModelIdentity":
+        """Return it without what decides which part of a checkpoint a rank has, and as what."""
+        whole = {"rank": 0, "tp": 1, "pp": 1, "pcp": 1, "dp": 1, "dp_rank": 0, "ep": 1}
+        return msgspec.structs.replace(
+            self, **whole, ep_rank=0, dtype="", layout="", vllm_version=None
+        )
 
     def differences(self, other: "ModelIdentity") -> list[tuple[str, Any, Any]]:
         """Return each field that differs, with this side's value and the other's."""

@@ -155,9 +155,10 @@ def elastic_load(
     except RuntimeError as error:
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
     if store is None and target.chosen:
-        raise ChosenToRead("this instance was chosen to read the disk, as no other has the weights")
+        chosen = "this instance was chosen to read the disk, as no other has the weights"
+        raise ChosenToRead(chosen, queue.others())
     if store is None:
-        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources")
+        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources", queue.others())
     loaded = Loaded(store, sessions.shares(), target.lists)
     seconds = time.monotonic() - started
     logger.info(

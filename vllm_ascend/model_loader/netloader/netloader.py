@@ -34,11 +34,13 @@ from .compat import (
     has_checkpoint,
     identity_of,
     instance_of,
+    load_watched,
     meaning_of,
     modules_without_files,
     name_of,
     places_of,
     ranks_of,
+    read_through,
     remember_registrations,
     take_over_load,
     watch,
@@ -68,18 +70,23 @@ from .executor.model.raw import (
     raw_tensors,
     samples_of,
     scalars,
+    viewed_through,
     weights_outside,
     without_doubles,
 )
+from .executor.model.trace import Trace
 from .executor.store import BlockStore
+from .executor.view.offered import Viewed
+from .executor.view.records import Records
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP, Code
 from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
+from .loading.view import Instance, find_instance, load_through_view
 from .serve import Offer, Relay
-from .utils import LOAD_FORMAT, Address, Name, logger, one_line, rate, size
+from .utils import LOAD_FORMAT, Address, Name, logger, one_line, parse_address, rate, size
 
 # Seconds to wait at most for sources that have the weights of the instance's other ranks.
 _WAIT_AGAIN = 30.0
@@ -111,6 +118,10 @@ class _Load:
         loaded_from: where the weights came from.
         weights: their digest, if known.
         lists: see `load.Loaded`.
+        instance: the one whose view of the checkpoint is read in the place of the disk.
+        records: how the weights came from a checkpoint, if that was seen.
+        view: the checkpoint as others see it through the store.
+        why_no_view: why they cannot.
     """
 
     identity: ModelIdentity
@@ -130,6 +141,19 @@ class _Load:
     loaded_from: str = DISK
     weights: str | None = None
     lists: Sequence[RankWeights] = ()
+    instance: Instance | None = None
+    records: Records | None = None
+    view: Viewed | None = None
+    why_no_view: str = Offer.why_no_view
+
+    @contextlib.contextmanager
+    def seeing(self) -> Iterator[None]:
+        """Go without a view of the checkpoint where it cannot be had, whatever the reason."""
+        try:
+            yield
+        except Exception as error:
+            logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
+            self.why_no_view = f"{type(error).__name__}: {one_line(error)}"
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:
@@ -217,32 +241,47 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 start_over()
             failure = "the ranks of this instance had different weights" if order.disk else ""
             reason = "ranks_differ"
+            others: Sequence[str] = ()
             if not failure:
                 load = self._load = self._new_load(identity, model_config, order)
                 try:
                     with default_dtype_kept():
                         model = self._load_from_sources(load, vllm_config, model_config, prefix)
                 except NetLoaderError as error:
-                    if not self._config.fallback or order != AS_CONFIGURED:
+                    others = error.others if isinstance(error, LoadFailed) else ()
+                    if order != AS_CONFIGURED or not (self._config.fallback or others):
                         raise
                     failure, reason = str(error), _reason(error)
-                    if not isinstance(error, ChosenToRead):
-                        logger.warning(
-                            "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
-                            self._worker(),
-                            failure,
-                        )
             # Outside the handler: there the exception would keep the half-filled model alive.
             if failure:
-                metrics.count(metrics.FALLBACKS, reason)
                 start_over()
                 if self._relay is not None:
                     self._relay.announce(Phase.READING)
+            if others:
+                try:
+                    load, model = self._load_through_views(
+                        others, identity, vllm_config, model_config, prefix, start_over
+                    )
+                except LoadFailed as error:
+                    failure = f"{failure}; {error}"
+                    if not self._config.fallback:
+                        raise LoadFailed(failure) from None
+                else:
+                    failure = ""
+            if failure:
+                metrics.count(metrics.FALLBACKS, reason)
+                if reason not in ("chosen", "ranks_differ"):
+                    logger.warning(
+                        "NetLoader rank %d: trying the disk, as no source gave the weights: %s",
+                        self._worker(),
+                        failure,
+                    )
                 load = self._load = replace(self._new_load(identity, model_config), from_disk=True)
                 with default_dtype_kept():
                     model = self._load_from_disk(load, vllm_config, model_config, prefix, failure)
             self._finish(load, model)
-            return Attempt((load, model), load.loaded_from, load.weights, load.lists)
+            view = load.instance.digest if load.instance is not None else ""
+            return Attempt((load, model), load.loaded_from, load.weights, load.lists, view)
 
         with self._listening(identity, model_config, ranks):
             (load, model), agreed = self._together(identity, attempt)
@@ -343,7 +382,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if load.serving or load.hashing:
                 with load.preparing_to_serve():
                     before = before_loading(model, load.device)
-            self._read_disk(load, model, model_config)
+            self._read_disk(load, model, model_config, trace=before is not None and load.serving)
             if before is not None:
                 with load.preparing_to_serve():
                     load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
@@ -486,6 +525,42 @@ class ModelNetLoaderElastic(BaseModelLoader):
         load.store = store if load.serving else None
         return model
 
+    def _load_through_views(
+        self,
+        others: Sequence[str],
+        identity: ModelIdentity,
+        vllm_config: VllmConfig,
+        model_config: ModelConfig,
+        prefix: str,
+        start_over: Callable[[], None],
+    ) -> tuple[_Load, nn.Module]:
+        """Load from the first instance of another placement that has what this rank needs.
+
+        Raises:
+            LoadFailed: there is none; says what is wrong with each.
+        """
+        worker, addresses = self._worker(), [parse_address(other) for other in others]
+        tried: list[Instance] = []
+        reasons: list[str] = []
+        while True:
+            try:
+                instance = find_instance(addresses, identity, self._config, worker, tried)
+            except LoadFailed as error:
+                raise LoadFailed("; ".join([*reasons, str(error)])) from None
+            tried.append(instance)
+            load = replace(
+                self._new_load(identity, model_config), from_disk=True, instance=instance
+            )
+            self._load = load
+            try:
+                with default_dtype_kept(), modules_without_files():
+                    return load, self._follow_vllm(load, vllm_config, model_config, prefix)
+            except Exception as error:  # there is the disk, and it fails in the same way if need be
+                said = "" if isinstance(error, LoadFailed) else f"{type(error).__name__}: "
+                reasons.append(f"{said}{one_line(error)}")
+                logger.warning("NetLoader rank %d: no view of source %s", worker, reasons[-1])
+            start_over()
+
     def _load_from_disk(
         self,
         load: _Load,
@@ -509,8 +584,20 @@ class ModelNetLoaderElastic(BaseModelLoader):
         with defined_memory() if draft else contextlib.nullcontext():
             return super().load_model(vllm_config, model_config, prefix)
 
-    def _read_disk(self, load: _Load, model: nn.Module, model_config: ModelConfig) -> None:
-        """Let vLLM's default loader fill a model, and say so in one line."""
+    def _read_disk(
+        self, load: _Load, model: nn.Module, model_config: ModelConfig, *, trace: bool = False
+    ) -> None:
+        """Let vLLM's default loader fill a model from disk or a view, and say so in one line.
+
+        Args:
+            load: the load.
+            model: the model, still empty.
+            model_config: vLLM's.
+            trace: whether to take note of where the weights come from.
+        """
+        if load.instance is not None:
+            self._read_view(load, load.instance, model, model_config)
+            return
         started = time.monotonic()
         try:
             named, required = raw_tensors(model)
@@ -519,7 +606,14 @@ class ModelNetLoaderElastic(BaseModelLoader):
             required = {*named}
         tensors = {named[name].data_ptr(): named[name] for name in required}
         with metrics.load_from(metrics.DISK):
-            self._disk.load_weights(model, model_config)
+            if trace:
+                seen = Trace()
+                with load_watched(model, seen, seen.watch):
+                    self._disk.load_weights(model, model_config)
+                with load.seeing():
+                    load.records = seen.records(model)
+            else:
+                self._disk.load_weights(model, model_config)
         seconds = time.monotonic() - started
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         logger.info(
@@ -530,6 +624,24 @@ class ModelNetLoaderElastic(BaseModelLoader):
             seconds,
             rate(nbytes, seconds),
         )
+
+    def _read_view(
+        self, load: _Load, instance: Instance, model: nn.Module, model_config: ModelConfig
+    ) -> None:
+        """Let vLLM's default loader fill a model with what an instance's ranks have."""
+        if outside := sorted(weights_outside(model)):
+            raise LoadFailed(f"{outside[0]} is not loaded like the model's other weights")
+        with metrics.load_from(metrics.PEERS):
+            load.records = load_through_view(
+                instance,
+                model,
+                model.load_weights,
+                partial(read_through, self._disk, model, model_config),
+                load.identity,
+                self._config,
+                load.worker,
+            )
+        load.loaded_from = str(instance)
 
     def _pull(
         self,
@@ -569,7 +681,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
-            raise LoadFailed("; ".join((*malformed, str(error)))) from None
+            raise LoadFailed("; ".join((*malformed, str(error))), error.others) from None
         load.loaded_from, load.lists = loaded.sources, loaded.lists
         store = loaded.store
         if load.serving and not self._config.verify:
@@ -590,13 +702,20 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}
                 load.store = after_processing(load.store, load.copies, used)
+                if load.records is not None:
+                    with load.seeing():
+                        load.view = viewed_through(load.store, load.records)
         if load.store is not None:
             load.weights = load.store.digests.weights
 
     def _compare_with_pin(self, load: _Load, agreed: RankWeights) -> None:
         """Warn if the disk has other weights than those that may come from sources."""
         pinned = self._config.weights_digest
-        if load.weights is None or is_one_of(pinned, load.weights, agreed):
+        if (
+            load.weights is None
+            or load.instance is not None
+            or is_one_of(pinned, load.weights, agreed)
+        ):
             return
         logger.warning(
             "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
@@ -635,6 +754,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
             present,
             ranks.endpoints,
             folder=folder_of(model_config),
+            view=load.view if store is not None else None,
+            why_no_view=load.why_no_view,
         )
         watched = watch(vllm_config, model, registry.changing, registry.processing)
         if known is not None:

@@ -321,6 +321,8 @@ def _renew(
         identity = msgspec.structs.replace(identity, revision=Revision())
         source = before.source or change
     offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
+    if now.digests.weights != store.digests.weights or now.tensors is not store.tensors:
+        offer = replace(offer, view=None, why_no_view=f"the weights are others since {change}")
     _offered[model] = replace(before, offer=offer, source="")
     known.publish(now.digests.weights)
     epoch = server.offer(offer)

@@ -13,12 +13,13 @@ import msgspec
 from . import metrics, model_files
 from .config import NetLoaderConfig, Transport
 from .credentials import is_loopback
-from .errors import Gone, Preparing, SourceBusy, Withdrawn
+from .errors import Gone, Preparing, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
 from .executor.rate_limiter import RateLimiter
 from .executor.scheduler import FirstCopy
 from .executor.store import BlockStore
+from .executor.view.offered import Viewed
 from .identity import ModelIdentity
 from .interaction import api
 from .interaction.api import Bytes, Code, Done, Endpoint, Feed, Join, Joined, Peer, Refusal
@@ -71,6 +72,8 @@ class Offer:
         code: what a client is refused with that asks for what is not to be had.
         phase: how far its load is.
         can_read: whether this instance would read its disk for others; see `cold_start`.
+        view: the checkpoint as it is seen through the weights; None: it cannot be seen.
+        why_no_view: why not.
     """
 
     identity: ModelIdentity
@@ -84,6 +87,8 @@ class Offer:
     code: Code = Code.CANNOT_SERVE
     phase: Phase = Phase.LOADING
     can_read: bool = False
+    view: Viewed | None = None
+    why_no_view: str = "they did not come from a checkpoint here"
 
     def instance(self) -> dict[int, str]:
         """Return the weights digests of the instance's ranks, as far as they are known now."""
@@ -281,7 +286,7 @@ class WeightServer:
                 raise Refusal(Code.LOADING, "the weights are being loaded")
             if offer is None:
                 raise Refusal(Code.NO_MODEL, f"there is no model of group {group!r} here")
-            if differ := api.differences(join.identity, offer.identity):
+            if differ := _differences(join, offer):
                 raise Refusal(Code.OTHER_MODEL, "the models differ", differences=differ)
             if offer.store is None:
                 # Who loads from others has what these have in a moment.
@@ -292,6 +297,8 @@ class WeightServer:
             known = offer.store.digests.weights
             if join.weights not in (None, known):
                 raise Refusal(Code.OTHER_WEIGHTS, f"the weights digest is {known}")
+            if join.view:
+                _view_of(offer)
             with self._lock:
                 if join.peer is not None:
                     self._check_children(session, offer.store)
@@ -314,7 +321,7 @@ class WeightServer:
             offer.store.complete,
             ranks=offer.instance(),
         )
-        if join.weights == known:
+        if join.weights == known or join.view:
             return joined
         return msgspec.structs.replace(
             joined,
@@ -337,11 +344,46 @@ class WeightServer:
             raise Refusal(Code.ASK_OTHERS, f"others have got blocks {run} from here")
         return Bytes(store.blocks.size_of(run), self._pieces(served, run))
 
+    def records(self, session: Session, weights: str) -> bytes:
+        """Return which box of which checkpoint tensor is where in the parameters."""
+        return self._view(session, weights)[1].records
+
+    def regions(self, session: Session, weights: str, regions: list[api.Region]) -> Bytes:
+        """Return the elements of regions, and their digest."""
+        served, view = self._view(session, weights)
+        try:
+            nbytes = view.nbytes_of(regions)
+        except ProtocolError as error:
+            raise Refusal(Code.OUT_OF_RANGE, shortened(str(error), 500)) from None
+        if nbytes > api.MAX_GATHERED:
+            over = f"the regions have {nbytes} bytes; allowed: {api.MAX_GATHERED} in one request"
+            raise Refusal(Code.OUT_OF_RANGE, over)
+
+        def gathered() -> Generator[list[Buffer], None, None]:
+            with as_refusals():
+                buffers = served.gathered(view, regions, nbytes)
+            yield buffers
+
+        return Bytes(nbytes + api.REGIONS_DIGEST, gathered())
+
+    def _view(self, session: Session, weights: str) -> tuple[Served, Viewed]:
+        """Return what a session gets, and the view of a weights digest."""
+        with self._lock:
+            store = self._store(weights, session)
+            offers = [offer for offer in self._offers.values() if offer.store is store]
+            view = _view_of(offers[0]) if offers else None
+            served = self._session(session, store)
+        if view is None:
+            with as_refusals():
+                store.check(Run(0, 0))  # says why it has been withdrawn
+            raise Refusal(Code.CHANGED, "these weights are not served here any more")
+        return served, view
+
     def others(self, join: Join) -> tuple[str, list[Peer], Mapping[int, str]] | None:
         """Return the digest of what a client wants, whom else to ask, and what goes with it."""
         with self._lock:
             offer = self._offers.get(join.identity.group)
-        if offer is None or offer.store is None or api.differences(join.identity, offer.identity):
+        if offer is None or offer.store is None or _differences(join, offer):
             return None
         weights = offer.store.digests.weights
         if join.peer is not None:  # it will have what others want, soon
@@ -510,7 +552,7 @@ class WeightServer:
             offer = self._offers.get(group)
             if offer is None or (offer.store is None and offer.code is Code.CANNOT_SERVE):
                 return None
-            self._offers[group] = replace(offer, store=None, code=code, reason=reason)
+            self._offers[group] = replace(offer, store=None, view=None, code=code, reason=reason)
             _show(self._offers[group])
             self._count_places()
         if offer.store is not None:
@@ -752,6 +794,23 @@ def _is_local(address: Address) -> bool:
     except ValueError:
         return address.host == "localhost"
     return ip.is_loopback or ip.is_link_local
+
+
+def _differences(join: Join, offer: Offer) -> list[api.Difference]:
+    return api.differences(join.identity, offer.identity, view=join.view)
+
+
+def _view_of(offer: Offer) -> Viewed:
+    """Return the view that an offer has.
+
+    Raises:
+        Refusal: it has none; says why.
+    """
+    if offer.view is not None:
+        return offer.view
+    if offer.store is not None and not offer.store.complete:
+        raise Refusal(Code.LOADING, "the weights are being loaded")
+    raise Refusal(Code.NO_VIEW, f"there are no records of these weights: {offer.why_no_view}")
 
 
 def _show(offer: Offer) -> None:

@@ -3,19 +3,25 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
+import torch
+import xxhash
+
+from . import metrics
 from .config import NetLoaderConfig
 from .errors import Gone, NotHere, Preparing, ProtocolError, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.devices import Accelerator
 from .executor.elastic_load import P2PSend
+from .executor.memory import host_view
 from .executor.rate_limiter import RateLimiter
 from .executor.store import BlockStore
 from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
 from .executor.transport.http import HttpSender
 from .executor.transport.rendezvous import Mailbox
+from .executor.view.offered import Viewed
 from .interaction import api
 from .interaction.api import Code, Peer, Refusal
 from .interaction.elastic import Session
@@ -45,17 +51,43 @@ class Served:
         self._views: list[Buffer] = []
         self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter)
         self._group: P2PSend | None = None
+        self._limiter = limiter
+        self._gathered = 0
+        self._staging: torch.Tensor | None = None
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of blocks that were sent, by any transport."""
-        return self._http.bytes_sent + (self._group.bytes_sent if self._group else 0)
+        """Bytes of blocks and regions that were sent, by any transport."""
+        sent = self._http.bytes_sent + self._gathered
+        return sent + (self._group.bytes_sent if self._group else 0)
 
     def views(self, run: Run) -> list[Buffer]:
         """Return the memory of a run that goes out over HTTP."""
         self._views.clear()
         self._http.send(run)
         return [*self._views]
+
+    def gathered(self, view: Viewed, regions: Sequence[api.Region], nbytes: int) -> list[Buffer]:
+        """Return the elements of regions, and their digest, as they go out over HTTP.
+
+        Raises:
+            Withdrawn: the weights are not to be had any more.
+        """
+        store, accelerator = self.store, self.store.device.accelerator
+        self._limiter.wait(nbytes, store.withdrawn)
+        with store.device.attached(), store.reading(Run(0, store.blocks.count - 1)):
+            if self._staging is None or self._staging.numel() < nbytes:
+                empty = accelerator.empty_host if accelerator is not None else _empty
+                self._staging = empty(nbytes)
+            host = self._staging[:nbytes]
+            message = host if accelerator is None else accelerator.empty(nbytes)
+            view.gather(regions, message)
+            if message is not host:
+                host.copy_(message)
+        elements = host_view(host)
+        self._gathered += nbytes
+        metrics.count(metrics.SENT_BYTES, "serving", by=nbytes)
+        return [elements, memoryview(xxhash.xxh3_128_digest(elements))]
 
     def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
         """Return what sends through a group."""
@@ -209,6 +241,10 @@ class ServedGroup:
             self._sender = GroupSender(group, self._served.store, self._accelerator)
             self._send = self._served.through(self._sender, self._limiter)
         return self._send
+
+
+def _empty(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @contextlib.contextmanager

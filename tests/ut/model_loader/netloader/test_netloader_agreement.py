@@ -197,6 +197,25 @@ def test_a_rank_with_other_weights_tries_the_sources_of_the_list_again(log):
     )
 
 
+def through(view, rank):
+    return lambda order: (
+        Attempt("disk", weights=digest("d", rank))
+        if order.disk
+        else Attempt("view", "10.0.0.1:1", digest("n", rank), view=view)
+    )
+
+
+def test_ranks_that_read_the_view_of_one_instance_have_weights_that_belong_together():
+    first, second = together([through("instance:a", 0), through("instance:a", 1)], fallback=False)
+    assert first == second == ("view", list_of("n"))
+
+
+@pytest.mark.parametrize("views", [("instance:a", "instance:b"), ("instance:a", "")])
+def test_ranks_that_read_the_views_of_two_instances_read_the_disk(views):
+    loads = [through(view, rank) for rank, view in enumerate(views)]
+    assert [loaded for loaded, _ in together(loads)] == ["disk", "disk"]
+
+
 def test_without_such_a_source_the_ranks_from_peers_read_the_disk():
     told = list_of("a")
     gone = Source("a", 0, told)

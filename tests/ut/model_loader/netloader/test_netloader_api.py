@@ -19,6 +19,9 @@ SAID = [
     api.Named([PEER]),
     api.Join(IDENTITY, DIGEST, PEER),
     api.Join(IDENTITY),
+    api.Join(IDENTITY, view=True),
+    api.Region(0, 7, [3, 2], [4, 1]),
+    api.Regions([api.Region(0, 7, [], [])]),
     api.Joined(
         *(DIGEST, 3, "instance", Revision("v1", True), [PEER], False),
         *(msgspec.Raw(b'{"a":1}'), bytes(32)),

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from tests.identity import identity
 from tests.name_server import name_server, resolver_at
 from vllm_ascend.model_loader.netloader.errors import (
+    OtherPlacement,
     SourceBusy,
     SourceLost,
     SourceRefused,
@@ -113,6 +114,13 @@ def test_a_name_has_an_instance_at_each_of_its_addresses(stack, zone):
     assert {address for address, _ in found} == {one.address(0), other.address(0)}
     [(address, problem)] = problems.items()
     assert address == f"127.0.0.4:{port}" and isinstance(problem, SourceUnreachable)
+
+
+def test_an_instance_without_this_rank_may_have_its_weights_in_other_parts(stack):
+    instance = Instance(stack, ranks=1)
+    for who, kind in (({"tp": 2}, OtherPlacement), ({"tp": 2, "model": "b"}, SourceRefused)):
+        found, problems = look_up(str(instance.address(0)), rank=1, **who)
+        assert not found and [type(problem) for problem in problems.values()] == [kind]
 
 
 def test_an_endpoint_is_asked_at_the_host_that_was_reached_if_it_is_the_same_one(stack):

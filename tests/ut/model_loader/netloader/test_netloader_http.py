@@ -14,6 +14,7 @@ import time
 import msgspec
 import psutil
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceLost,
     SourceRefused,
     SourceUnreachable,
+    TransferCorrupt,
 )
 from vllm_ascend.model_loader.netloader.interaction import api, server
 from vllm_ascend.model_loader.netloader.interaction.api import (
@@ -139,6 +141,15 @@ class Service:
 
     def peers_of(self, weights):
         return self.peers
+
+    def records(self, session, weights):
+        return CONTENT[: 1 << 20]
+
+    def regions(self, session, weights, regions):
+        self.regions_asked = regions
+        data = b"".join(CONTENT[one.offset : one.offset + one.size[0]] for one in regions)
+        digest = xxhash.xxh3_128_digest(data)
+        return Bytes(len(data) + len(digest), self.made(data + digest))
 
     def open_group(self, session, weights):
         self.groups.append(Group())
@@ -662,6 +673,57 @@ def test_a_client_may_ask_whether_blocks_are_what_their_digests_say(source):
         assert changed.value.code == "changed"
         with pytest.raises(SourceRefused, match="out_of_range: block 2 comes after block 1"):
             client.check(DIGEST, 2, 1)
+
+
+def some_regions(count=3):
+    return [api.Region(0, 100 * number, [90], [1]) for number in range(count)]
+
+
+def test_records_and_the_elements_of_regions_come_as_they_were(source):
+    into = bytearray(270)
+    with source.client() as client:
+        joined = client.join(Join(IDENTITY, view=True))
+        assert client.records(joined.weights) == CONTENT[: 1 << 20]
+        client.regions(joined.weights, some_regions(), memoryview(into))
+        assert source.server.sessions == 1
+    assert into == b"".join(CONTENT[at : at + 90] for at in (0, 100, 200))
+    assert source.service.regions_asked == some_regions()
+
+
+def test_regions_that_came_wrong_are_noticed_and_the_connection_goes_on(source):
+    into = memoryview(bytearray(270))
+    with source.client() as client:
+        source.service.chunks = lambda data: [[b"\xff" + data[1:]]]
+        with pytest.raises(TransferCorrupt, match="3 regions came with wrong bytes"):
+            client.regions(DIGEST, some_regions(), into)
+        source.service.chunks = lambda data: [[data]]
+        client.regions(DIGEST, some_regions(), into)
+
+
+def test_regions_of_another_size_than_wanted_are_refused_before_anything_is_read(source):
+    into = bytearray(271)
+    with source.client() as client, pytest.raises(ProtocolError, match="sends 286 bytes where"):
+        client.regions(DIGEST, some_regions(), memoryview(into))
+    assert into == bytes(271)
+
+
+def test_as_many_regions_may_be_asked_for_as_is_allowed_and_no_more(source):
+    large = [api.Region(2**20, 2**50, [2**20] * 9, [2**50] * 9)] * api.MAX_REGIONS
+    too_large = pytest.raises(SourceRefused, match="too_large: the body has over 1048576 bytes")
+    with source.client() as client, too_large:
+        client.regions(DIGEST, large, memoryview(bytearray(1)))
+    with source.client() as client:
+        into = memoryview(bytearray(90 * api.MAX_REGIONS))
+        client.regions(DIGEST, some_regions(1) * api.MAX_REGIONS, into)
+        for regions in (some_regions(1) * (api.MAX_REGIONS + 1), []):
+            with pytest.raises(SourceRefused, match="the body is not a valid Regions"):
+                client.regions(DIGEST, regions, into)
+
+
+def test_records_over_the_limit_are_not_read(source, monkeypatch):
+    monkeypatch.setattr(api, "MAX_RECORDS", (1 << 20) - 1)
+    with source.client() as client, pytest.raises(ProtocolError, match="records of 1048576 bytes"):
+        client.records(DIGEST)
 
 
 def test_a_run_that_others_are_to_be_asked_for_is_not_sent(source):

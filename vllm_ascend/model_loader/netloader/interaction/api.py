@@ -31,6 +31,13 @@ which blocks have come to it::
 
 When sending through a group fails, the source says why in an answer that nobody has asked for, and
 closes the connection. When sending an answer's body fails, it closes the connection in the body.
+
+A client that is cut in another way joins for a view, and gets elements of the source's parameters::
+
+      GET /netloader/v1/weights/DIGEST/records  ->
+                                             <-  which box of which checkpoint tensor is where
+      POST /netloader/v1/weights/DIGEST/regions  ->
+                                             <-  the elements of regions, and a digest of them
 """
 
 import re
@@ -61,6 +68,11 @@ MAX_HEAD = 32 << 10  # of a request or an answer: its first line and its headers
 MAX_BODY = 64 << 10  # of a request or an answer, except
 MAX_JOINED = 64 << 20  # the answer to a join
 MAX_STATUS = 4 << 20  # the answer to a status request
+MAX_REGIONS_BODY = 1 << 20  # a request for regions
+MAX_RECORDS = 64 << 20  # records as they travel
+MAX_GATHERED = 32 << 20  # elements in the answer to a request for regions
+MAX_REGIONS = 4096  # in one request
+MAX_DIMENSIONS = 16  # of a region
 MAX_GROUPS = 4  # of one connection
 MAX_DIFFERENCES = 20  # between two identities that an answer names
 MAX_EXCHANGE_SECONDS = 1.0  # that the source waits for something new in a group's store
@@ -72,6 +84,7 @@ MAX_FILE = 64 << 20  # a file beside the weights
 MAX_FILES = 128  # files beside the weights, of one model
 MAX_CELLS = 512  # of a map of blocks
 MAX_INSTANCE = 64  # characters of what names its process
+REGIONS_DIGEST = 16  # bytes of XXH3 after the elements of regions, of all of these
 _MOST_RANKS = 512  # in the body of an answer that is not 200
 
 LOOKED = "only looked"  # the reason of a client that wanted no weights
@@ -83,6 +96,8 @@ BLOCKS = "/netloader/v1/weights/{digest}/blocks/{first}-{last}"
 CHECK = "/netloader/v1/weights/{digest}/blocks/{first}-{last}/check"
 HAVE = "/netloader/v1/weights/{digest}/have?since={since}&wait={wait}"
 PEERS = "/netloader/v1/weights/{digest}/peers"
+RECORDS = "/netloader/v1/weights/{digest}/records"
+REGIONS = "/netloader/v1/weights/{digest}/regions"
 GROUPS = "/netloader/v1/groups"
 STORE = "/netloader/v1/groups/{id}/store"
 SEND = "/netloader/v1/groups/{id}/send"
@@ -99,6 +114,8 @@ METHODS = {
     CHECK: "POST",
     HAVE: "GET",
     PEERS: "GET",
+    RECORDS: "GET",
+    REGIONS: "POST",
     GROUPS: "POST",
     STORE: "POST",
     SEND: "POST",
@@ -150,6 +167,7 @@ class Code(Enum):
     UNAUTHORIZED = "unauthorized", 401, SourceRefused, "the client may not ask this"
     NOT_FOUND = "not_found", 404, SourceRefused, "there is no such path, group of ranks or file"
     NO_MODEL = "no_model", 404, SourceRefused, "this instance has no such model"
+    NO_VIEW = "no_view", 404, SourceRefused, "this instance has no records of these weights"
     NOT_HERE = "not_here", 404, BlocksNotHere, "these blocks have not come to this instance yet"
     ASK_OTHERS = "ask_others", 404, AskOthers, "others have got these blocks from here"
     METHOD_NOT_ALLOWED = "method_not_allowed", 405, SourceRefused, "the path has another method"
@@ -162,7 +180,7 @@ class Code(Enum):
     LENGTH_REQUIRED = "length_required", 411, SourceRefused, "the body has no Content-Length"
     TOO_LARGE = "too_large", 413, SourceRefused, "the body is too large"
     URI_TOO_LONG = "uri_too_long", 414, SourceRefused, "the path is too long"
-    OUT_OF_RANGE = "out_of_range", 416, SourceRefused, "there are no blocks of these numbers"
+    OUT_OF_RANGE = "out_of_range", 416, SourceRefused, "there are no such blocks or regions"
     HEADERS = "headers", 431, SourceRefused, "the headers are too large"
     INTERNAL = "internal", 500, SourceLost, "the source failed, and its log has the error"
     TRANSFER_FAILED = "transfer_failed", 500, SourceLost, "the blocks could not be sent"
@@ -182,6 +200,7 @@ class Code(Enum):
 CODES = {code.text: code for code in Code}
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 ShortText: TypeAlias = Annotated[str, msgspec.Meta(max_length=4096)]
 PeerAddress: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS)]
 Instance: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_INSTANCE)]
@@ -219,11 +238,13 @@ class Join(msgspec.Struct, frozen=True, omit_defaults=True):
         identity: what has to be equal on both sides.
         weights: the weights that the client has manifest and block digests of already.
         peer: where the client itself passes on what it gets; None: nowhere.
+        view: whether it wants records and regions only, so that it may be cut in another way.
     """
 
     identity: ModelIdentity
     weights: WeightsDigest | None = None
     peer: Peer | None = None
+    view: bool = False
 
 
 class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -236,7 +257,8 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
         revision: which revision of the model they are.
         peers: others that have or get the same weights.
         complete: whether all blocks are here already.
-        manifest: passed on unread; left out where the client named these weights.
+        manifest: passed on unread; left out where the client named these weights, or joins for a
+            view.
         blocks: the digests of all blocks, 16 bytes each, in base64; left out like the manifest.
         ranks: the weights digests of the instance's ranks, by global rank, as far as known.
     """
@@ -250,6 +272,28 @@ class Joined(msgspec.Struct, frozen=True, omit_defaults=True):
     manifest: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     blocks: bytes | msgspec.UnsetType = msgspec.UNSET
     ranks: RankWeights = {}
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """Elements of a parameter that a source's records name.
+
+    Attributes:
+        parameter: its number in the records.
+        offset: the first element, counted from the parameter's first one in memory.
+        size: number of elements, for each dimension.
+        stride: steps in the parameter's memory, in elements, for each dimension.
+    """
+
+    parameter: Count
+    offset: Count
+    size: Annotated[list[Positive], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    stride: Annotated[list[Count], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+
+
+class Regions(msgspec.Struct, frozen=True):
+    """The client wants the elements of regions, one after the other."""
+
+    regions: Annotated[list[Region], msgspec.Meta(min_length=1, max_length=MAX_REGIONS)]
 
 
 class OpenGroup(msgspec.Struct, frozen=True):
@@ -536,7 +580,7 @@ class Refusal(NetLoaderError):
 
 @dataclass(frozen=True)
 class Bytes:
-    """The bytes of a run of blocks on their way out.
+    """The bytes of a run of blocks, or of regions, on their way out.
 
     Attributes:
         nbytes: how many there are.
@@ -547,8 +591,18 @@ class Bytes:
     chunks: Generator[list[Buffer], None, None]
 
 
-def differences(client: ModelIdentity, source: ModelIdentity) -> list[Difference]:
-    """Return the first fields in which a client's and a source's identity differ."""
+def differences(
+    client: ModelIdentity, source: ModelIdentity, *, view: bool = False
+) -> list[Difference]:
+    """Return the first fields in which a client's and a source's identity differ.
+
+    Args:
+        client: the client's.
+        source: the source's.
+        view: whether only those count that decide what the checkpoint is.
+    """
+    if view:
+        client, source = client.of_checkpoint(), source.of_checkpoint()
     return [
         Difference(shortened(field, 200), shortened(repr(ours), 200), shortened(repr(theirs), 200))
         for field, ours, theirs in client.differences(source)[:MAX_DIFFERENCES]

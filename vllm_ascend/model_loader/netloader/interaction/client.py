@@ -13,9 +13,11 @@ from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
 import msgspec
+import xxhash
 
 from ..credentials import Credentials
 from ..errors import (
+    OtherPlacement,
     ProtocolError,
     SourceBusy,
     SourceError,
@@ -23,7 +25,9 @@ from ..errors import (
     SourceRefused,
     SourceSilent,
     SourceUnreachable,
+    TransferCorrupt,
 )
+from ..identity import PLACEMENT
 from ..utils import Address, Buffer, Patience, shortened, within
 from . import api
 from .api import Done, Join, Joined, Refusal, Status
@@ -177,7 +181,7 @@ class ElasticClient:
         path = api.JOIN.format(group=join.identity.group)
         joined = self._ask(path, join, Joined, self._handshake, api.MAX_JOINED)
         left_out = joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET
-        if left_out and joined.weights != join.weights:
+        if left_out and joined.weights != join.weights and not join.view:
             raise self._lied("the answer to a join has no manifest or no digests of blocks")
         return joined
 
@@ -238,6 +242,49 @@ class ElasticClient:
             SourceError: see the class.
         """
         return self._ask(api.PEERS.format(digest=weights), None, api.Named, self._handshake).peers
+
+    def records(self, weights: str) -> bytes:
+        """Ask which box of which checkpoint tensor is where in the source's parameters.
+
+        Raises:
+            SourceError: see the class.
+        """
+        seconds = self._handshake + api.MAX_RECORDS / _LEAST_RATE
+        with self.ended_after(seconds), self._failures():
+            path = api.RECORDS.format(digest=weights)
+            answer = self._open("GET", path, b"", self._progress)
+            if answer.length is None or answer.length > api.MAX_RECORDS:
+                limit = f"over the limit of {api.MAX_RECORDS}"
+                raise self._lied(f"sends records of {answer.length} bytes, {limit}")
+            content = bytearray(answer.length)
+            self._wire.receive([memoryview(content)])
+            self._close_after(answer)
+        return bytes(content)
+
+    def regions(self, weights: str, regions: Sequence[api.Region], into: Buffer) -> None:
+        """Read elements of the source's parameters into memory.
+
+        Args:
+            weights: digest of the weights.
+            regions: which elements.
+            into: where they go, one region after the other; exactly as many bytes as they have.
+
+        Raises:
+            TransferCorrupt: they are not what their digest says; what `into` has is anything.
+            SourceError: see the class; the same.
+        """
+        body = msgspec.json.encode(api.Regions([*regions]))
+        digest, wanted = bytearray(api.REGIONS_DIGEST), len(into)
+        with self._failures():
+            path = api.REGIONS.format(digest=weights)
+            answer = self._open("POST", path, body, self._progress)
+            if answer.length != wanted + len(digest):
+                said = f"sends {answer.length} bytes where regions and their digest have"
+                raise self._lied(f"{said} {wanted + len(digest)}")
+            self._wire.receive([into, memoryview(digest)])
+            self._close_after(answer)
+        if xxhash.xxh3_128_digest(into) != digest:
+            raise TransferCorrupt(f"{self.address}: {len(regions)} regions came with wrong bytes")
 
     def open_group(self, weights: str) -> "GroupControl":
         """Let the source begin to form a two-rank group for blocks of these weights."""
@@ -422,6 +469,9 @@ class ElasticClient:
         self._close_after(answer)
         later = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
         kind = code.error if code else SourceBusy if later else SourceRefused
+        fields = {one.field for one in problem.differences}
+        if fields and fields <= PLACEMENT:
+            kind = OtherPlacement
         differ = [
             f"{shortened(one.field, 200)} is {shortened(one.client, 200)} here "
             f"and {shortened(one.source, 200)} there"

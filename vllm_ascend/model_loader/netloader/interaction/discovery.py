@@ -18,6 +18,7 @@ import psutil
 
 from ..credentials import Credentials
 from ..errors import (
+    OtherPlacement,
     SourceBusy,
     SourceError,
     SourceLost,
@@ -25,7 +26,7 @@ from ..errors import (
     SourceSilent,
     SourceUnreachable,
 )
-from ..identity import ModelIdentity
+from ..identity import PLACEMENT, ModelIdentity
 from ..utils import (
     Address,
     Lookup,
@@ -265,6 +266,10 @@ class Discovery:
             if one.field not in _OF_RANK
         ]
 
+    def _is_cut_otherwise(self, model: ModelStatus) -> bool:
+        differ = api.differences(self._identity, model.identity)
+        return {one.field for one in differ} <= PLACEMENT
+
     def _endpoint(self, asked: Address, place: _Place, status: Status) -> _Found:
         """Return where this rank listens in the instance that has answered.
 
@@ -283,27 +288,16 @@ class Discovery:
         if there is None:
             differ = self._differences(model)
             if differ and same_group:
-                raise SourceRefused(f"{asked}: the models differ: {'; '.join(differ)}")
+                kind = OtherPlacement if self._is_cut_otherwise(model) else SourceRefused
+                raise kind(f"{asked}: the models differ: {'; '.join(differ)}")
             raise SourceBusy(f"{asked}: does not know yet where its rank {identity.rank} listens")
         other = there.instance != self._own.process
         if same_group and other and not has_weights(model.state) and not self._differences(model):
             reading = model.state == Phase.READING.value
             does = "reads the weights from disk" if reading else "has no weights either"
             raise SourceBusy(f"{asked}: {does}")
-        own = model.endpoints.get(model.identity.rank)
-        elsewhere = place.elsewhere
-        try:
-            address = parse_address(there.address)
-            if there.instance == status.instance:
-                # It was reached as the name says; as it calls itself it need not be.
-                address = asked
-            elif own is not None and parse_address(own.address).host == address.host:
-                address = Address(asked.host, address.port)
-            else:
-                ipaddress.ip_address(address.host)  # no name that somebody else has chosen
-                elsewhere = not _is_local(address.host)
-        except ValueError as error:
-            raise SourceRefused(f"{asked}: {shortened(str(error), 300)}") from None
+        address = reached_at(asked, status, model, identity.rank)
+        elsewhere = place.elsewhere if address.host == asked.host else not _is_local(address.host)
         load = status.places_taken / max(1, status.places)
         later = model.state != "serving"
         return _Found(place.priority, elsewhere, later, load, place.turn, address, there.instance)
@@ -316,6 +310,32 @@ class Discovery:
         drawn = _hash(f"{self._own.process} {address}") / 2**64
         # A weight of 0 is to have a very small chance.
         return -math.log1p(-drawn) / (weight or 0.001)
+
+
+def reached_at(asked: Address, status: Status, model: ModelStatus, rank: int) -> Address:
+    """Return where a rank of an instance is to be reached, one of which has answered.
+
+    Args:
+        asked: where it has answered.
+        status: what it has answered.
+        model: one of its models.
+        rank: one of the model's endpoints.
+
+    Raises:
+        SourceRefused: it does not give an address.
+    """
+    there, own = model.endpoints[rank], model.endpoints.get(model.identity.rank)
+    try:
+        address = parse_address(there.address)
+        if there.instance == status.instance:
+            # It was reached as the name says; as it calls itself it need not be.
+            return asked
+        if own is not None and parse_address(own.address).host == address.host:
+            return Address(asked.host, address.port)
+        ipaddress.ip_address(address.host)  # no name that somebody else has chosen
+    except ValueError as error:
+        raise SourceRefused(f"{asked}: {shortened(str(error), 300)}") from None
+    return address
 
 
 def addresses_of(name: Name, seconds: float) -> list[Address]:

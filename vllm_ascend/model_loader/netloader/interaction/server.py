@@ -133,6 +133,12 @@ class Service(Protocol):
     def peers_of(self, weights: str) -> list[api.Peer]:
         """Return who else gets or has these weights."""
 
+    def records(self, session: Session, weights: str) -> bytes:
+        """Return which box of which checkpoint tensor is where."""
+
+    def regions(self, session: Session, weights: str, regions: list[api.Region]) -> Bytes:
+        """Return the elements of regions, and their digest."""
+
     def check(self, session: Session, weights: str, first: int, last: int) -> None:
         """Compare blocks that a client has got wrong with their digests."""
 
@@ -466,8 +472,10 @@ class _Handler(BaseHTTPRequestHandler):
         if len(lengths) > 1 or not re.fullmatch("[0-9]{1,20}", lengths[0]):
             raise Refusal(Code.BAD_REQUEST, "Content-Length is not one number")
         length = int(lengths[0])
-        if length > api.MAX_BODY:
-            raise Refusal(Code.TOO_LARGE, f"the body has over {api.MAX_BODY} bytes")
+        large = self._wire.trusted and self.path.endswith("/regions")
+        limit = api.MAX_REGIONS_BODY if large else api.MAX_BODY
+        if length > limit:
+            raise Refusal(Code.TOO_LARGE, f"the body has over {limit} bytes")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self._wire.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
         self._wire.budget = length
@@ -527,6 +535,10 @@ class _Handler(BaseHTTPRequestHandler):
         with self._place():
             run = self._server.service.blocks(self._session, digest, int(first), int(last))
             views = next(run.chunks, None)
+        self._send_bytes(run, views, f"blocks {first} to {last}")
+
+    def _send_bytes(self, run: Bytes, views: list[Buffer] | None, what: str) -> None:
+        """Send bytes, of which the first have been made already."""
         head: list[Buffer | bytes] = [self._head(HTTPStatus.OK, _BYTES, run.nbytes)]
         left = run.nbytes
         try:
@@ -537,10 +549,10 @@ class _Handler(BaseHTTPRequestHandler):
                     with self._calls():
                         views = next(run.chunks, None)
         except Refusal as refusal:
-            why = f"stopped within blocks {first} to {last}: {refusal}"
+            why = f"stopped within {what}: {refusal}"
             raise ConnectionAbortedError(why) from None
         if left or views is not None:
-            raise RuntimeError(f"blocks {first} to {last} do not have {run.nbytes} bytes")
+            raise RuntimeError(f"{what} do not have {run.nbytes} bytes")
         if head:
             self._wire.send(head)
 
@@ -551,6 +563,18 @@ class _Handler(BaseHTTPRequestHandler):
         with self._calls():
             self._server.service.check(self._session, digest, int(first), int(last))
         self._say(api.Noted())
+
+    def _records(self, body: bytes, digest: str) -> None:
+        with self._place():
+            records = self._server.service.records(self._session, digest)
+        self._reply(HTTPStatus.OK, _BYTES, records)
+
+    def _regions(self, body: bytes, digest: str) -> None:
+        wanted = api.decode(body, api.Regions).regions
+        with self._place():
+            regions = self._server.service.regions(self._session, digest, wanted)
+            views = next(regions.chunks, None)
+        self._send_bytes(regions, views, "regions")
 
     def _open_group(self, body: bytes) -> None:
         weights = api.decode(body, api.OpenGroup).weights
@@ -700,6 +724,8 @@ _ANSWERS: dict[str, Callable[..., None]] = {
     api.CHECK: _Handler._check,
     api.HAVE: _Handler._have,
     api.PEERS: _Handler._peers,
+    api.RECORDS: _Handler._records,
+    api.REGIONS: _Handler._regions,
     api.GROUPS: _Handler._open_group,
     api.STORE: _Handler._exchange,
     api.SEND: _Handler._send,

@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import MakesRoom, SourceBusy, SourceError, SourceUnreachable, TransferCorrupt
+from ..errors import (
+    MakesRoom,
+    OtherPlacement,
+    SourceBusy,
+    SourceError,
+    SourceUnreachable,
+    TransferCorrupt,
+)
 from ..utils import Address, one_line
 
 # Seconds between two attempts at a source: at first, and at most.
@@ -48,6 +55,7 @@ class _Source:
     instance: str = ""
     hearsay: bool = False
     lied: bool = False
+    cut_otherwise: bool = False
     turn: float = 0.0  # of those that others have named
     revivals: int = 0
     graces: int = 0
@@ -264,6 +272,7 @@ class SourceQueue:
                 source.reason = reason
             source.state = _State.FAILED
             source.lied = isinstance(error, TransferCorrupt)
+            source.cut_otherwise = isinstance(error, OtherPlacement)
             if isinstance(error, SourceBusy | SourceUnreachable):
                 later = isinstance(error, SourceBusy)
                 source.state = _State.LATER if later else _State.UNREACHABLE
@@ -298,6 +307,15 @@ class SourceQueue:
         with self._changed:
             reasons = [source.reason for source in self._sources if source.reason]
             return [*reasons, *map(one_line, self._problems.values())]
+
+    def others(self) -> list[str]:
+        """Return the sources that have refused as their ranks have other parts of the weights."""
+        with self._changed:
+            asked = [str(source.address) for source in self._sources if source.cut_otherwise]
+            named = [
+                name for name, error in self._problems.items() if isinstance(error, OtherPlacement)
+            ]
+            return [*asked, *named]
 
     def _finish(self) -> None:
         self.over.set()

@@ -20,6 +20,8 @@ from ..chunks.manifest import NO_MEANING, RAW, Sample, Scalar
 from ..devices import Device
 from ..memory import bytes_of, contiguous
 from ..store import BlockStore, make_store
+from ..view.offered import Viewed, viewed
+from ..view.records import Records
 from .match import sample_of
 from .walk import Found, Kind, walk
 
@@ -236,6 +238,24 @@ def after_processing(
         for index, tensor in enumerate(raw.tensors)
     ]
     return raw.with_tensors(tensors)
+
+
+def viewed_through(raw: BlockStore, records: Records) -> Viewed:
+    """Return a checkpoint as it is seen through raw weights.
+
+    Args:
+        raw: the weights, as others get them.
+        records: how they came from the checkpoint.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in zip(raw.manifest.names, raw.tensors, strict=True)
+        if raw.device.format_of(tensor) is None  # strides tell where its elements are
+    }
+    for entry in raw.manifest.tensors:
+        if entry.alias_of in tensors:
+            tensors[entry.name] = tensors[entry.alias_of]
+    return viewed(records, tensors)
 
 
 def _changed(raw: BlockStore) -> set[int]:

@@ -235,7 +235,7 @@ class Trace(TorchDispatchMode):
                     tuple(copies.get(name, ())),
                     tuple(self._kept.get(name, {}).values()),
                 )
-                for name, (dtype, shape) in sorted(self._catalog.items())
+                for name, (dtype, shape) in self._catalog.items()
             ),
             parameters=tuple(parameters),
             fills=tuple(fills),

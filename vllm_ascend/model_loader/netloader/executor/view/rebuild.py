@@ -51,18 +51,20 @@ def rebuild(
             parameter = records.parameters[copy.parameter].name
             place = Place(parameter, copy.offset, copy.stride, chain_of(copy, seen))
             elements = region(parameters[parameter], place, copy.size).to(chain[0]).view(dtype)
-            _box(whole, copy.box).copy_(elements)
-            _box(known, copy.box).fill_(True)
+            box_of(whole, copy.box).copy_(elements)
+            box_of(known, copy.box).fill_(True)
         for kept in seen.kept:
             if kept.values is not None:
-                _box(whole, kept.box).copy_(_values(kept, dtype))
-                _box(known, kept.box).fill_(True)
+                box_of(whole, kept.box).copy_(values_of(kept, dtype))
+                box_of(known, kept.box).fill_(True)
     return whole, known
 
 
-def _values(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+def values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a box that were kept aside."""
     return torch.frombuffer(bytearray(kept.values or b""), dtype=dtype).reshape(kept.size)
 
 
-def _box(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """Return a box of a tensor as a view."""
     return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]

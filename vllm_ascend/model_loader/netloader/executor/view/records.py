@@ -123,8 +123,9 @@ class Records(msgspec.Struct, frozen=True):
     """How one rank's parameters came from a checkpoint.
 
     Attributes:
-        tensors: the checkpoint tensors that loading looked at, in the order of their names; those
-            without copies and without kept values are in no parameter.
+        tensors: the checkpoint tensors that loading looked at, in that order, as the last one that
+            is written to a place counts; those without copies and without kept
+            values are in no parameter.
         parameters: the parameters that were copied into or filled.
         fills: memory that is filled rather than copied.
         computed: parameter -> why its values cannot be told from copies, such as the operation

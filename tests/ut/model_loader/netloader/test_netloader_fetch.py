@@ -1,0 +1,154 @@
+"""What is fetched of a checkpoint, and in which requests, for loads cut in any two ways."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.executor.view import fetch as fetch_module
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Box
+from vllm_ascend.model_loader.netloader.executor.view.fetch import (
+    catalog,
+    find,
+    requests,
+    same_reading,
+)
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
+from vllm_ascend.model_loader.netloader.executor.view.records import (
+    Copy,
+    Kept,
+    Parameter,
+    Records,
+    Seen,
+    dtype_of,
+)
+
+from .test_netloader_view import Rank, checkpoints, cuttings, load, pretend, same
+
+
+def made_of(fetch, asked, parameters):
+    """The tensors of a checkpoint as they come in answers; nothing may come twice."""
+    made = [torch.zeros(one.shape, dtype=dtype_of(one.dtype)) for one in fetch.tensors]
+    came = [torch.zeros(one.shape, dtype=torch.int) for one in fetch.tensors]
+    for request in (one for of_rank in asked for one in of_rank):
+        memory = [*parameters[request.rank].values()]
+        for part in request.parts:
+            there = memory[part.parameter]
+            there = there.as_strided(part.box.size, part.stride, part.offset)
+            there = there.to(dtype_of(part.through[0])).view(made[part.tensor].dtype)
+            box_of(made[part.tensor], part.box).copy_(there)
+            box_of(came[part.tensor], part.box).add_(1)
+    assert all((one <= 1).all() for one in came)
+    return made, sum(int(one.sum()) for one in came)
+
+
+@given(st.data())
+def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
+    checkpoint = data.draw(checkpoints())
+    ranks = [load(Rank(cuts), checkpoint) for cuts in data.draw(cuttings(checkpoint))]
+    there = [records for records, _ in ranks]
+    parameters = [
+        {one.name: tensors[one.name] for one in records.parameters} for records, tensors in ranks
+    ]
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    for cuts in data.draw(cuttings(checkpoint, dtypes)):
+        needs, _ = load(Rank(cuts), pretend(checkpoint))
+        fetch, missing = find(needs, there, data.draw(st.integers(0, 5)))
+        assert not missing
+        most_bytes, most_parts = data.draw(st.integers(4, 60)), data.draw(st.integers(1, 3))
+        asked = requests(fetch, most_bytes, most_parts)
+        for request in (one for of_rank in asked for one in of_rank):
+            assert request.nbytes <= most_bytes and len(request.parts) <= most_parts
+        made, count = made_of(fetch, asked, parameters)
+        read = {cut.name: torch.zeros(checkpoint[cut.name].shape) for cut in cuts}
+        for cut in cuts:
+            box_of(read[cut.name], cut.box).fill_(1)
+        assert count == sum(int(one.sum()) for one in read.values())
+        into, expected = Rank(cuts), Rank(cuts)
+        records, here = load(into, {one.name: made[i] for i, one in enumerate(fetch.tensors)})
+        assert same_reading(records, needs)
+        expected.load_weights(checkpoint.items())
+        for name, weight in expected.named_parameters():
+            assert same(here[name], weight), name
+
+
+def rank_of(*tensors, dtype="float32"):
+    return Records(tensors, (Parameter("p", dtype, 64),))
+
+
+def seen(name, copies=(), kept=(), shape=(4, 4), dtype="float32"):
+    return Seen(name, dtype, shape, tuple(copies), tuple(kept))
+
+
+WHOLE = Copy((0, 0), (4, 4), 0, 0, (4, 1))
+HALF = Copy((0, 0), (2, 4), 0, 0, (4, 1))
+ROUNDED = Copy((0, 0), (4, 4), 0, 0, (4, 1), ("float32", "float16"))
+
+
+def test_what_no_rank_has_is_named():
+    _, (missing,) = find(rank_of(seen("t", [WHOLE])), [rank_of(seen("t", [HALF]))], 0)
+    assert str(missing) == "t[2:4, 0:4]: no rank of the source has it"
+
+
+def test_what_was_rounded_stands_only_for_what_is_rounded_in_the_same_way():
+    there = [rank_of(seen("t", [ROUNDED]), dtype="float16")]
+    fetch, missing = find(rank_of(seen("t", [ROUNDED]), dtype="float16"), there, 0)
+    assert not missing and fetch.nbytes == 32
+    _, (missing,) = find(rank_of(seen("t", [WHOLE])), there, 0)
+    assert missing.why == "the source has it as float32 -> float16"
+    read = Kept((0, 0), (4, 4))
+    assert find(rank_of(seen("t", [ROUNDED], [read]), dtype="float16"), there, 0)[1]
+    other = Copy((0, 0), (4, 4), 0, 16, (4, 1), ("float32", "bfloat16"))
+    assert find(rank_of(seen("t", [ROUNDED, other]), dtype="float16"), there, 0)[1]
+
+
+def test_values_that_came_with_the_records_are_not_fetched():
+    kept = Kept((0, 0), (2, 4), b"1234" * 8)
+    there = rank_of(seen("t", [WHOLE], [kept, Kept((2, 0), (1, 4))]))
+    fetch, missing = find(rank_of(seen("t", kept=[Kept((0, 0), (3, 4))])), [there], 0)
+    assert not missing and fetch.kept == {0: [kept]}
+    assert [part.box for (parts) in fetch.parts for part in parts] == [Box((2, 0), (1, 4))]
+
+
+def test_a_tensor_that_is_read_twice_is_fetched_once():
+    twice = seen("t", [WHOLE, Copy((0, 0), (4, 4), 0, 16, (4, 1))], [Kept((1, 1), (2, 2))])
+    fetch, _ = find(rank_of(twice), [rank_of(seen("t", [WHOLE]))], 0)
+    assert fetch.nbytes == 64
+
+
+def test_what_several_ranks_have_comes_from_the_preferred_one():
+    ranks = [rank_of(seen("t", [WHOLE])) for _ in range(3)]
+    assert [len(parts) for parts in find(ranks[0], ranks, 4)[0].parts] == [0, 1, 0]
+
+
+def test_a_tensor_that_is_read_in_very_many_boxes_is_fetched_as_the_one_around_them(monkeypatch):
+    monkeypatch.setattr(fetch_module, "_MOST_BOXES", 2)
+    needs = rank_of(seen("t", [Copy((0, i), (4, 1), 0, i, (4, 1)) for i in (0, 1, 3)]))
+    fetch, missing = find(needs, [rank_of(seen("t", [WHOLE]))], 0)
+    assert not missing
+    assert [part.box for part in fetch.parts[0]] == [Box((0, 0), (4, 4))]
+
+
+def test_tensors_keep_the_order_in_which_the_source_has_loaded_them():
+    ranks = [rank_of(seen("b"), seen("a")), rank_of(seen("c"), seen("a"))]
+    assert [one.name for one in catalog(ranks)] == ["b", "a", "c"]
+
+
+def test_ranks_that_differ_in_what_a_tensor_is_are_refused():
+    with pytest.raises(ProtocolError, match=r"t is float32 \(4, 4\) at one rank .* int8 \(2,\)"):
+        catalog([rank_of(seen("t")), rank_of(Seen("t", "int8", (2,)))])
+
+
+def test_a_request_says_what_has_to_come_before_it():
+    there = rank_of(seen("a", [WHOLE]), seen("b", [WHOLE]))
+    fetch, _ = find(there, [there], 0)
+    assert [one.start for one in requests(fetch, 64, 9)[0]] == [0, 64]
+    assert [one.start for one in requests(fetch, 16, 9)[0]] == [0] * 4 + [64] * 4
+
+
+def test_loads_that_differ_in_values_only_read_the_same():
+    one = rank_of(seen("t", [WHOLE], [Kept((0, 0), (1, 1), b"1234")]))
+    other = rank_of(seen("t", [WHOLE], [Kept((0, 0), (1, 1))]))
+    assert same_reading(one, other)
+    assert not same_reading(one, rank_of(seen("t", [HALF], [Kept((0, 0), (1, 1))])))

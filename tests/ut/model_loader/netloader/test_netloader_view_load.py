@@ -1,0 +1,449 @@
+"""Loads through a view: ranks that are cut in one way fill those that are cut in another one."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+import types
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from tests.identity import identity
+from vllm_ascend.model_loader.netloader import served
+from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
+from vllm_ascend.model_loader.netloader.executor.view.records import decode, encode
+from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint
+from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.loading import view_reader
+from vllm_ascend.model_loader.netloader.loading.view import find_instance, load_through_view
+from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
+from vllm_ascend.model_loader.netloader.utils import Address
+
+from .support import DEVICE, HOST, bytes_of, random_tensor, settings, store_of
+
+LAYERS = 3
+CHECKPOINT = {
+    "embed": random_tensor(1, torch.bfloat16, 10, 8),
+    **{
+        f"layers.{i}.{name}": random_tensor(10 * i + number, torch.bfloat16, *shape)
+        for i in range(LAYERS)
+        for number, (name, shape) in enumerate(
+            {"norm": (8,), "up": (16, 8), "gate": (16, 8), "down": (8, 16), "scale": ()}.items()
+        )
+    },
+    "unused": random_tensor(99, torch.bfloat16, 4, 4),
+}
+
+
+class Model(nn.Module):
+    """What one of several ranks has of a checkpoint."""
+
+    def __init__(self, rank=0, tp=1, dtype=torch.bfloat16):
+        super().__init__()
+        self.rank, self.tp = rank, tp
+        half = 16 // tp
+        shapes = {"embed": (12 // tp, 8)}
+        for i in range(LAYERS):
+            shapes |= {
+                f"norm{i}": (8,),
+                f"gate_up{i}": (2 * half, 8),
+                f"down{i}": (8, half),
+                f"scale{i}": (1,),
+            }
+        for name, shape in shapes.items():
+            weight = torch.full(shape, 7.0, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+    def load_weights(self, weights):
+        half = 16 // self.tp
+        first = self.rank * half
+        for name, tensor in weights:
+            if name == "embed":
+                mine = tensor[self.rank * len(self.embed) :][: len(self.embed)]
+                self.embed.data[: len(mine)].copy_(mine)
+                self.embed.data[len(mine) :].fill_(0)
+                continue
+            if name == "unused":
+                continue
+            _, number, kind = name.split(".")
+            if kind == "scale":
+                own = self.get_parameter(f"scale{number}").data
+                own.copy_(-torch.exp(tensor).reshape(1))
+            elif kind == "norm":
+                self.get_parameter(f"norm{number}").data.copy_(tensor)
+            elif kind == "down":
+                own = self.get_parameter(f"down{number}").data
+                own.copy_(tensor[:, first : first + half])
+            else:
+                own = self.get_parameter(f"gate_up{number}").data
+                own = own[:half] if kind == "gate" else own[half:]
+                own.copy_(tensor[first : first + half])
+
+
+def loaded(**cut):
+    model, trace = Model(**cut), Trace()
+    with trace:
+        model.load_weights(trace.watch(CHECKPOINT.items()))
+    return model, trace.records(model)
+
+
+def tensors_of(model):
+    return {name: one.detach() for name, one in model.named_parameters()}
+
+
+@dataclasses.dataclass
+class Sources:
+    servers: list
+    addresses: list
+    offers: list
+
+
+@contextlib.contextmanager
+def sources(tp, change=lambda view: view, models=None, **options):
+    """An instance whose ranks offer a view."""
+    with contextlib.ExitStack() as stack:
+        servers, addresses, offers, ends, digests = [], [], [], {}, {}
+        for rank in range(tp):
+            server = WeightServer(settings(**options), rank, HOST)
+            stack.callback(server.stop)
+            addresses.append(server.start(0))
+            servers.append(server)
+            ends[rank] = Endpoint(str(addresses[-1]), server.process)
+        for rank, server in enumerate(servers):
+            model, records = loaded(rank=rank, tp=tp)
+            store = store_of(tensors_of(model))
+            digests[rank] = store.digests.weights
+            view = change(viewed(records, tensors_of(model)))
+            who = identity(rank=rank, tp=tp)
+            offers.append(
+                Offer(who, store, view=view, ranks=lambda: digests, endpoints=lambda: ends)
+            )
+            server.offer(offers[-1])
+        yield Sources(servers, addresses, offers)
+
+
+def take(addresses, model, tried=(), instance=None, **options):
+    """Load through the first instance's view."""
+    config = settings(**{"source_wait": 0.0} | options)
+    who = identity(rank=model.rank, tp=model.tp)
+    instance = instance or find_instance(addresses, who, config, 0, tried)
+    load = model.load_weights
+    load_through_view(instance, model, load, load, who, config, 0)
+    return instance
+
+
+def is_as_from_disk(model):
+    expected = tensors_of(loaded(rank=model.rank, tp=model.tp)[0])
+    return all(
+        torch.equal(bytes_of(one), bytes_of(expected[name]))
+        for name, one in tensors_of(model).items()
+    )
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize(("there", "here"), [(2, 1), (1, 2), (4, 2), (2, 4), (1, 1)])
+def test_a_rank_gets_from_those_of_any_other_size_what_the_disk_gives(there, here, connections):
+    with sources(there) as source:
+        for rank in range(here):
+            model = Model(rank, here)
+            take(source.addresses[-1:], model, connections=connections)
+            assert is_as_from_disk(model)
+
+
+def test_only_what_is_read_is_fetched():
+    with sources(1) as source:
+        model = Model(0, 2)
+        take(source.addresses, model)
+        needed = sum(one.nbytes for one in model.parameters()) - 3 * 2  # scales came with records
+        assert source.servers[0].bytes_sent == needed
+
+
+@pytest.mark.parametrize("ahead", [1, 100, 300])
+def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead):
+    monkeypatch.setattr(view_reader, "_ANSWER", 40)
+    monkeypatch.setattr(view_reader, "_AHEAD", ahead)
+    most, held = 0, set()
+    zeros = view_reader._zeros
+
+    def counted(seen):
+        nonlocal most
+        made = zeros(seen)
+        held.add(seen.name)
+        most = max(most, sum(CHECKPOINT[name].nbytes for name in held))
+        return made
+
+    monkeypatch.setattr(view_reader, "_zeros", counted)
+
+    class Slow(Model):
+        def load_weights(self, weights):
+            def watched():
+                for name, tensor in weights:
+                    if not tensor.is_meta:
+                        time.sleep(0.01)
+                    yield name, tensor
+                    held.discard(name)
+
+            super().load_weights(watched())
+
+    with sources(2) as source:
+        model = Slow()
+        take(source.addresses, model)
+    assert is_as_from_disk(model)
+    # What is read, what may come ahead, and the tensor that the last answer begins with.
+    assert most <= 2 * 256 + ahead + 256
+
+
+def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
+    wrong = types.SimpleNamespace(xxh3_128_digest=lambda elements: bytes(16))
+    monkeypatch.setattr(served, "xxhash", wrong)
+    with sources(2) as source, pytest.raises(LoadFailed, match="regions came with wrong bytes"):
+        take(source.addresses, Model())
+
+
+def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weights(monkeypatch):
+    monkeypatch.setattr(view_reader, "_ANSWER", 40)
+    with sources(2) as lost, sources(2) as other:
+        addresses = [*lost.addresses, *other.addresses]
+        model = Model()
+
+        class Dying(Model):
+            def load_weights(self, weights):
+                def watched():
+                    for name, tensor in weights:
+                        if not tensor.is_meta and name.startswith("layers.1"):
+                            lost.servers[1].stop()
+                        yield name, tensor
+
+                super().load_weights(watched())
+
+        monkeypatch.setattr(view_reader, "_AHEAD", 1)
+        dying = Dying()
+        who, config = identity(), settings(source_wait=0.0)
+        instance = find_instance(addresses, who, config, 0)
+        with pytest.raises(LoadFailed, match=str(lost.addresses[1])):
+            take((), dying, instance=instance)
+        again = take(addresses, model, [instance])
+        assert is_as_from_disk(model)
+        assert [rank.address for rank in again.ranks] == other.addresses
+
+
+def test_weights_that_change_on_the_way_end_the_load(monkeypatch):
+    monkeypatch.setattr(view_reader, "_ANSWER", 40)
+    monkeypatch.setattr(view_reader, "_AHEAD", 1)
+    with sources(2) as source:
+
+        class Changing(Model):
+            def load_weights(self, weights):
+                def watched():
+                    for name, tensor in weights:
+                        if not tensor.is_meta and name.startswith("layers.1"):
+                            source.servers[0].withdraw("netloader", Code.CHANGING, "they change")
+                        yield name, tensor
+
+                super().load_weights(watched())
+
+        with pytest.raises(LoadFailed, match="changed: they change"):
+            take(source.addresses, Changing())
+
+
+def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
+    stalled = threading.Event()
+
+    def stall(view):
+        class Stalling(Viewed):
+            def gather(self, regions, into):
+                stalled.wait(20)
+
+        return Stalling(view.records, view.parameters)
+
+    with sources(2, stall) as source:
+        started = time.monotonic()
+        try:
+            with pytest.raises(LoadFailed, match=r"0\.3 s"):
+                take(source.addresses, Model(), progress_timeout=0.3)
+        finally:
+            stalled.set()
+        assert time.monotonic() - started < 10
+
+
+def test_an_instance_without_room_is_waited_for():
+    with sources(1, max_sessions=1) as source, contextlib.ExitStack() as stack:
+        config = settings()
+        rank = find_instance(source.addresses, identity(tp=2), config, 0).ranks[0]
+        held = view_reader.connected(rank.address, identity(), config, rank.weights)
+        stack.enter_context(held)
+        timer = threading.Timer(0.5, stack.close)
+        timer.start()
+        model = Model(0, 2)
+        take(source.addresses, model, source_wait=30.0)
+        timer.join()
+        assert is_as_from_disk(model)
+
+
+def test_ranks_that_a_small_source_has_no_room_for_at_once_all_get_their_weights(monkeypatch):
+    monkeypatch.setattr(view_reader, "_PAUSE", (0.01, 0.02))
+    with sources(2, max_sessions=1) as source:
+        models = [Model(rank, 4) for rank in range(4)]
+        threads = [
+            threading.Thread(target=take, args=(source.addresses, one), kwargs={"source_wait": 30})
+            for one in models
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert all(map(is_as_from_disk, models))
+
+
+def test_a_load_by_name_tells_which_sources_are_cut_otherwise():
+    with sources(2) as source, sources(1) as other:
+        names = [Address(HOST, 1), *source.addresses, *other.addresses]
+        for server in other.servers:
+            server.offer(Offer(identity(model="another", tp=2), None, "none"))
+        with pytest.raises(LoadFailed) as failure:
+            elastic_load({}, (), names, identity(), settings(), DEVICE)
+    assert sorted(failure.value.others) == sorted(map(str, source.addresses))
+
+
+# Refusals
+
+
+def changed_records(change):
+    def changed(view):
+        records = change(decode(view.records))
+        return Viewed(encode(records), view.parameters)
+
+    return changed
+
+
+def without(name):
+    def change(records):
+        replace = msgspec.structs.replace
+        tensors = tuple(
+            replace(one, copies=(), kept=()) if one.name == name else one for one in records.tensors
+        )
+        return replace(records, tensors=tensors)
+
+    return changed_records(change)
+
+
+def test_what_no_rank_has_refuses_the_load_by_name():
+    with sources(2, without("layers.1.up")) as source:
+        with pytest.raises(LoadFailed, match=r"layers\.1\.up\[0:16, 0:8\]: no rank of the source"):
+            take(source.addresses, Model())
+        assert sum(server.bytes_sent for server in source.servers) == 0
+
+
+def test_records_that_say_nothing_sensible_are_refused():
+    wrong = sources(2, lambda view: Viewed(b"\1nonsense", view.parameters))
+    with wrong as source, pytest.raises(LoadFailed, match="not records"):
+        take(source.addresses, Model())
+
+
+def test_regions_beyond_a_parameter_are_refused():
+    def change(records):
+        replace = msgspec.structs.replace
+        parameters = tuple(replace(one, extent=1 << 40) for one in records.parameters)
+        tensors = tuple(
+            replace(one, copies=tuple(replace(c, offset=1 << 30) for c in one.copies))
+            for one in records.tensors
+        )
+        return replace(records, parameters=parameters, tensors=tensors)
+
+    wrong = sources(2, changed_records(change))
+    with wrong as source, pytest.raises(LoadFailed, match="out_of_range"):
+        take(source.addresses, Model())
+
+
+def test_a_tensor_that_is_larger_than_any_memory_costs_no_more_than_this_source():
+    def change(records):
+        first, *others = records.tensors
+        large = msgspec.structs.replace(first, name="zzz", shape=(1 << 60,), copies=(), kept=())
+        return msgspec.structs.replace(records, tensors=(first, *others, large))
+
+    class Lenient(Model):
+        def load_weights(self, weights):
+            super().load_weights((name, one) for name, one in weights if name != "zzz")
+
+    with sources(2, changed_records(change)) as source, pytest.raises(LoadFailed):
+        take(source.addresses, Lenient())
+
+
+def test_an_instance_whose_ranks_have_other_weights_than_it_says_is_refused():
+    with sources(2) as source:
+        source.offers[0].ranks().update({1: "xxh3:" + "0" * 32})
+        with pytest.raises(LoadFailed, match=r"its weights are .* now, and not xxh3:0000"):
+            take(source.addresses[:1], Model())
+
+
+def test_only_pinned_weights_are_taken():
+    with sources(2) as source:
+        with pytest.raises(LoadFailed, match="WEIGHTS_DIGEST is instance:00"):
+            take(source.addresses, Model(), weights_digest=("instance:00",))
+        digest = find_instance(source.addresses, identity(), settings(), 0).digest
+        model = Model()
+        take(source.addresses, model, weights_digest=(digest,))
+        assert is_as_from_disk(model)
+
+
+def test_another_model_is_refused():
+    with sources(2) as source:
+        other = identity(config={"hidden_size": 5})
+        with pytest.raises(LoadFailed, match=r"config\.hidden_size is 5 at the client and 4"):
+            find_instance(source.addresses, other, settings(source_wait=0.0), 0)
+
+
+def test_the_processed_layout_has_no_view():
+    with pytest.raises(LoadFailed, match="not the processed one"):
+        find_instance([Address(HOST, 1)], identity(layout="processed"), settings(), 0)
+
+
+def test_what_a_source_has_rounded_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(CHECKPOINT, "embed", CHECKPOINT["embed"].float() / 3)
+    with sources(2) as source:
+        with pytest.raises(LoadFailed, match=r"embed\[0:10, 0:8\]: .* float32 -> bfloat16"):
+            take(source.addresses, Model(dtype=torch.float32))
+        model = Model()
+        take(source.addresses, model)
+        assert is_as_from_disk(model)
+
+
+def test_a_model_that_reads_other_weights_than_it_said_is_not_trusted():
+    class Fickle(Model):
+        def load_weights(self, weights):
+            def watched():
+                for name, tensor in weights:
+                    if tensor.is_meta or name != "layers.1.norm":
+                        yield name, tensor
+
+            super().load_weights(watched())
+
+    other = "has read other weights than it said"
+    with sources(2) as source, pytest.raises(LoadFailed, match=other):
+        take(source.addresses, Fickle())
+
+
+@pytest.mark.parametrize("kind", ["meta", "values"])
+def test_a_model_of_which_nothing_can_be_told_before_loading_is_refused(kind):
+    class Odd(Model):
+        def load_weights(self, weights):
+            super().load_weights(weights if kind == "meta" else self.looked_at(weights))
+
+        def looked_at(self, weights):
+            for name, tensor in weights:
+                if tensor.any():
+                    yield name, tensor
+
+    model = Odd()
+    if kind == "meta":
+        model.embed = nn.Parameter(model.embed.to("meta"), requires_grad=False)
+    with (
+        sources(2) as source,
+        pytest.raises(LoadFailed, match=r"made while loading|cannot be told"),
+    ):
+        take(source.addresses, model)

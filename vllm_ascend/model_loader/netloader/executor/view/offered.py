@@ -1,0 +1,167 @@
+"""What a source offers of a checkpoint: its records, and elements of the parameters they name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import msgspec
+import torch
+
+from ...errors import ProtocolError
+from ..memory import bytes_of
+from .boxes import last_of
+from .records import Parameter, Records, encode, name_of
+
+# As which elements are copied: every operator knows these.
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Region(Protocol):
+    """Elements of a parameter; see `interaction.api.Region`."""
+
+    @property
+    def parameter(self) -> int:
+        """Number of the parameter in `Records.parameters`."""
+
+    @property
+    def offset(self) -> int:
+        """The first element, counted from the parameter's first one."""
+
+    @property
+    def size(self) -> Sequence[int]:
+        """Number of elements, for each dimension."""
+
+    @property
+    def stride(self) -> Sequence[int]:
+        """Steps in memory, for each dimension."""
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """A checkpoint as it is seen through the parameters of one rank.
+
+    Attributes:
+        records: what of the checkpoint is where; see `records.encode`.
+        parameters: the memory of `Records.parameters`, in this order.
+    """
+
+    records: bytes
+    parameters: Sequence[torch.Tensor]
+
+    def nbytes_of(self, regions: Sequence[Region]) -> int:
+        """Return how many bytes regions have.
+
+        Raises:
+            ProtocolError: one is not inside of a parameter; says which.
+        """
+        return sum(map(self._nbytes_of, regions))
+
+    def gather(self, regions: Sequence[Region], into: torch.Tensor) -> None:
+        """Copy the elements of regions, each in row-major order, one after the other.
+
+        Args:
+            regions: which elements; none of them is read if one is not inside of its parameter.
+            into: uint8 without gaps, of `nbytes_of` these regions.
+
+        Raises:
+            ProtocolError: one is not inside of a parameter; says which.
+        """
+        ends, end = [], 0
+        for region in regions:
+            end += self._nbytes_of(region)
+            ends.append(end)
+        at = 0
+        for region, end in zip(regions, ends, strict=True):
+            memory = self.parameters[region.parameter].detach()
+            first = memory.storage_offset() + region.offset
+            elements = memory.as_strided([*region.size], [*region.stride], first)
+            elements = elements.view(_INTEGER.get(memory.element_size(), memory.dtype))
+            place = into[at:end]
+            if place.storage_offset() % memory.element_size():  # not where such elements can be
+                place.copy_(bytes_of(elements.contiguous()))
+            else:
+                place.view(elements.dtype).view(elements.shape).copy_(elements)
+            at = end
+
+    def _nbytes_of(self, region: Region) -> int:
+        if not 0 <= region.parameter < len(self.parameters):
+            allowed = f"0-{len(self.parameters) - 1}" if self.parameters else "none"
+            raise ProtocolError(f"there is no parameter {region.parameter}; allowed: {allowed}")
+        memory = self.parameters[region.parameter]
+        extent, size, stride = extent_of(memory), region.size, region.stride
+        inside = (
+            len(size) == len(stride)
+            and region.offset >= 0
+            and min(size, default=1) >= 1
+            and min(stride, default=0) >= 0
+            and region.offset + last_of(size, stride) < extent
+        )
+        if not inside:
+            raise ProtocolError(
+                f"a region of size {[*size]} and stride {[*stride]} at {region.offset} is not "
+                f"inside of parameter {region.parameter}, which has {extent} elements"
+            )
+        return prod(size) * memory.element_size()
+
+
+def extent_of(tensor: torch.Tensor) -> int:
+    """Return the number of elements from a tensor's first to its last one in memory."""
+    return last_of(tensor.shape, tensor.stride()) + 1 if tensor.numel() else 0
+
+
+def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
+    """Offer a checkpoint as it is seen through tensors.
+
+    Args:
+        records: how the checkpoint's tensors came into parameters.
+        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out.
+    """
+    numbers: dict[int, int] = {}
+    parameters: list[Parameter] = []
+    memory: list[torch.Tensor] = []
+    computed = dict(records.computed)
+    for number, parameter in enumerate(records.parameters):
+        tensor = tensors.get(parameter.name)
+        if tensor is None or _kind(tensor) != (parameter.dtype, parameter.extent):
+            computed.setdefault(parameter.name, "not kept as it was loaded")
+            continue
+        numbers[number] = len(parameters)
+        parameters.append(parameter)
+        memory.append(tensor)
+    if len(parameters) < len(records.parameters):
+        records = _renumbered(records, numbers, tuple(parameters), computed)
+    return Viewed(encode(records), memory)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[str, int]:
+    return name_of(tensor.dtype), extent_of(tensor)
+
+
+def _renumbered(
+    records: Records,
+    numbers: Mapping[int, int],
+    parameters: tuple[Parameter, ...],
+    computed: dict[str, str],
+) -> Records:
+    replace = msgspec.structs.replace
+    return Records(
+        tensors=tuple(
+            replace(
+                seen,
+                copies=tuple(
+                    replace(copy, parameter=numbers[copy.parameter])
+                    for copy in seen.copies
+                    if copy.parameter in numbers
+                ),
+            )
+            for seen in records.tensors
+        ),
+        parameters=parameters,
+        fills=tuple(
+            replace(fill, parameter=numbers[fill.parameter])
+            for fill in records.fills
+            if fill.parameter in numbers
+        ),
+        computed=computed,
+    )

@@ -1,0 +1,285 @@
+"""A load through a view: the checkpoint as the ranks of an instance have it that is cut otherwise.
+
+vLLM's own `load_weights` decides what is done with a checkpoint. Here it gets one whose tensors are
+made anew, in memory of their own, of what it reads of them: once with tensors that have no values,
+which tells what that is, and once with the values, which come from the ranks meanwhile.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..config import NetLoaderConfig
+from ..errors import (
+    LayoutUnsupported,
+    LoadFailed,
+    ProtocolError,
+    SourceBusy,
+    SourceRefused,
+)
+from ..executor.chunks.digests import is_one_of, of_instance
+from ..executor.chunks.manifest import RAW
+from ..executor.model.trace import Trace
+from ..executor.view.boxes import Unmapped
+from ..executor.view.fetch import catalog, find, same_reading
+from ..executor.view.records import Records, Seen, decode, dtype_of
+from ..identity import ModelIdentity
+from ..interaction import api
+from ..interaction.api import Done
+from ..interaction.discovery import reached_at
+from ..utils import Address, logger, one_line, rate, shortened, size
+from .sessions import connect
+from .view_reader import Rank, Reader, Weights, connected, said_of
+
+_RECORDS_AT_ONCE = 8  # ranks that are asked
+_PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An instance that is cut in another way, and what its ranks have of the checkpoint.
+
+    Attributes:
+        digest: of the instance.
+        identity: of one of its ranks.
+        ranks: all of its ranks.
+        processes: names of their processes.
+    """
+
+    digest: str
+    identity: ModelIdentity
+    ranks: Sequence[Rank]
+    processes: frozenset[str]
+
+    def __str__(self) -> str:
+        return ", ".join(dict.fromkeys(str(rank.address) for rank in self.ranks))
+
+
+def find_instance(
+    addresses: Iterable[Address],
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    worker: int,
+    tried: Sequence[Instance] = (),
+) -> Instance:
+    """Return the first instance that can be read as a checkpoint.
+
+    Args:
+        addresses: of any of the ranks of instances, in order of preference.
+        identity: of the rank that loads.
+        config: deadlines, credentials, what weights are allowed.
+        worker: number of this process among all workers of the instance, for the log.
+        tried: those that are of no use.
+
+    Raises:
+        LoadFailed: there is none; says what is wrong with each.
+    """
+    if identity.layout != RAW:
+        raise LoadFailed(f"a view fills the raw layout, and not the {identity.layout} one")
+    known = {process for instance in tried for process in instance.processes}
+    left = [*dict.fromkeys(addresses)]
+    deadline = time.monotonic() + config.source_wait
+    said: dict[Address, str] = {}
+    while True:
+        later = []
+        for address in left:
+            try:
+                instance = _instance_at(address, identity, config, known)
+                if instance is not None:
+                    return instance
+            except Exception as error:  # what a source says is not to cost the start
+                if isinstance(error, SourceBusy):
+                    later.append(address)
+                if said.get(address) != (reason := said_of(address, error)):
+                    said[address] = reason
+                    logger.warning("NetLoader rank %d: no view of source %s", worker, reason)
+        left = later
+        if not left or time.monotonic() > deadline:
+            raise LoadFailed("; ".join(said.values()) or "there are no further instances")
+        time.sleep(random.uniform(*_PAUSE))
+
+
+def _instance_at(
+    address: Address, identity: ModelIdentity, config: NetLoaderConfig, known: set[str]
+) -> Instance | None:
+    """Return the instance that a rank belongs to; None: it is known."""
+    with connect(address, config) as client:
+        status = client.status()
+    model = next((one for one in status.models if one.identity.group == identity.group), None)
+    if model is None:
+        raise SourceRefused(f"{address}: has no model of group {identity.group!r}")
+    processes = frozenset(end.instance for end in model.endpoints.values())
+    if processes & known or status.instance in known:
+        return None
+    if differ := api.differences(identity, model.identity, view=True):
+        raise SourceRefused(f"{address}: the models differ: {'; '.join(map(str, differ))}")
+    ranks = model.ranks
+    if not ranks or not ranks.keys() <= model.endpoints.keys():
+        raise SourceBusy(f"{address}: does not say yet what all of its ranks have")
+    ends = {rank: reached_at(address, status, model, rank) for rank in sorted(ranks)}
+    with ThreadPoolExecutor(_RECORDS_AT_ONCE, "netloader-view-records") as threads:
+        asked = [
+            threads.submit(_records_of, ends[rank], identity, config, ranks[rank], ranks)
+            for rank in ends
+        ]
+        found = [one.result() for one in asked]
+    catalog([rank.records for rank in found])
+    return Instance(of_instance(ranks), model.identity, found, processes | {status.instance})
+
+
+def _records_of(
+    address: Address,
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    weights: str,
+    ranks: Mapping[int, str],
+) -> Rank:
+    pinned = config.weights_digest
+    if not is_one_of(pinned, weights, ranks):
+        raise SourceRefused(
+            f"{address}: its weights are {weights} of {of_instance(ranks)} and WEIGHTS_DIGEST is "
+            f"{', '.join(pinned or ())}"
+        )
+    with connected(address, identity, config, weights) as client:
+        records = client.records(weights)
+        client.done(Done(complete=False, reason=api.LOOKED))
+    try:
+        return Rank(address, weights, decode(records))
+    except ProtocolError as error:
+        raise ProtocolError(f"{address}: {error}") from None
+
+
+def load_through_view(
+    instance: Instance,
+    model: nn.Module,
+    pretend: Callable[[Weights], object],
+    fill: Callable[[Weights], object],
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    worker: int,
+) -> Records:
+    """Fill a model with what the ranks of an instance have.
+
+    Args:
+        instance: where the weights come from.
+        model: what is filled; if that fails, what it has is anything.
+        pretend: has the model load tensors without values.
+        fill: has the model load tensors, and checks that it has got all.
+        identity: of the rank that loads.
+        config: deadlines, connections.
+        worker: number of this process among all workers of the instance, for the log.
+
+    Returns:
+        How the weights came from the checkpoint.
+
+    Raises:
+        LoadFailed: not everything came, or not everything is to be had.
+    """
+    started = time.monotonic()
+    records = [rank.records for rank in instance.ranks]
+    try:
+        needs = needs_of(model, pretend, catalog(records))
+        fetch, missing = find(needs, records, identity.rank)
+    except (LayoutUnsupported, ProtocolError, Unmapped) as error:
+        raise LoadFailed(f"{instance}: {one_line(error)}") from None
+    if missing:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LoadFailed(f"{instance}: {shortened(str(missing[0]))}{more}")
+    logger.debug(
+        "NetLoader: traced and planned in %.2f s: %d parts, %s",
+        time.monotonic() - started,
+        sum(map(len, fetch.parts)),
+        size(fetch.nbytes),
+    )
+    trace = Trace()
+    reader = Reader(fetch, instance.ranks, identity, config)
+    failure = ""
+    try:
+        with reader, trace:
+            fill(trace.watch(reader.tensors()))
+    except Exception as error:  # also of a model that gets nothing more
+        failure = reader.failure or f"{type(error).__name__}: {one_line(error)}"
+        logger.debug("NetLoader: loading through a view", exc_info=True)
+    # Outside the handler: there the exception would keep the model alive.
+    if failure:
+        raise LoadFailed(f"{instance}: {failure}")
+    try:
+        seen = trace.records(model)
+    except Unmapped as error:
+        raise LoadFailed(f"{instance}: {error}") from None
+    if not same_reading(needs, seen):
+        raise LoadFailed(f"{instance}: the model has read other weights than it said it would")
+    seconds = time.monotonic() - started
+    logger.info(
+        "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s through their view of "
+        "the checkpoint (%s there, %s here)",
+        worker,
+        len(needs.parameters),
+        size(fetch.nbytes),
+        seconds,
+        rate(fetch.nbytes, seconds),
+        reader.shares(),
+        *_placements(instance.identity, identity),
+    )
+    return seen
+
+
+def needs_of(
+    model: nn.Module, pretend: Callable[[Weights], object], tensors: Sequence[Seen]
+) -> Records:
+    """Return what a model reads of a checkpoint, and what it would write where.
+
+    Args:
+        model: it keeps what it has.
+        pretend: has it load tensors.
+        tensors: of the checkpoint.
+
+    Raises:
+        LayoutUnsupported: that cannot be told; says why.
+    """
+    for name, tensor in model.named_parameters():
+        if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta:
+            raise LayoutUnsupported(f"{name} is made while loading, as online quantization does")
+    trace = Trace()
+    meta = ((one.name, _without_values(one)) for one in tensors)
+    try:
+        with trace:
+            pretend(trace.watch(meta))
+        needs = trace.records(model)
+    except Exception as error:
+        logger.debug("NetLoader: loading tensors without values", exc_info=True)
+        why = f"{type(error).__name__}: {one_line(error)}"
+    else:
+        if replaced := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+            raise LayoutUnsupported(f"{replaced[0]} is replaced while loading")
+        return needs
+    raise LayoutUnsupported(f"what loading reads cannot be told: {why}")
+
+
+def _without_values(seen: Seen) -> torch.Tensor:
+    return torch.empty(seen.shape, dtype=dtype_of(seen.dtype), device="meta")
+
+
+def _placements(there: ModelIdentity, here: ModelIdentity) -> tuple[str, str]:
+    """Return in what two ranks are cut differently."""
+    sizes = [
+        (name, one, other)
+        for name, one, other in (
+            ("TP", there.tp, here.tp),
+            ("PP", there.pp, here.pp),
+            ("PCP", there.pcp, here.pcp),
+            ("DP", there.dp, here.dp),
+            ("EP", there.ep, here.ep),
+        )
+        if one != other
+    ] or [("TP", there.tp, here.tp)]
+    return (
+        ", ".join(f"{name} {one}" for name, one, _ in sizes),
+        ", ".join(f"{name} {other}" for name, _, other in sizes),
+    )

@@ -1,0 +1,286 @@
+"""What reads the tensors of a checkpoint from the ranks of an instance, ahead of who takes them."""
+
+import contextlib
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from .. import metrics
+from ..config import NetLoaderConfig
+from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost
+from ..executor.memory import host_view
+from ..executor.view.fetch import Fetch, Part, Request, requests
+from ..executor.view.rebuild import box_of, values_of
+from ..executor.view.records import Records, Seen, dtype_of
+from ..identity import ModelIdentity
+from ..interaction import api
+from ..interaction.api import Code, Done, Join, Region
+from ..interaction.client import ElasticClient
+from ..utils import Address, logger, one_line, size
+from .sessions import connect
+
+_ANSWER = 8 << 20  # bytes of one answer
+_AHEAD = 256 << 20  # bytes that come before they are read
+_OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes now and then
+_PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
+
+Weights: TypeAlias = Iterator[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of an instance.
+
+    Attributes:
+        address: where it listens.
+        weights: digest of what it has.
+        records: what of the checkpoint that is.
+    """
+
+    address: Address
+    weights: str
+    records: Records
+
+
+@contextlib.contextmanager
+def connected(
+    address: Address, identity: ModelIdentity, config: NetLoaderConfig, weights: str
+) -> Iterator[ElasticClient]:
+    """Join a rank for its view of a checkpoint.
+
+    Raises:
+        SourceError: it gives none, or none of these weights.
+    """
+    with connect(address, config) as client:
+        now = client.join(Join(identity, view=True))
+        if now.weights != weights:
+            raise SourceLost(f"{address}: its weights are {now.weights} now, and not {weights}")
+        yield client
+
+
+class Reader:
+    """Reads the tensors of a checkpoint from ranks, while it is used as a context.
+
+    Args:
+        fetch: what of the tensors is read.
+        ranks: those that have it, as they are numbered there.
+        identity: of the rank that loads.
+        config: deadlines, connections.
+
+    Attributes:
+        failure: why nothing more comes; empty: there is no failure.
+    """
+
+    def __init__(
+        self, fetch: Fetch, ranks: Sequence[Rank], identity: ModelIdentity, config: NetLoaderConfig
+    ) -> None:
+        self.failure = ""
+        self._fetch = fetch
+        self._ranks = ranks
+        self._identity = identity
+        self._config = config
+        self._changed = threading.Condition()
+        self._over = False
+        self._asked: list[list[Request]] = [
+            one[::-1] for one in requests(fetch, _ANSWER, api.MAX_REGIONS)
+        ]
+        self._left = Counter(
+            part.tensor for each in self._asked for request in each for part in request.parts
+        )
+        needed = Counter[int]()
+        for part in (part for parts in fetch.parts for part in parts):
+            needed[part.tensor] += part.nbytes
+        self._needed = needed
+        self._at = 0  # the tensor that is taken next
+        self._read = 0  # bytes that the tensors before it needed
+        self._memory: dict[int, torch.Tensor] = {}
+        self._clients: set[ElasticClient] = set()
+        self._gave: Counter[Address] = Counter()
+        self._progress = time.monotonic()
+        self._threads = [
+            threading.Thread(
+                target=self._work,
+                args=(number, index > 0),
+                name=f"netloader-view-{number}-{index}",
+                daemon=True,
+            )
+            for number, asked in enumerate(self._asked)
+            for index in range(min(config.connections, len(asked)))
+        ]
+
+    def __enter__(self) -> "Reader":
+        for thread in self._threads:
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                self._fail(one_line(error))
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            for client in self._clients:
+                client.cut()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def shares(self) -> str:
+        """Return the ranks with what each gave, for the log."""
+        return ", ".join(f"{address} ({size(gave)})" for address, gave in self._gave.items())
+
+    def tensors(self) -> Weights:
+        """Yield all tensors in order, each once everything of it is here that is read.
+
+        Raises:
+            LoadFailed: nothing more comes.
+        """
+        for number, seen in enumerate(self._fetch.tensors):
+            with self._changed:
+                self._at = number
+                self._changed.notify_all()
+                self._changed.wait_for(partial(self._has, number))
+                if self.failure:
+                    raise LoadFailed(self.failure)
+                tensor = self._memory.pop(number, None)
+                self._read += self._needed[number]
+            if tensor is None:
+                tensor = _zeros(seen)
+            for kept in self._fetch.kept.get(number, ()):
+                box_of(tensor, kept.box).copy_(values_of(kept, tensor.dtype))
+            yield seen.name, tensor
+            del tensor  # not to be kept while the next one comes
+
+    def _has(self, number: int) -> bool:
+        return not self._left[number] or bool(self.failure)
+
+    def _work(self, number: int, further: bool) -> None:
+        """Fetch what one rank has to give; `further`: others do, too."""
+        rank = self._ranks[number]
+        staging = torch.empty(_ANSWER, dtype=torch.uint8)
+        try:
+            while self._waits(number, None):
+                try:
+                    with self._connected(rank) as client:
+                        while (request := self._next(number)) is not None:
+                            further = False
+                            self._bring(client, rank, request, staging)
+                        complete = not self._asked[number]
+                        client.done(Done(complete, "" if complete else "waits for the model"))
+                except SourceBusy as error:
+                    if further or error.code != Code.BUSY.text or not self._may_wait():
+                        raise
+                    time.sleep(random.uniform(*_PAUSE))
+        except Exception as error:
+            if not further or not isinstance(error, SourceError):
+                self._fail(said_of(rank.address, error))
+
+    @contextlib.contextmanager
+    def _connected(self, rank: Rank) -> Iterator[ElasticClient]:
+        with connected(rank.address, self._identity, self._config, rank.weights) as client:
+            with self._changed:
+                self._clients.add(client)
+                if self._over:
+                    client.cut()
+            try:
+                yield client
+            finally:
+                with self._changed:
+                    self._clients.discard(client)
+
+    def _may_wait(self) -> bool:
+        """Return whether a rank may be waited for that has no place free."""
+        return time.monotonic() < self._progress + self._config.source_wait
+
+    def _waits(self, number: int, seconds: float | None) -> bool:
+        """Wait until something of a rank is to be fetched; return whether there is anything."""
+
+        def ready() -> bool:
+            asked = self._asked[number]
+            if self._over or self.failure or not asked:
+                return True
+            first = asked[-1]
+            return first.parts[0].tensor <= self._at or first.start < self._read + _AHEAD
+
+        with self._changed:
+            found = self._changed.wait_for(ready, seconds)
+            return found and not self._over and not self.failure and bool(self._asked[number])
+
+    def _next(self, number: int) -> Request | None:
+        """Return what is asked for next; None: nothing for now, so a place is to be given free."""
+        while self._waits(number, self._config.progress_timeout / 3):
+            with self._changed:
+                if self._asked[number]:  # no other thread was faster
+                    return self._asked[number].pop()
+        return None
+
+    def _bring(
+        self, client: ElasticClient, rank: Rank, request: Request, staging: torch.Tensor
+    ) -> None:
+        """Fetch parts, and put them where they belong."""
+        nbytes = request.nbytes
+        host = staging[:nbytes]
+        regions = [
+            Region(part.parameter, part.offset, [*part.box.size], [*part.stride])
+            for part in request.parts
+        ]
+        with client.ended_after(_OVERDUE * self._config.progress_timeout):
+            client.regions(rank.weights, regions, host_view(host))
+        at = 0
+        for part in request.parts:
+            came = _elements(host[at : at + part.nbytes], part.through[-1])
+            came = came.reshape(part.box.size).to(dtype_of(part.through[0]))
+            target = self._target(part)
+            box_of(target, part.box).copy_(came.view(target.dtype))
+            at += part.nbytes
+        metrics.count(metrics.RECEIVED_BYTES, "serving", by=nbytes)
+        with self._changed:
+            self._gave[rank.address] += nbytes
+            self._progress = time.monotonic()
+            self._left.subtract(part.tensor for part in request.parts)
+            self._changed.notify_all()
+
+    def _target(self, part: Part) -> torch.Tensor:
+        with self._changed:
+            if (known := self._memory.get(part.tensor)) is None:
+                known = self._memory[part.tensor] = _zeros(self._fetch.tensors[part.tensor])
+            return known
+
+    def _fail(self, why: str) -> None:
+        with self._changed:
+            self.failure = self.failure or why
+            self._changed.notify_all()
+
+
+def _zeros(seen: Seen) -> torch.Tensor:
+    """Return a tensor whose memory costs nothing before it is written; torch's own writes it."""
+    dtype = dtype_of(seen.dtype)
+    memory = np.zeros(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
+
+
+def _elements(memory: torch.Tensor, dtype: str) -> torch.Tensor:
+    kind = dtype_of(dtype)
+    if memory.storage_offset() % kind.itemsize:
+        memory = memory.clone()
+    return memory.view(kind)
+
+
+def said_of(address: Address, error: Exception) -> str:
+    """Return what went wrong with a source as a line that begins with its address."""
+    if isinstance(error, SourceError):
+        said = one_line(error)
+        return said if said.startswith(f"{address}") else f"{address}: {said}"
+    logger.debug("NetLoader: %s", address, exc_info=error)
+    return f"{address}: {type(error).__name__}: {one_line(error)}"
