@@ -19,9 +19,11 @@ import torch
 
 from .errors import ConfigError, NetLoaderError
 from .executor.view.boxes import row_major
-from .executor.view.records import Copy, Parameter, Records, Seen, name_of
+from .executor.view.offered import Viewed
+from .executor.view.records import Copy, Parameter, Records, Seen, encode, name_of
 from .identity import (
     CHECKPOINT,
+    OF_EACH_TENSOR,
     ModelIdentity,
     Revision,
     cached_snapshot,
@@ -147,8 +149,8 @@ def opened(folder: Path) -> Iterator[Checkpoint]:
         yield found
 
 
-def records_of(checkpoint: Checkpoint) -> tuple[Records, list[torch.Tensor]]:
-    """Return records in which each tensor is one parameter, and these parameters' memory."""
+def view_of(checkpoint: Checkpoint) -> Viewed:
+    """Return the view of a checkpoint each of whose tensors is one parameter."""
     seen: list[Seen] = []
     parameters: list[Parameter] = []
     memory: list[torch.Tensor] = []
@@ -161,7 +163,7 @@ def records_of(checkpoint: Checkpoint) -> tuple[Records, list[torch.Tensor]]:
             parameters.append(Parameter(name, dtype, tensor.numel()))
             memory.append(tensor)
         seen.append(Seen(name, dtype, shape, copies))
-    return Records(tuple(seen), tuple(parameters)), memory
+    return Viewed(encode(Records(tuple(seen), tuple(parameters))), memory)
 
 
 def identity_of(folder: Path, model: str | None, group: str) -> ModelIdentity:
@@ -183,7 +185,6 @@ def identity_of(folder: Path, model: str | None, group: str) -> ModelIdentity:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must have a JSON object")
     snapshot = cached_snapshot(str(folder))
-    method = settings.get("quantization_config")
     return plain_identity(
         group=group,
         model=model or (snapshot[0] if snapshot else str(folder)),
@@ -196,8 +197,8 @@ def identity_of(folder: Path, model: str | None, group: str) -> ModelIdentity:
         dp_rank=0,
         ep=1,
         ep_rank=0,
-        dtype=f"torch.{settings.get('dtype') or settings.get('torch_dtype') or 'float32'}",
-        quantization=method.get("quant_method") if isinstance(method, dict) else None,
+        dtype=OF_EACH_TENSOR,
+        quantization=None,
         config={},
         defaults=_given(flattened(settings)),
         layout=CHECKPOINT,

@@ -429,7 +429,8 @@ def holding_checkpoint(
             found.tensors, CHECKPOINT, {}, CpuDevice(), progress=functools.partial(progress, found)
         )
         found.check()
-        server.offer(replace(offer, store=store, ranks=lambda: {0: store.digests.weights}))
+        ranks, view = {0: store.digests.weights}, checkpoint.view_of(found)
+        server.offer(replace(offer, store=store, ranks=lambda: ranks, view=view))
         try:
             yield address, store.digests.weights, found
         finally:

@@ -4,16 +4,20 @@ import json
 import os
 import threading
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader import checkpoint
 from vllm_ascend.model_loader.netloader.checkpoint import CheckpointError
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.records import check
+from vllm_ascend.model_loader.netloader.executor.view.records import decode
+from vllm_ascend.model_loader.netloader.identity import PLACEMENT
+from vllm_ascend.model_loader.netloader.interaction import api
 
 from .support import bytes_of, until
 
@@ -255,8 +259,8 @@ class Copying(nn.Module):
 
 def test_records_are_those_of_a_model_that_copies_each_tensor_as_it_is(folder):
     with checkpoint.opened(folder) as found:
-        records, memory = checkpoint.records_of(found)
-        check(records)
+        view = checkpoint.view_of(found)
+        records = decode(view.records)
         model, trace = Copying(found.tensors), Trace()
         with trace:
             model.load_weights(trace.watch(found.tensors.items()))
@@ -271,7 +275,7 @@ def test_records_are_those_of_a_model_that_copies_each_tensor_as_it_is(folder):
             assert [records.parameters[one.parameter].name for one in ours.copies] == [
                 named[one.parameter] for one in theirs.copies
             ]
-        for parameter, tensor in zip(records.parameters, memory, strict=True):
+        for parameter, tensor in zip(records.parameters, view.parameters, strict=True):
             assert tensor is found.tensors[parameter.name]
 
 
@@ -280,10 +284,43 @@ def test_records_are_those_of_a_model_that_copies_each_tensor_as_it_is(folder):
 
 def test_the_identity_is_that_of_the_configuration(folder):
     who = checkpoint.identity_of(folder, "small", "netloader")
-    assert (who.model, who.dtype, who.layout) == ("small", "torch.bfloat16", "checkpoint")
+    assert (who.model, who.layout) == ("small", "checkpoint")
     assert (who.rank, who.tp, who.pp, who.ep) == (0, 1, 1, 1)
     assert who.config == {}
     assert who.defaults == {"architectures": ["Small"], "hidden_size": 4}
+
+
+def of_an_instance(**changes):
+    settings = {"architectures": ["Small"], "rope_parameters.rope_theta": 1e6}
+    return identity(config=settings, defaults={"hidden_size": 4, "head_dim": 2}, **changes)
+
+
+def test_instances_of_any_kind_whose_settings_are_those_of_the_folder_can_read_its_view(folder):
+    who = checkpoint.identity_of(folder, "small", "netloader")
+    for kind in (
+        {"rank": 3, "tp": 4},
+        {"quantization": "fp8", "layout": "processed", "vllm_version": "1"},
+        {"dtype": "torch.float32"},
+    ):
+        assert api.differences(of_an_instance(**kind), who, view=True) == []
+
+
+def test_another_model_is_told_from_the_folder_by_name_revision_and_settings(folder):
+    who = checkpoint.identity_of(folder, "small", "netloader")
+
+    def fields(client):
+        return [one.field for one in api.differences(client, who, view=True)]
+
+    assert fields(of_an_instance(model="large")) == ["model"]
+    other = msgspec.structs.replace(of_an_instance(), defaults={"hidden_size": 8})
+    assert fields(other) == ["config.hidden_size"]
+
+
+def test_a_client_that_asks_by_name_is_told_that_a_folder_is_cut_otherwise(folder):
+    who = checkpoint.identity_of(folder, "small", "netloader")
+    fields = {one.field for one in api.differences(of_an_instance(), who)}
+    assert fields == {"dtype"}
+    assert fields <= PLACEMENT
 
 
 def test_a_model_without_a_name_is_called_as_vllm_is_given_it(folder):
