@@ -1,5 +1,6 @@
 """The loader inside vLLM, on every kind of model, without the cost of starting an instance."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -37,10 +38,14 @@ from tests.e2e.loading import (
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
+from vllm_ascend.model_loader.netloader.checkpoint import identity_of
+from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.copies import holding_checkpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
+from vllm_ascend.model_loader.netloader.interaction.api import TARGET_GROUP
 
 pytestmark = pytest.mark.core
 
@@ -111,6 +116,27 @@ def test_a_client_gets_the_model_of_its_source_and_sees_the_checkpoint_through_i
     assert (much, disk, source.rstrip(",")) == (as_much, "disk", seed.address)
     gaps = not_seen_through(seed.address, models / f"{arch}-0")
     assert {re.sub(r"\d+", "N", name) for name in gaps} == NOT_SEEN.get(arch, set())
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[str]:
+    """Where the checkpoint of a folder is to be had that is held."""
+    config = parse_config({"MODEL": "m"})
+    who = identity_of(path, config.model, TARGET_GROUP)
+    with holding_checkpoint(path, who, config, "127.0.0.1", lambda *_: None) as (address, *_):
+        yield str(address)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "w8a8-dynamic"])
+def test_a_client_without_weight_files_loads_from_a_folder_that_is_held_elsewhere(
+    arch: str, models: Path
+) -> None:
+    path = on_disk(models, arch)
+    with held(path) as address:
+        source = [{"device_id": 0, "sources": [address]}]
+        extra = {"MODEL": "m", "SOURCE": source, "FALLBACK": False}
+        client = load(make_config(models / f"{arch}-bare", **extra, **NO_SERVER))
+    assert_same(load(make_config(path, load_format="auto")), client)
 
 
 @pytest.fixture(params=["of this processor", "of AMX"])
