@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from tools.make_model import copy_without_weights, make_model
-from tools.netloader_view import source_list
+from tools.netloader_view import read_address, source_list
 from vllm_ascend.model_loader.netloader.executor.view.plan import plan
 from vllm_ascend.model_loader.netloader.executor.view.rebuild import move
 
 from .killing_proxy import killing_proxy
+from .loading import assert_same, load, make_config
 from .ranks import Outcome, Pair
 
 pytestmark = [pytest.mark.core, pytest.mark.timeout(300)]
@@ -189,6 +190,27 @@ def test_a_reload_takes_weights_that_belong_together_or_none(
     assert client.status(1).ranks == b.status(1).ranks
 
 
+@tp_only
+def test_instances_of_other_sizes_and_without_weight_files_get_the_weights(
+    pair: Pair,
+    folders: dict[str, Path],
+    way: dict[str, int],
+    sources: dict[str, Outcome],
+    tmp_path: Path,
+) -> None:
+    two, bare = sources["a"], folders["bare"]
+    given = {"MODEL": "m", "FALLBACK": False, "OUTPUT_PREFIX": str(tmp_path / "one")}
+    either = source_list({0: [two.address(1), two.address(0)]})
+    one = load(make_config(bare, SOURCE=either, **given))
+    assert_same(one, load(make_config(folders["a"], load_format="auto")))
+    name = read_address(tmp_path / "one")
+    again = pair.load(bare, SOURCE=[name], FALLBACK=False, **way)
+    assert (again.errors, again.has) == (["", ""], two.has)
+    assert again.status(1).ranks == two.status(0).ranks
+    lines = again.said(r"loaded .* through their view of the checkpoint \(TP 1 there, TP 2 here\)")
+    assert len(lines) == 2
+
+
 CUTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "tp": {"tp": 2},
@@ -225,3 +247,25 @@ def test_ranks_that_are_cut_in_one_way_have_what_those_cut_in_another_need(
                 move(part, held, got[part.here.parameter])
             for name, one in view.parameters.items():
                 assert torch.equal(got[name], one), (source, client, rank, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "here"),
+    [
+        ("llama", "pp", "tp"),
+        ("moe", "tp", "ep"),
+        ("moe", "ep", "pp"),
+        ("w8a8-static", "tp", "pp"),
+    ],
+)
+def test_an_instance_that_is_cut_in_one_way_fills_one_that_is_cut_in_another(
+    pair: Pair, tmp_path: Path, kind: str, there: str, here: str
+) -> None:
+    make_model(tmp_path / "full", kind, "tiny", 0)
+    copy_without_weights(tmp_path / "full", tmp_path / "bare")
+    source = pair.load(tmp_path / "full", **CUTS[there])
+    disk = pair.load(tmp_path / "full", **CUTS[here])
+    name = [source.address(0)]
+    client = pair.load(tmp_path / "bare", SOURCE=name, FALLBACK=False, **CUTS[here])
+    assert client.errors == ["", ""] and client.has == disk.has
+    assert len(client.said("loaded .* through their view of the checkpoint")) == 2

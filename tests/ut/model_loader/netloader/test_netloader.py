@@ -1,5 +1,6 @@
 """The only tests here that import vLLM, which takes seconds; those with an engine are elsewhere."""
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -13,7 +14,7 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order
-from vllm_ascend.model_loader.netloader.compat import remember_registrations
+from vllm_ascend.model_loader.netloader.compat import load_watched, remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
     ChosenToRead,
@@ -24,6 +25,9 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.model import trace
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
+from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
@@ -380,6 +384,98 @@ def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monk
     assert (offer.store, offer.reason) == (None, "post-processing has changed x")
     [line] = log
     assert line.endswith("this model cannot be a source: post-processing has changed x")
+
+
+class Watched(torch.nn.Module):
+    """Loads as a model does that copies what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            getattr(self, name).data.copy_(tensor)
+
+
+CHECKPOINT = {"weight": torch.arange(4.0)}
+
+
+def read_disk(traced=True):
+    """What is known of a load of CHECKPOINT, and the model."""
+    loader, load, model = make(MODEL="m"), in_progress(), Watched()
+    loader._disk = types.SimpleNamespace(
+        load_weights=lambda model, config: model.load_weights(iter(CHECKPOINT.items()))
+    )
+    loader._read_disk(load, model, None, trace=traced)
+    assert torch.equal(model.weight, CHECKPOINT["weight"])
+    assert "load_weights" not in vars(model)
+    return load, model
+
+
+def test_a_source_offers_a_view_of_the_checkpoint_that_it_has_read(monkeypatch):
+    load, model = read_disk()
+    load.store = store_of({"weight": model.weight.detach()})
+    offer = offered(monkeypatch, load)
+    assert [parameter.data_ptr() for parameter in offer.view.parameters] == [
+        model.weight.data_ptr()
+    ]
+    made, known = rebuild("weight", [(decode(offer.view.records), {"weight": model.weight})])
+    assert known.all() and torch.equal(made, CHECKPOINT["weight"])
+
+
+def test_what_post_processing_has_changed_is_seen_through_the_copy(monkeypatch):
+    load, model = read_disk()
+    load.store = store_of({"weight": model.weight.detach()})
+    load.copies = {0: model.weight.clone()}
+    model.weight.add_(1)
+    offer = offered(monkeypatch, load)
+    [memory] = offer.view.parameters
+    assert torch.equal(memory, CHECKPOINT["weight"])
+
+
+def test_a_tensor_that_is_kept_in_another_form_is_not_seen(monkeypatch):
+    load, model = read_disk()
+    load.store = store_of({"weight": model.weight.detach()})
+    monkeypatch.setattr(
+        load.store,
+        "device",
+        types.SimpleNamespace(
+            **{name: getattr(DEVICE, name) for name in dir(DEVICE) if not name.startswith("__")}
+            | {"format_of": lambda tensor: "FRACTAL_NZ"}
+        ),
+    )
+    assert offered(monkeypatch, load).view.parameters == []
+
+
+@pytest.mark.parametrize("step", ["records", "watch", "viewed_through"])
+def test_whatever_goes_wrong_in_noting_costs_the_view_and_not_the_load(monkeypatch, step):
+    def fail(*_):
+        raise ZeroDivisionError("no\nnotes")
+
+    if step == "viewed_through":
+        monkeypatch.setattr(netloader, step, fail)
+    else:
+        monkeypatch.setattr(trace.Trace, {"watch": "_add"}.get(step, step), fail)
+    load, model = read_disk()
+    load.store = store_of({"weight": model.weight.detach()})
+    offer = offered(monkeypatch, load)
+    assert (offer.store, offer.view) == (load.store, None)
+    assert "ZeroDivisionError: no notes" in offer.why_no_view
+
+
+def test_an_instance_that_is_no_source_takes_no_notes(monkeypatch):
+    monkeypatch.setattr(netloader, "Trace", None)
+    load, _ = read_disk(traced=False)
+    assert load.records is None
+
+
+def test_a_load_that_fails_is_watched_no_more():
+    model, given = Watched(), []
+    with pytest.raises(ZeroDivisionError), load_watched(model, contextlib.nullcontext(), list):
+        model.load_weights = given.append
+        raise ZeroDivisionError
+    assert "load_weights" not in vars(model)
 
 
 def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):

@@ -18,6 +18,7 @@ from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed, SourceBusy
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed
 from vllm_ascend.model_loader.netloader.identity import Revision
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
@@ -414,6 +415,22 @@ def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
         registry.wait_for_renewal()
         [status] = server_of(model).status(0).models
         assert status.identity.revision == expected
+
+
+def test_a_checkpoint_is_seen_through_weights_until_they_change(config):
+    model = Living()
+    weight = model.layer.weight.detach()
+    made = offer(tensors={"layer.weight": weight})
+    made = dataclasses.replace(made, view=Viewed(b"", [weight]))
+    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    for change, view in ((0, made.view), (1, None), (-1, None)):
+        with registry.changing("one", RELOAD):
+            assert server_of(model)._offers[TARGET].view is None
+            model.layer.weight.data.add_(change)
+        registry.wait_for_renewal()
+        now = server_of(model)._offers[TARGET]
+        assert now.view is view
+    assert now.why_no_view == "the weights are others since reload_weights"
 
 
 def test_two_instances_of_a_process_change_one_by_one(config):

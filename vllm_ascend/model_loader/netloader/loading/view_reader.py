@@ -138,6 +138,8 @@ class Reader:
 
     def shares(self) -> str:
         """Return the ranks with what each gave, for the log."""
+        if len(self._gave) == 1:
+            return str(*self._gave)
         return ", ".join(f"{address} ({size(gave)})" for address, gave in self._gave.items())
 
     def tensors(self) -> Weights:
