@@ -1,6 +1,7 @@
 """The loader inside vLLM, on every kind of model, without the cost of starting an instance."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import logging
@@ -489,8 +490,8 @@ def test_a_reload_takes_the_new_dense_module_of_the_source(models: Path, tmp_pat
     assert_same(renewed.model, model)
 
 
-def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_nothing(
-    models: Path, tmp_path: Path
+def test_a_model_with_lora_layers_is_reloaded_with_the_checkpoint_of_the_source(
+    models: Path, tmp_path: Path, log: list[str]
 ) -> None:
     seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
     renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
@@ -499,12 +500,51 @@ def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_not
     # Where LoRA is enabled vLLM puts such layers in the place of a model's own.
     attention = model.model.layers[1].self_attn
     attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
+    reload_from(config, model, renewed.address)
+    attention.o_proj = attention.o_proj.base_layer
+    assert_same(renewed.model, model)
+    assert [line for line in log if "got the checkpoint for a reload, " in line]
+
+
+@pytest.mark.parametrize("arch", ["llama", "llama-tied"])
+def test_a_reload_takes_the_checkpoint_of_a_folder_that_is_held(
+    arch: str, models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, arch), tmp_path / "old_")
+    config = seed.client(models / f"{arch}-bare", FALLBACK=False)
+    model = load(config)
+    path = on_disk(models, arch, seed=1)
+    with held(path) as address:
+        reload_from(config, model, address)
+    assert_same(load(make_config(path, load_format="auto")), model)
+
+
+def test_a_reload_with_lora_layers_from_a_source_without_a_view_says_why_and_changes_nothing(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare", FALLBACK=False)
+    model = load(config)
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
+    without_view(renewed)
     with pytest.raises(LoadFailed) as failed:
         reload_from(config, model, renewed.address)
     assert "model.layers.1.self_attn.o_proj.weight is only there" in str(failed.value)
-    assert "model.layers.1.self_attn.o_proj.base_layer.weight is only here" in str(failed.value)
+    assert "there are no records of these weights" in str(failed.value)
     attention.o_proj = attention.o_proj.base_layer
     assert_same(seed.model, model)
+
+
+def without_view(seed: Seed) -> None:
+    """Let a source forget how its weights came from a checkpoint."""
+    known = registry.in_use(seed.model)
+    assert known is not None
+    assert known.server is not None
+    offers = known.server._offers
+    for group, offer in offers.items():
+        offers[group] = dataclasses.replace(offer, view=None)
 
 
 def test_a_reload_without_weights_anywhere_changes_nothing_and_says_both_reasons(

@@ -84,7 +84,7 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
-from .loading.view import Instance, find_instance, load_through_view
+from .loading.view import Instance, find_instance, load_through_view, whole_checkpoint
 from .serve import Offer, Relay
 from .utils import LOAD_FORMAT, Address, Name, logger, one_line, parse_address, rate, size
 
@@ -165,6 +165,21 @@ class _Load:
         except RuntimeError as error:  # torch's, such as a device that is out of memory
             logger.debug("NetLoader: preparing to be a source failed", exc_info=True)
             self.unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint that has come for a reload.
+
+    Attributes:
+        source: where it came from.
+        instance: digest of the instance that it was seen through.
+        weights: its tensors, in memory of their own.
+    """
+
+    source: str
+    instance: str
+    weights: Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -398,7 +413,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Reload a model in use: return its checkpoint, or nothing where the sources fill it.
 
         This is what vLLM's `reload_weights` asks a loader for before it prepares the model. Sources
-        have no checkpoint to give; they fill the model's layers directly once that is done.
+        fill the model's layers directly once that is done. Where they cannot, as the layers have
+        other parts of the weights or other names than theirs, they give the checkpoint instead.
 
         Raises:
             LayoutUnsupported: this model cannot be reloaded in place; it is left as it is.
@@ -411,7 +427,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         same_path = known is None or known.path == model_config.model
         failure = ""
 
-        def attempt(order: Order) -> Attempt[_Renewal | None]:
+        def attempt(order: Order) -> Attempt[_Renewal | _Checkpoint | None]:
             nonlocal failure
             if reason:
                 raise LayoutUnsupported(reason)
@@ -421,7 +437,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     if unable := why_no_reload_from_sources(self._device_name()):
                         raise LayoutUnsupported(unable)
                     load = self._new_load(identity, model_config, order)
-                    renewal = self._renewal(load, model, sources)
+                    try:
+                        renewal = self._renewal(load, model, sources)
+                    except LoadFailed as error:
+                        if order != AS_CONFIGURED:
+                            raise
+                        seen = self._seen_through(sources, identity, error)
+                        return Attempt(seen, seen.source, view=seen.instance)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
             except (LoadFailed, LayoutUnsupported) as error:
                 if not self._config.fallback or order != AS_CONFIGURED:
@@ -436,6 +458,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return Attempt(None)
 
         renewal, agreed = self._together(identity, attempt)
+        if isinstance(renewal, _Checkpoint):
+            registry.loaded_from(model, renewal.source)
+            return renewal.weights
         if renewal is not None:
             return self._renewed(model, model_config, renewal, agreed)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
@@ -447,6 +472,29 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise _neither(failure, error) from error
         registry.loaded_from(model, DISK)
         return self._disk.get_all_weights(model_config, model)
+
+    def _seen_through(
+        self, sources: Sequence[Address | Name], identity: ModelIdentity, error: LoadFailed
+    ) -> "_Checkpoint":
+        """Return the checkpoint as it is seen through the first instance that has a view.
+
+        Args:
+            sources: those that have not given weights by name.
+            identity: of this rank.
+            error: why they have not.
+
+        Raises:
+            LoadFailed: there is none; says that, too.
+        """
+        worker, addresses = self._worker(), [one for one in sources if isinstance(one, Address)]
+        others = map(parse_address, error.others)
+        try:
+            instance = find_instance([*others, *addresses], identity, self._config, worker)
+            with metrics.load_from(metrics.PEERS):
+                weights = whole_checkpoint(instance, identity, self._config, worker)
+        except LoadFailed as problem:
+            raise LoadFailed(f"{error}; {problem}") from None
+        return _Checkpoint(str(instance), instance.digest, weights)
 
     def _renewal(
         self, load: _Load, model: nn.Module, sources: Sequence[Address | Name]
