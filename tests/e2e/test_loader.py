@@ -18,7 +18,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
@@ -545,6 +545,33 @@ def without_view(seed: Seed) -> None:
     offers = known.server._offers
     for group, offer in offers.items():
         offers[group] = dataclasses.replace(offer, view=None)
+
+
+def test_as_vllms_weight_transfer_engine_it_pulls_from_the_sources_that_an_update_names(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare")
+    model = load(config)
+    factory = pytest.importorskip("vllm.distributed.weight_transfer").WeightTransferEngineFactory
+    transfer = WeightTransferConfig(backend="netloader")
+    device = torch.device("cpu")
+    with worker(config):
+        engine = factory.create_engine(transfer, config, device, model)
+        engine.init_transfer_engine(engine.parse_init_info({}))
+        engine.start_weight_update()
+        with pytest.raises(ConfigError, match="names no instance"):
+            engine.update_weights({"source": []})
+        with pytest.raises(LoadFailed, match=r"127\.0\.0\.1:1: cannot connect"):
+            engine.update_weights({"source": ["127.0.0.1:1"]})
+        assert_same(seed.model, model)
+        engine.update_weights({"source": [renewed.address]})
+        engine.finish_weight_update()
+        assert_same(renewed.model, model)
+        engine.update_weights({"source": [{"device_id": 0, "sources": [seed.address]}]})
+        engine.shutdown()
+    assert_same(seed.model, model)
 
 
 def test_a_reload_without_weights_anywhere_changes_nothing_and_says_both_reasons(

@@ -41,6 +41,7 @@ from .compat import (
     places_of,
     ranks_of,
     read_through,
+    register_weight_transfer,
     remember_registrations,
     take_over_load,
     watch,
@@ -909,6 +910,39 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return torch.device(self.load_config.device or vllm_config.device_config.device)
 
 
+def _pull_update(
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    model: nn.Module,
+    keys: Mapping[str, object],
+) -> None:
+    """Fill a model in use from the sources that a weight update names, and never from disk.
+
+    Args:
+        vllm_config: the instance's configuration.
+        model_config: the model's.
+        model: what is filled.
+        keys: SOURCE and WEIGHTS_DIGEST, in the place of the instance's own.
+
+    Raises:
+        ConfigError: they are wrong.
+        LoadFailed: no source gave the weights; the model has those from before.
+    """
+    update, load_config = parse_config(keys), copy.copy(vllm_config.load_config)
+    if load_config.load_format != LOAD_FORMAT:
+        load_config.model_loader_extra_config = {}
+    loader = ModelNetLoaderElastic(load_config)
+    loader._config = replace(
+        loader._config, source=update.source, weights_digest=update.weights_digest, fallback=False
+    )
+    if not any(sources.addresses for sources in update.source.values()):
+        raise ConfigError(f"source is {keys['SOURCE']!r} and names no instance")
+    weights = loader.get_all_weights(model_config, model)
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, model_config)
+
+
 def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultModelLoader:
     disk = copy.copy(load_config)
     disk.load_format = "auto"
@@ -949,3 +983,6 @@ def _neither(failure: str, error: Exception) -> LoadFailed:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+register_weight_transfer(_pull_update)
