@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
-from vllm_ascend.model_loader.netloader.errors import SourceRefused
+from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.errors import SourceError, SourceRefused
+from vllm_ascend.model_loader.netloader.executor.memory import host_view
+from vllm_ascend.model_loader.netloader.executor.view.records import decode, dtype_of
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import parse_address
@@ -256,6 +260,125 @@ def test_what_accelerators_serve_is_held_as_well(way):
     with copies.holding([(what, store, "an instance")], config, HOST) as [address]:
         got = sides.load_here(device, [address], assorted).check()
     assert got.said("no process group, so the weights come over HTTP")
+
+
+# hold --checkpoint
+
+
+@contextlib.contextmanager
+def holding_folder(folder, *more):
+    """A process that holds the checkpoint of a folder, its address, and the weights digest."""
+    command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
+    holder = subprocess.Popen(
+        [*command, "--checkpoint", str(folder), "--host", HOST, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    with holder:
+        try:
+            line = holder.stdout.readline()
+            assert line, holder.stderr.read()
+            [(address, digest)] = json.loads(line).items()
+            yield holder, parse_address(address), digest
+        finally:
+            holder.kill()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A checkpoint of two files."""
+    made = tmp_path / "checkpoint"
+    made.mkdir()
+    torch.manual_seed(0)
+    save_file(
+        {
+            "large": torch.randn(700, 1024).to(torch.bfloat16),
+            "scale": torch.tensor(0.5),
+            "none": torch.empty(0, 3),
+        },
+        made / "model-1.safetensors",
+    )
+    save_file({"fp8": torch.randn(9, 5).to(torch.float8_e4m3fn)}, made / "model-2.safetensors")
+    (made / "config.json").write_text('{"hidden_size": 4}')
+    return made
+
+
+def checkpoint_in(folder):
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_every_region_of_a_checkpoint_that_is_held_is_that_of_its_files(way, files, tmp_path):
+    who = {"MODEL": "small"}
+    with holding_folder(files, "--config", json.dumps(who)) as (holder, address, digest):
+        assert run("status", address) == cli.OK
+        assert run("fetch", address, tmp_path / "got") == cli.OK
+        status = copies.status_of(address, parse_config({}))
+        [model] = status.models
+        assert (model.loaded_from, model.ranks) == ("a checkpoint folder", {0: digest})
+        assert model.identity.model == "small"
+        client_of_eight = msgspec.structs.replace(
+            model.identity, tp=8, rank=7, dtype="torch.bfloat16", layout="raw"
+        )
+        with copies.connect(address, parse_config({})) as client:
+            assert client.join(api.Join(client_of_eight, view=True)).weights == digest
+            records = decode(client.records(digest))
+            rows, columns = {}, {}
+            for seen in records.tensors:
+                whole = columns[seen.name] = torch.empty(seen.shape, dtype=dtype_of(seen.dtype))
+                rows[seen.name] = torch.empty_like(whole)
+                for one in seen.copies:
+                    region = api.Region(one.parameter, one.offset, [*one.size], [*one.stride])
+                    client.regions(digest, [region], host_view(rows[seen.name]))
+                    turned = torch.empty(seen.shape[::-1], dtype=whole.dtype)
+                    region = api.Region(
+                        one.parameter, one.offset, [*one.size[::-1]], [*one.stride[::-1]]
+                    )
+                    client.regions(digest, [region], host_view(turned))
+                    whole.copy_(turned.permute([*range(turned.dim())[::-1]]))
+        wanted = checkpoint_in(files)
+        for found in (rows, columns):
+            assert found.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                same_kind = found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+                assert same_kind and torch.equal(
+                    found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+                )
+        assert run("pull", address, tmp_path / "copy") == cli.OK
+        copy = load_file(tmp_path / "copy" / FILE)
+        assert copy.keys() == wanted.keys()
+        assert all(torch.equal(copy[name].float(), wanted[name].float()) for name in wanted)
+        assert (tmp_path / "got/config.json").read_text() == '{"hidden_size": 4}'
+        holder.send_signal(signal.SIGTERM)
+        assert holder.wait(PATIENCE) == 0
+
+
+def test_a_holder_ends_and_says_why_before_a_file_becomes_shorter(way, files):
+    path = files / "model-1.safetensors"
+    with holding_folder(files) as (holder, address, digest):
+        with copies.connect(address, parse_config({})) as client:
+            os.truncate(path, 100)  # waits for the holder, where the file system can
+            assert holder.wait(PATIENCE) == cli.NO
+            with pytest.raises(SourceError):
+                client.records(digest)
+        assert f"netloader: {path} " in holder.stderr.read()
+
+
+def test_what_is_no_checkpoint_is_not_held(way, files, capsys):
+    assert run("hold") == cli.USAGE
+    assert "ADDRESS... or --checkpoint FOLDER" in capsys.readouterr().err
+    (files / "config.json").unlink()
+    assert run("hold", "--checkpoint", files) == cli.USAGE
+    (files / "config.json").write_text("{}")
+    os.truncate(files / "model-1.safetensors", 100)
+    assert run("hold", "--checkpoint", files, "--host", HOST) == cli.NO
+    assert "model-1.safetensors is no file of safetensors" in capsys.readouterr().err
 
 
 # diff

@@ -1,5 +1,7 @@
 """The loader inside vLLM, on every kind of model, without the cost of starting an instance."""
 
+import contextlib
+import dataclasses
 import gc
 import json
 import logging
@@ -16,7 +18,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
@@ -37,10 +39,14 @@ from tests.e2e.loading import (
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
+from vllm_ascend.model_loader.netloader.checkpoint import identity_of
+from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.copies import holding_checkpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, LayoutUnsupported, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PSend
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
+from vllm_ascend.model_loader.netloader.interaction.api import TARGET_GROUP
 
 pytestmark = pytest.mark.core
 
@@ -116,6 +122,27 @@ def test_a_client_gets_the_model_of_its_source_and_sees_the_checkpoint_through_i
     assert (much, disk, source.rstrip(",")) == (as_much, "disk", seed.address)
     gaps = not_seen_through(seed.address, models / f"{arch}-0")
     assert kinds_of(gaps) == NOT_SEEN.get(arch, set())
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[str]:
+    """Where the checkpoint of a folder is to be had that is held."""
+    config = parse_config({"MODEL": "m"})
+    who = identity_of(path, config.model, TARGET_GROUP)
+    with holding_checkpoint(path, who, config, "127.0.0.1", lambda *_: None) as (address, *_):
+        yield str(address)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "w8a8-dynamic"])
+def test_a_client_without_weight_files_loads_from_a_folder_that_is_held_elsewhere(
+    arch: str, models: Path
+) -> None:
+    path = on_disk(models, arch)
+    with held(path) as address:
+        source = [{"device_id": 0, "sources": [address]}]
+        extra = {"MODEL": "m", "SOURCE": source, "FALLBACK": False}
+        client = load(make_config(models / f"{arch}-bare", **extra, **NO_SERVER))
+    assert_same(load(make_config(path, load_format="auto")), client)
 
 
 @pytest.fixture(params=["of this processor", "of AMX"])
@@ -463,8 +490,8 @@ def test_a_reload_takes_the_new_dense_module_of_the_source(models: Path, tmp_pat
     assert_same(renewed.model, model)
 
 
-def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_nothing(
-    models: Path, tmp_path: Path
+def test_a_model_with_lora_layers_is_reloaded_with_the_checkpoint_of_the_source(
+    models: Path, tmp_path: Path, log: list[str]
 ) -> None:
     seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
     renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
@@ -473,11 +500,77 @@ def test_a_reload_of_a_model_with_lora_layers_is_refused_by_name_and_changes_not
     # Where LoRA is enabled vLLM puts such layers in the place of a model's own.
     attention = model.model.layers[1].self_attn
     attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
+    reload_from(config, model, renewed.address)
+    attention.o_proj = attention.o_proj.base_layer
+    assert_same(renewed.model, model)
+    assert [line for line in log if "got the checkpoint for a reload, " in line]
+
+
+@pytest.mark.parametrize("arch", ["llama", "llama-tied"])
+def test_a_reload_takes_the_checkpoint_of_a_folder_that_is_held(
+    arch: str, models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, arch), tmp_path / "old_")
+    config = seed.client(models / f"{arch}-bare", FALLBACK=False)
+    model = load(config)
+    path = on_disk(models, arch, seed=1)
+    with held(path) as address:
+        reload_from(config, model, address)
+    assert_same(load(make_config(path, load_format="auto")), model)
+
+
+def test_a_reload_with_lora_layers_from_a_source_without_a_view_says_why_and_changes_nothing(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare", FALLBACK=False)
+    model = load(config)
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
+    without_view(renewed)
     with pytest.raises(LoadFailed) as failed:
         reload_from(config, model, renewed.address)
     assert "model.layers.1.self_attn.o_proj.weight is only there" in str(failed.value)
-    assert "model.layers.1.self_attn.o_proj.base_layer.weight is only here" in str(failed.value)
+    assert "there are no records of these weights" in str(failed.value)
     attention.o_proj = attention.o_proj.base_layer
+    assert_same(seed.model, model)
+
+
+def without_view(seed: Seed) -> None:
+    """Let a source forget how its weights came from a checkpoint."""
+    known = registry.in_use(seed.model)
+    assert known is not None
+    assert known.server is not None
+    offers = known.server._offers
+    for group, offer in offers.items():
+        offers[group] = dataclasses.replace(offer, view=None)
+
+
+def test_as_vllms_weight_transfer_engine_it_pulls_from_the_sources_that_an_update_names(
+    models: Path, tmp_path: Path
+) -> None:
+    seed = Seed(on_disk(models, "llama"), tmp_path / "old_")
+    renewed = Seed(on_disk(models, "llama", seed=1), tmp_path / "new_")
+    config = seed.client(models / "llama-bare")
+    model = load(config)
+    factory = pytest.importorskip("vllm.distributed.weight_transfer").WeightTransferEngineFactory
+    transfer = WeightTransferConfig(backend="netloader")
+    device = torch.device("cpu")
+    with worker(config):
+        engine = factory.create_engine(transfer, config, device, model)
+        engine.init_transfer_engine(engine.parse_init_info({}))
+        engine.start_weight_update()
+        with pytest.raises(ConfigError, match="names no instance"):
+            engine.update_weights({"source": []})
+        with pytest.raises(LoadFailed, match=r"127\.0\.0\.1:1: cannot connect"):
+            engine.update_weights({"source": ["127.0.0.1:1"]})
+        assert_same(seed.model, model)
+        engine.update_weights({"source": [renewed.address]})
+        engine.finish_weight_update()
+        assert_same(renewed.model, model)
+        engine.update_weights({"source": [{"device_id": 0, "sources": [seed.address]}]})
+        engine.shutdown()
     assert_same(seed.model, model)
 
 

@@ -1,6 +1,7 @@
 """The operator's commands; see `python -m vllm_ascend.model_loader.netloader --help`."""
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
-from . import copies, model_files
+from . import checkpoint, copies, model_files
 from .config import SECRET_FILE_VARIABLE, NetLoaderConfig, parse_config
 from .credentials import Derived, derived_from, read_secrets
 from .errors import (
@@ -30,10 +31,21 @@ from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
 from .loading.sessions import connect
-from .utils import Address, Name, one_line, parse_address, parse_name, rate, shortened, size
+from .utils import (
+    Address,
+    Name,
+    one_line,
+    own_host,
+    parse_address,
+    parse_name,
+    rate,
+    shortened,
+    size,
+)
 
 OK, NO, USAGE = 0, 1, 2
 _INTERVAL = 1.0  # seconds between two looks of `status --watch`
+_LOOK = 0.2  # seconds between two looks at the files of a checkpoint
 _SHOWN = 10  # differences of two instances
 
 
@@ -115,8 +127,9 @@ def parser() -> argparse.ArgumentParser:
     )
     of_a_model(one)
 
-    one = command("hold", _hold, "hold the weights of all ranks of an instance, and serve them")
-    one.add_argument("addresses", metavar="ADDRESS", nargs="+", type=_address)
+    one = command("hold", _hold, "hold the weights of an instance or a checkpoint, and serve them")
+    one.add_argument("addresses", metavar="ADDRESS", nargs="*", type=_address)
+    one.add_argument("--checkpoint", metavar="FOLDER", type=Path, help="serve the files there")
     one.add_argument("--folder", metavar="DIR", type=Path, help="in files there, not in memory")
     one.add_argument("--host", help="address of this machine that clients reach")
     of_a_model(one)
@@ -363,15 +376,17 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _hold(options: argparse.Namespace) -> int:
     config = client_config(options)
+    if bool(options.addresses) == bool(options.checkpoint):
+        raise ConfigError("hold needs either ADDRESS... or --checkpoint FOLDER")
+    if options.checkpoint:
+        return _hold_checkpoint(options, config)
     held, host = [], options.host or config.announced_host
     for what, addresses, local_host in _described(options, config):
         path = options.folder / copies.file_name(what.identity) if options.folder else None
         store = copies.pull(addresses, what, path, config, show_progress=not options.json)
         held.append((what, store, ", ".join(map(str, addresses))))
         host = host or local_host
-    over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+    over = _stopped()
     with copies.holding(held, config, host or "") as listening:
         answer = {
             str(address): what.digests.weights
@@ -381,6 +396,43 @@ def _hold(options: argparse.Namespace) -> int:
         _say(options, answer, "\n".join(lines))
         over.wait()
     return OK
+
+
+def _hold_checkpoint(options: argparse.Namespace, config: NetLoaderConfig) -> int:
+    folder = options.checkpoint.resolve()
+    identity = checkpoint.identity_of(folder, config.model, _group(options))
+    host = options.host or config.announced_host or own_host()
+    next_check = 0.0
+
+    def progress(found: checkpoint.Checkpoint, nbytes: int) -> None:
+        nonlocal next_check
+        bar.total = found.nbytes
+        bar.update(nbytes)
+        if time.monotonic() >= next_check:
+            found.check()
+            next_check = time.monotonic() + _LOOK
+
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(unit="B", unit_scale=True, desc="reading", disable=options.json)
+        )
+        address, weights, found = stack.enter_context(
+            copies.holding_checkpoint(folder, identity, config, host, progress)
+        )
+        bar.close()
+        over = _stopped()
+        _say(options, {str(address): weights}, f"{address}: serving {weights}")
+        while not over.wait(_LOOK):
+            found.check()
+    return OK
+
+
+def _stopped() -> threading.Event:
+    """Return what is set once the command is to end."""
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    return over
 
 
 def _diff(options: argparse.Namespace) -> int:

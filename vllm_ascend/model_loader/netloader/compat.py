@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -690,6 +690,61 @@ def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             # vLLM takes those for what only post-processing makes.
             for name in layer._non_persistent_buffers_set & present.keys():
                 getattr(layer, name).copy_(present[name][1])
+
+
+def register_weight_transfer(
+    pull: Callable[[VllmConfig, ModelConfig, nn.Module, Mapping[str, Any]], object],
+) -> None:
+    """Make the backend `netloader` of `--weight-transfer-config` known to a vLLM that has such.
+
+    Args:
+        pull: fills a model in use, with keys of NetLoader's configuration.
+    """
+    try:
+        from vllm.distributed.weight_transfer import WeightTransferEngine
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitInfo,
+            WeightTransferUpdateInfo,
+        )
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ImportError:  # of another version
+        return
+
+    @dataclass
+    class Begin(WeightTransferInitInfo):
+        """There is no connection to a trainer."""
+
+    @dataclass
+    class Update(WeightTransferUpdateInfo):
+        """Where the new weights are: see the keys SOURCE and WEIGHTS_DIGEST."""
+
+        source: str | list[Any]
+        weights_digest: str | None = None
+
+    class Engine(WeightTransferEngine):
+        """Pulls the weights of the instances that an update names."""
+
+        init_info_cls = Begin
+        update_info_cls = Update
+
+        def init_transfer_engine(self, init_info: Begin) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            pass
+
+        def receive_weights(self, update_info: Update) -> None:
+            keys = {"SOURCE": update_info.source, "WEIGHTS_DIGEST": update_info.weights_digest}
+            pull(self.vllm_config, self.model_config, self.model, keys)
+
+        def finish_weight_update(self) -> None:
+            pass
+
+        def shutdown(self) -> None:
+            pass
+
+    with contextlib.suppress(ValueError):  # it is known
+        WeightTransferEngineFactory.register_engine(LOAD_FORMAT, Engine)
 
 
 def _is_attention(layer: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Weights of running instances without a model: in host memory, in files, or only measured."""
 
 import contextlib
+import functools
 import ipaddress
 import json
 import math
@@ -10,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import torch
 
+from . import checkpoint
 from .config import NetLoaderConfig
 from .errors import NetLoaderError, ProtocolError, SourceError, SourceRefused
 from .executor.chunks.blocks import Blocks, Run
@@ -24,11 +26,12 @@ from .executor.chunks.manifest import Manifest, TensorEntry
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
 from .executor.memory import host_view
-from .executor.store import BlockStore
-from .identity import ModelIdentity
+from .executor.store import BlockStore, make_store
+from .identity import CHECKPOINT, ModelIdentity
 from .interaction import api
 from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
+from .interaction.cold_start import Phase
 from .load import elastic_load
 from .loading.sessions import connect
 from .serve import Offer, WeightServer
@@ -41,21 +44,8 @@ _ASKED_AT_ONCE = 32
 _MAX_BYTES = 1 << 50  # of one tensor
 # Not by attribute of torch, which imports modules for some names.
 _OF_NAME = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-# How safetensors names dtypes. What it has no name for is a row of bytes there.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+# What safetensors has no name for is a row of bytes there.
+_NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -326,7 +316,7 @@ def _head(description: Description, order: Sequence[tuple[int, int]]) -> bytes:
     }
     for index, at in order:
         entry, nbytes = entries[index], description.blocks.sizes[index]
-        name, shape = _DTYPES.get(_dtype(entry)), [*entry.shape]
+        name, shape = _NAMES.get(_dtype(entry)), [*entry.shape]
         if name is None:
             name, shape = "U8", [nbytes]
         elif entry.stride is not None or entry.format is not None:
@@ -370,11 +360,6 @@ def holding(
         addresses = []
         for what, store, source in held:
             rank = what.identity.rank
-            port = config.port_for(rank)
-            if port is None:
-                raise NetLoaderError(
-                    f"LISTEN_PORT is {config.listen_port}, and rank {rank} has none"
-                )
             server = WeightServer(config, rank, host)
             server.offer(
                 Offer(
@@ -386,9 +371,71 @@ def holding(
                 )
             )
             stack.callback(server.stop)
-            addresses.append(server.start(port))
+            addresses.append(server.start(_port(config, rank)))
             servers[rank] = server
         yield addresses
+
+
+def _port(config: NetLoaderConfig, rank: int) -> int:
+    port = config.port_for(rank)
+    if port is None:
+        raise NetLoaderError(f"LISTEN_PORT is {config.listen_port}, and rank {rank} has none")
+    return port
+
+
+@contextlib.contextmanager
+def holding_checkpoint(
+    folder: Path,
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    host: str,
+    progress: Callable[[checkpoint.Checkpoint, int], object],
+) -> Iterator[tuple[Address, str, checkpoint.Checkpoint]]:
+    """Serve the checkpoint of a folder.
+
+    The server opens first, and clients wait while all is read once for the digests.
+
+    Args:
+        folder: of the checkpoint.
+        identity: of its model.
+        config: port and bounds.
+        host: the address of this machine that others reach.
+        progress: called with the checkpoint and the bytes that are read next.
+
+    Yields:
+        Where it listens, the weights digest, and the checkpoint, which is to be checked at least
+        once a second: if it has changed, nobody reads it any more once this is over.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it has changed.
+        OSError: a file cannot be read, or the port is taken.
+    """
+    server = WeightServer(config, 0, host)
+    offer = Offer(
+        identity,
+        None,
+        "the checkpoint is being read",
+        loaded_from="a checkpoint folder",
+        folder=folder,
+        code=api.Code.LOADING,
+        phase=Phase.READING,
+    )
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(checkpoint.opened(folder))
+        server.announce(offer)
+        stack.callback(server.stop)
+        address = server.start(_port(config, 0))
+        store = make_store(
+            found.tensors, CHECKPOINT, {}, CpuDevice(), progress=functools.partial(progress, found)
+        )
+        found.check()
+        ranks, view = {0: store.digests.weights}, checkpoint.view_of(found)
+        server.offer(replace(offer, store=store, ranks=lambda: ranks, view=view))
+        try:
+            yield address, store.digests.weights, found
+        finally:
+            # Before the files are closed: who wants to write to them waits for that.
+            server.withdraw(identity.group, api.Code.GONE, "the checkpoint is no longer held")
 
 
 # Only measured

@@ -13,6 +13,8 @@ import msgspec
 from .errors import ConfigError
 from .utils import plain
 
+CHECKPOINT = "checkpoint"  # the layout of a folder, which no instance has
+OF_EACH_TENSOR = "that of each tensor"
 MAX_REVISION_BYTES = 128
 MAX_CONFIG_BYTES = 16 << 10  # of JSON, all settings together
 MAX_SETTING_BYTES = 512  # of JSON, the value of one
@@ -92,12 +94,12 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         dp_rank: data-parallel rank; 0 where replicas hold the same weights.
         ep: expert-parallel size; 1 where experts are not spread over ranks.
         ep_rank: expert-parallel rank.
-        dtype: dtype of the model, as in `torch.bfloat16`.
+        dtype: dtype of the model, as in `torch.bfloat16`; of a folder `OF_EACH_TENSOR`.
         quantization: quantization method, if any.
         config: dotted name -> value of the settings in the model's configuration.
         defaults: of the settings that the configuration's class has filled in, or has under another
             name, too. A setting that only one side knows makes no difference if it is one of these.
-        layout: what the tensors are: `raw` or `processed`.
+        layout: what the tensors are: `raw` or `processed`; of a folder `checkpoint`.
         vllm_version: in the processed layout the version whose post-processing made them; None in
             the raw layout, where the manifest decides.
     """
@@ -125,6 +127,22 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         whole = {"rank": 0, "tp": 1, "pp": 1, "pcp": 1, "dp": 1, "dp_rank": 0, "ep": 1}
         return msgspec.structs.replace(
             self, **whole, ep_rank=0, dtype="", layout="", vllm_version=None
+        )
+
+    def as_told_by(self, folder: "ModelIdentity") -> "ModelIdentity":
+        """Return it with only as much as a folder with a checkpoint can tell of it.
+
+        A folder has settings as they are written, before any are filled in, renamed or added.
+        """
+        settings = self.defaults | self.config
+        known = {name: settings[name] for name in settings if name in folder.defaults}
+        return msgspec.structs.replace(
+            self,
+            quantization=folder.quantization,
+            config=known,
+            defaults={},
+            layout=folder.layout,
+            vllm_version=None,
         )
 
     def differences(self, other: "ModelIdentity") -> list[tuple[str, Any, Any]]:

@@ -41,6 +41,7 @@ from .compat import (
     places_of,
     ranks_of,
     read_through,
+    register_weight_transfer,
     remember_registrations,
     take_over_load,
     watch,
@@ -84,7 +85,7 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
-from .loading.view import Instance, find_instance, load_through_view
+from .loading.view import Instance, find_instance, load_through_view, whole_checkpoint
 from .serve import Offer, Relay
 from .utils import LOAD_FORMAT, Address, Name, logger, one_line, parse_address, rate, size
 
@@ -165,6 +166,21 @@ class _Load:
         except RuntimeError as error:  # torch's, such as a device that is out of memory
             logger.debug("NetLoader: preparing to be a source failed", exc_info=True)
             self.unserved = f"preparing it failed: {type(error).__name__}: {one_line(error)}"
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint that has come for a reload.
+
+    Attributes:
+        source: where it came from.
+        instance: digest of the instance that it was seen through.
+        weights: its tensors, in memory of their own.
+    """
+
+    source: str
+    instance: str
+    weights: Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -398,7 +414,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Reload a model in use: return its checkpoint, or nothing where the sources fill it.
 
         This is what vLLM's `reload_weights` asks a loader for before it prepares the model. Sources
-        have no checkpoint to give; they fill the model's layers directly once that is done.
+        fill the model's layers directly once that is done. Where they cannot, as the layers have
+        other parts of the weights or other names than theirs, they give the checkpoint instead.
 
         Raises:
             LayoutUnsupported: this model cannot be reloaded in place; it is left as it is.
@@ -411,7 +428,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         same_path = known is None or known.path == model_config.model
         failure = ""
 
-        def attempt(order: Order) -> Attempt[_Renewal | None]:
+        def attempt(order: Order) -> Attempt[_Renewal | _Checkpoint | None]:
             nonlocal failure
             if reason:
                 raise LayoutUnsupported(reason)
@@ -421,7 +438,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     if unable := why_no_reload_from_sources(self._device_name()):
                         raise LayoutUnsupported(unable)
                     load = self._new_load(identity, model_config, order)
-                    renewal = self._renewal(load, model, sources)
+                    try:
+                        renewal = self._renewal(load, model, sources)
+                    except LoadFailed as error:
+                        if order != AS_CONFIGURED:
+                            raise
+                        seen = self._seen_through(sources, identity, error)
+                        return Attempt(seen, seen.source, view=seen.instance)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
             except (LoadFailed, LayoutUnsupported) as error:
                 if not self._config.fallback or order != AS_CONFIGURED:
@@ -436,6 +459,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             return Attempt(None)
 
         renewal, agreed = self._together(identity, attempt)
+        if isinstance(renewal, _Checkpoint):
+            registry.loaded_from(model, renewal.source)
+            return renewal.weights
         if renewal is not None:
             return self._renewed(model, model_config, renewal, agreed)
         # Now, as vLLM takes the old weights away before it reads the first of the new ones.
@@ -447,6 +473,29 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise _neither(failure, error) from error
         registry.loaded_from(model, DISK)
         return self._disk.get_all_weights(model_config, model)
+
+    def _seen_through(
+        self, sources: Sequence[Address | Name], identity: ModelIdentity, error: LoadFailed
+    ) -> "_Checkpoint":
+        """Return the checkpoint as it is seen through the first instance that has a view.
+
+        Args:
+            sources: those that have not given weights by name.
+            identity: of this rank.
+            error: why they have not.
+
+        Raises:
+            LoadFailed: there is none; says that, too.
+        """
+        worker, addresses = self._worker(), [one for one in sources if isinstance(one, Address)]
+        others = map(parse_address, error.others)
+        try:
+            instance = find_instance([*others, *addresses], identity, self._config, worker)
+            with metrics.load_from(metrics.PEERS):
+                weights = whole_checkpoint(instance, identity, self._config, worker)
+        except LoadFailed as problem:
+            raise LoadFailed(f"{error}; {problem}") from None
+        return _Checkpoint(str(instance), instance.digest, weights)
 
     def _renewal(
         self, load: _Load, model: nn.Module, sources: Sequence[Address | Name]
@@ -861,6 +910,39 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return torch.device(self.load_config.device or vllm_config.device_config.device)
 
 
+def _pull_update(
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    model: nn.Module,
+    keys: Mapping[str, object],
+) -> None:
+    """Fill a model in use from the sources that a weight update names, and never from disk.
+
+    Args:
+        vllm_config: the instance's configuration.
+        model_config: the model's.
+        model: what is filled.
+        keys: SOURCE and WEIGHTS_DIGEST, in the place of the instance's own.
+
+    Raises:
+        ConfigError: they are wrong.
+        LoadFailed: no source gave the weights; the model has those from before.
+    """
+    update, load_config = parse_config(keys), copy.copy(vllm_config.load_config)
+    if load_config.load_format != LOAD_FORMAT:
+        load_config.model_loader_extra_config = {}
+    loader = ModelNetLoaderElastic(load_config)
+    loader._config = replace(
+        loader._config, source=update.source, weights_digest=update.weights_digest, fallback=False
+    )
+    if not any(sources.addresses for sources in update.source.values()):
+        raise ConfigError(f"source is {keys['SOURCE']!r} and names no instance")
+    weights = loader.get_all_weights(model_config, model)
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, model_config)
+
+
 def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultModelLoader:
     disk = copy.copy(load_config)
     disk.load_format = "auto"
@@ -901,3 +983,6 @@ def _neither(failure: str, error: Exception) -> LoadFailed:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+register_weight_transfer(_pull_update)

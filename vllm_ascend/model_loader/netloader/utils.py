@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -149,6 +150,15 @@ def unmapped(host: str) -> str:
     except ValueError:
         return host
     return str(mapped) if mapped else host
+
+
+def own_host() -> str:
+    """Return the address of this machine that the way to others begins at."""
+    for family, other in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((other, 9))  # sends nothing
+            return str(sock.getsockname()[0])
+    return "127.0.0.1"
 
 
 def one_line(text: object) -> str:

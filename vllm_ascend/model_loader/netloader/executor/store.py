@@ -5,7 +5,7 @@ import functools
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 import torch
@@ -220,7 +220,12 @@ class BlockStore:
         manifest = self.manifest
         if attributes is not None and attributes != manifest.attributes:
             manifest = msgspec.structs.replace(manifest, attributes=dict(attributes))
-        return _hashed(manifest, self.blocks, self.tensors, self.device, stop)
+
+        def go_on(nbytes: int) -> None:
+            if stop is not None and stop.is_set():
+                raise Withdrawn("the weights are changing")
+
+        return _hashed(manifest, self.blocks, self.tensors, self.device, go_on)
 
 
 def make_store(
@@ -230,6 +235,7 @@ def make_store(
     device: Device,
     meaning: Mapping[str, str] = NO_MEANING,
     made: Mapping[str, Sample] | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
 ) -> BlockStore:
     """Describe and hash named tensors as they are to be served.
 
@@ -240,13 +246,15 @@ def make_store(
         device: where the tensors are.
         meaning: the manifest's meaning.
         made: the manifest's samples of what does not travel.
+        progress: called with the bytes that are hashed next; what it raises ends it early.
 
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
     manifest, distinct = describe(tensors, layout, attributes, device.format_of, meaning)
     manifest = msgspec.structs.replace(manifest, made=made or {})
-    return _hashed(manifest, Blocks([tensor.nbytes for tensor in distinct]), distinct, device)
+    blocks = Blocks([tensor.nbytes for tensor in distinct])
+    return _hashed(manifest, blocks, distinct, device, progress)
 
 
 def _hashed(
@@ -254,14 +262,13 @@ def _hashed(
     blocks: Blocks,
     tensors: Sequence[torch.Tensor],
     device: Device,
-    stop: threading.Event | None = None,
+    progress: Callable[[int], object],
 ) -> BlockStore:
     device.synchronize()
     readable = device.readable(tensors)
     of_blocks = bytearray()
     for run in blocks.cut(_HASHED_AT_ONCE):
-        if stop is not None and stop.is_set():
-            raise Withdrawn("the weights are changing")
+        progress(blocks.size_of(run))
         of_blocks += device.digests([read(span, readable) for span in blocks.spans(run)])
     digests = combine(device.digest_algorithm, manifest, blocks, bytes(of_blocks))
     return BlockStore(manifest, blocks, tensors, digests, device, complete=True)

@@ -59,7 +59,7 @@ from ..errors import (
     SourceLost,
     SourceRefused,
 )
-from ..identity import ModelIdentity, Revision
+from ..identity import CHECKPOINT, ModelIdentity, Revision
 from ..utils import Buffer, shortened
 
 # Limits, in bytes unless something else is said
@@ -601,6 +601,8 @@ def differences(
         source: the source's.
         view: whether only those count that decide what the checkpoint is.
     """
+    if source.layout == CHECKPOINT:
+        client = client.as_told_by(source)
     if view:
         client, source = client.of_checkpoint(), source.of_checkpoint()
     return [

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
@@ -26,9 +27,9 @@ from ..errors import (
 from ..executor.chunks.digests import is_one_of, of_instance
 from ..executor.chunks.manifest import RAW
 from ..executor.model.trace import Trace
-from ..executor.view.boxes import Unmapped
+from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, same_reading
-from ..executor.view.records import Records, Seen, decode, dtype_of
+from ..executor.view.records import Copy, Records, Seen, decode, dtype_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Done
@@ -228,6 +229,61 @@ def load_through_view(
         *_placements(instance.identity, identity),
     )
     return seen
+
+
+def whole_checkpoint(
+    instance: Instance, identity: ModelIdentity, config: NetLoaderConfig, worker: int
+) -> Weights:
+    """Return what an instance has read of a checkpoint, once all of it has come.
+
+    Args:
+        instance: where it comes from.
+        identity: of the rank that asks.
+        config: deadlines, connections.
+        worker: number of this process among all workers of the instance, for the log.
+
+    Returns:
+        Its tensors, in memory of their own, which is free again once the next one is asked for.
+
+    Raises:
+        LoadFailed: not everything came, or not everything is to be had.
+    """
+    started = time.monotonic()
+    records = [rank.records for rank in instance.ranks]
+    read = {
+        seen.name: msgspec.structs.replace(seen, copies=(_whole(seen),), kept=())
+        for each in records
+        for seen in each.tensors
+        if seen.copies or seen.kept
+    }
+    try:
+        fetch, missing = find(Records((*read.values(),), ()), records, identity.rank)
+    except ProtocolError as error:
+        raise LoadFailed(f"{instance}: {one_line(error)}") from None
+    if missing:
+        raise LoadFailed(f"{instance}: {shortened(str(missing[0]))}")
+    reader = Reader(fetch, instance.ranks, identity, config)
+    try:
+        with reader:
+            came = [(name, tensor) for name, tensor in reader.tensors() if name in read]
+    except LoadFailed as error:
+        raise LoadFailed(f"{instance}: {error}") from None
+    seconds = time.monotonic() - started
+    logger.info(
+        "NetLoader rank %d: got the checkpoint for a reload, %d tensors, %s in %.2f s (%s) from %s",
+        worker,
+        len(came),
+        size(fetch.nbytes),
+        seconds,
+        rate(fetch.nbytes, seconds),
+        reader.shares(),
+    )
+    came.reverse()
+    return iter(lambda: came.pop() if came else None, None)  # keeps none that was taken
+
+
+def _whole(seen: Seen) -> Copy:
+    return Copy((0,) * len(seen.shape), seen.shape, 0, 0, row_major(seen.shape))
 
 
 def needs_of(

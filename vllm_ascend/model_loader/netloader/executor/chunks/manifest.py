@@ -43,7 +43,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         layout: `raw`: tensors as the checkpoint fills them, before post-processing; `processed`:
-            as inference uses them, after it.
+            as inference uses them, after it; `checkpoint`: as the checkpoint has them, under its
+            names.
         tensors: the tensors in order. The bytes of one are its elements: in the order in which they
             lie in memory where `stride` tells it and there are no gaps, else in row-major order,
             whatever its strides in memory.
