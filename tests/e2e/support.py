@@ -1,13 +1,19 @@
 """Running instances as the end-to-end tests speak of them."""
 
 import json
+import os
+import ssl
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from tools.netloader_view import Load, find_loads, find_sent, read_address
 from tools.vllm_server import Completion, VllmServer
@@ -77,14 +83,37 @@ def running(
         yield Instance(server, prefix)
 
 
+def metrics(address: str, token: str = "") -> dict[str, float]:
+    """What Prometheus reads at a rank, summed over labels; with a token: inside TLS."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    request = Request(f"{'https' if token else 'http'}://{address}/metrics")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urlopen(request, timeout=30, context=context) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found: dict[str, float] = defaultdict(float)
+    for sample in (sample for family in families for sample in family.samples):
+        found[sample.name] += sample.value
+    return found
+
+
 COMMAND = (sys.executable, "-m", "vllm_ascend.model_loader.netloader")
 
 
 @contextmanager
-def holding(address: str) -> Iterator[str]:
-    """Holds the weights of a running instance in a process without vLLM; yields its address."""
+def holding(address: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Holds the weights of a running instance in a process without vLLM; yields its address.
+
+    Args:
+        address: of a rank of the instance.
+        environment: changes of it.
+    """
     with subprocess.Popen(
-        [*COMMAND, "hold", "--json", address], stdout=subprocess.PIPE, text=True
+        [*COMMAND, "hold", "--json", address],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(environment or {}),
     ) as holder:
         try:
             assert holder.stdout is not None

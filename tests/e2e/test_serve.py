@@ -14,14 +14,15 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.certificates import SECRET, secret_file
+from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from tests.name_server import name_server
 from tools.netloader_view import find_loads, source_list
 from tools.vllm_server import ServerError, VllmServer, free_port
+from vllm_ascend.model_loader.netloader.credentials import derived_from
 
 from .killing_proxy import killing_proxy
 from .ranks import Pair
-from .support import COMMAND, PROMPTS, TOKENS, drafting, holding, running
+from .support import COMMAND, PROMPTS, TOKENS, drafting, holding, metrics, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -56,15 +57,16 @@ def test_client_is_a_source_and_config_file_goes_first(
         "MODEL": "llama",
         "SOURCE": source_list({0: [seed.address()]}),
     }
-    metrics = tmp_path / "metrics"
-    metrics.mkdir()
-    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    multiproc = tmp_path / "multiproc"
+    multiproc.mkdir()
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(multiproc)}
     # Nothing of the model is on disk but what a source has given.
     fetched = tmp_path / "fetched"
     subprocess.run([*COMMAND, "fetch", client.address(), str(fetched)], check=True)
     with running(tmp_path / "third", fetched, beside, environment=environment) as third:
         assert third.say() == said
         assert_loaded_from(third, client)
+        assert metrics(third.address())["netloader_received_bytes_total"] > 0
         # Its ranks' metrics are among vLLM's own.
         assert third.server.count("netloader_received_bytes_total") > 0
         assert third.server.count("netloader_state") == 1
@@ -244,19 +246,82 @@ def test_pipeline_stages_pull_from_their_like(tmp_path, llama):
             assert one.digest != two.digest
 
 
-@pytest.mark.parametrize("arch", [pytest.param("llama-tied", marks=pytest.mark.core), "moe"])
-def test_architectures_between_instances_with_a_secret(tmp_path, model, arch):
-    secret = {"NETLOADER_SECRET_FILE": secret_file(tmp_path, SECRET)}
-    with running(tmp_path / "seed", model(arch).full, {"MODEL": arch}, environment=secret) as seed:
-        config = {"MODEL": arch, "SOURCE": source_list({0: [seed.address()]})}
-        with running(tmp_path / "client", model(arch).bare, config, environment=secret) as client:
+@pytest.mark.core
+def test_a_secret_is_exchanged_between_running_instances(tmp_path, model):
+    """First with both secrets, then with the new one alone; one with a third is passed over."""
+    old, new, third = SECRET, OTHER_SECRET, "third-secret-" * 4
+    folders = [tmp_path / name for name in ("seed-has", "holder-has", "client-has")]
+    for path in folders:
+        path.mkdir()
+    seed_has, holder_has, client_has = (
+        {"NETLOADER_SECRET_FILE": secret_file(path, old)} for path in folders
+    )
+    full, bare = model("llama-tied").full, model("llama-tied").bare
+    with (
+        running(tmp_path / "seed", full, {"MODEL": "tied"}, environment=seed_has) as seed,
+        holding(seed.address(), holder_has) as stray,
+    ):
+        secret_file(folders[0], old, new)
+        secret_file(folders[1], third)
+        secret_file(folders[2], new, old)
+        sources = source_list({0: [stray, seed.address()]})
+        config = {"MODEL": "tied", "SOURCE": sources, "MAX_SOURCES": 1}
+        with running(tmp_path / "client", bare, config, environment=client_has) as client:
             assert client.say() == seed.say()
             assert_loaded_from(client, seed)
+            foreign = "its certificate does not belong to a secret in SECRET_FILE here"
+            assert client.server.search_log(rf"source {stray}: {foreign}")
+
+            secret_file(folders[0], new)
+            secret_file(folders[2], new)
+            diff = [*COMMAND, "diff", seed.address(), client.address()]
+            late = {"NETLOADER_SECRET_FILE": secret_file(tmp_path, old)}
+            for known, said in ((client_has, "equal, digest"), (late, foreign)):
+                ran = subprocess.run(diff, env=os.environ | known, capture_output=True, text=True)
+                assert said in ran.stdout + ran.stderr
+            token = derived_from(new).token
+            assert metrics(seed.address(), token)["netloader_sent_bytes_total"] > 0
+            assert metrics(client.address(), token)["netloader_received_bytes_total"] > 0
         host, port = seed.address().split(":")
         with socket.create_connection((host, int(port)), timeout=30) as stranger:
             stranger.sendall(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
             assert b"HTTP" not in stranger.recv(1 << 16)
         assert seed.server.wait_for_log(r"refused the connection of .*: it does not use TLS")
+
+
+def test_between_instances_with_certificates_and_one_whose_secret_nobody_has(tmp_path, model):
+    authority, moe = Authority(tmp_path), model("moe")
+    token = "token-" * 8
+    common = {
+        "MODEL": "moe",
+        "TLS_SERVER_NAME": "netloader.test",
+        "TOKEN_FILE": secret_file(tmp_path, token, name="token"),
+    }
+
+    def closed(who):
+        files = authority.files("netloader.test", who=who)
+        return common | {key.upper(): path for key, path in files.items()}
+
+    with running(tmp_path / "seed", moe.full, closed("seed")) as seed:
+        config = closed("client") | {"SOURCE": source_list({0: [seed.address()]})}
+        with running(tmp_path / "client", moe.bare, config) as client:
+            said = seed.say()
+            assert client.say() == said
+            assert_loaded_from(client, seed)
+            assert metrics(client.address(), token)["netloader_received_bytes_total"] > 0
+
+            sources = [client.address(), seed.address()]
+            config = {"MODEL": "moe", "SOURCE": source_list({0: sources})}
+            config["SECRET_FILE"] = secret_file(tmp_path, SECRET)
+            with running(tmp_path / "stranger", moe.full, config) as stranger:
+                assert stranger.say() == said
+                assert not stranger.loads()
+                reasons = stranger.why_from_disk()
+                foreign = "its certificate does not belong to a secret in SECRET_FILE here"
+                assert all(f"{source}: {foreign}" in reasons for source in sources)
+            for source in (client, seed):
+                refused = r"refused the connection of .*: it does not accept this instance's cert"
+                assert source.server.wait_for_log(refused)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 from tools.netloader_view import find_sent, source_list
 from tools.vllm_server import ServerError
 
-from ..e2e.support import drafting
+from ..certificates import SECRET, secret_file
+from ..e2e.support import drafting, holding
 from .serving import START_SECONDS, TP2, NpuInstance, assert_as_on_cpu, make_llama, run
 
 pytestmark = pytest.mark.timeout(900)
@@ -43,20 +44,11 @@ def test_installed_netloader_is_the_active_one(tmp_path):
     assert said[-1] == "--load-format netloader: active"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment"),
-    [
-        # Each process imports vLLM by itself, as `vllm serve` has it by default.
-        pytest.param((), {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}, id="one-rank"),
-        pytest.param(TP2, None, id="two-ranks"),
-    ],
-)
-def test_client_and_its_client_say_what_seed_and_cpu_say(
-    fleet, models, dead_address, arguments, environment
-):
+def test_client_and_its_client_say_what_seed_and_cpu_say(fleet, models, dead_address):
     """Each instance feeds the next; the last two have no weight file."""
     model = models["plain"]
-    more = {"arguments": arguments, "environment": environment}
+    # Each process imports vLLM by itself, as `vllm serve` has it by default.
+    more = {"environment": {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}}
     seed = fleet.start("seed", model, **more).wait()
     said = seed.say()
     assert_as_on_cpu(said, model)
@@ -71,9 +63,44 @@ def test_client_and_its_client_say_what_seed_and_cpu_say(
 
     seed.server.kill()
     config = {"SOURCE": source_list(client.addresses())}
-    third = fleet.start("third", model, config, bare=True, arguments=arguments).wait()
+    third = fleet.start("third", model, config, bare=True).wait()
     assert third.say() == said
     third.assert_loaded_from(client)
+
+
+def test_with_a_secret_ranks_pull_in_groups_and_then_from_what_outlives_all_instances(
+    fleet, models, tmp_path
+):
+    """From the seed to a client, from that to a process without NPUs, and from that to another."""
+    model, secret = models["plain"], {"SECRET_FILE": secret_file(tmp_path, SECRET)}
+    seed = fleet.start("seed", model, secret, arguments=TP2).wait()
+    said = seed.say()
+    assert_as_on_cpu(said, model)
+
+    config = secret | {"SOURCE": source_list(seed.addresses())}
+    client = fleet.start("client", model, config, bare=True, arguments=TP2).wait()
+    assert client.say() == said
+    client.assert_loaded_from(seed)
+    assert not client.server.search_log("the weights come over HTTP")
+
+    without = tmp_path / "without"
+    without.mkdir()
+    for name in ("vllm", "torch_npu"):
+        (without / f"{name}.py").write_text("raise ImportError")
+    environment = {
+        "NETLOADER_SECRET_FILE": secret["SECRET_FILE"],
+        "PYTHONPATH": str(without),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    with holding(client.address(), environment) as holder:
+        seed.server.kill()
+        client.server.kill()
+        config = secret | {"SOURCE": holder}
+        third = fleet.start("third", model, config, bare=True, arguments=TP2).wait()
+        assert third.say() == said
+        assert not third.why_from_disk()
+        assert [load.digest for load in third.loads()] == [load.digest for load in client.loads()]
+        assert third.server.search_log(rf"source {holder}: .* the weights come over HTTP")
 
 
 # "no" is the regression test for a defect of the NetLoader that vLLM Ascend releases: its client
