@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="netloader",
         description="Looks at NetLoader's instances, measures links to them, and copies weights.",
-        epilog="Exit status: 0: yes, 1: no or failed, 2: wrong usage.",
+        epilog="For instances with a secret let NETLOADER_SECRET_FILE name its file; certificates, "
+        "deadlines and the rest go into --config. Exit status: 0: yes, 1: no or failed, 2: wrong "
+        "usage.",
     )
     commands = made.add_subparsers(metavar="COMMAND", required=True)
 
@@ -72,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
             metavar="JSON",
             type=_json,
             default={},
-            help="NetLoader's keys, as in --model-loader-extra-config",
+            help="NetLoader's keys, such as TLS_CERT, as in --model-loader-extra-config",
         )
         return one
 
@@ -440,7 +442,11 @@ def _derived(options: argparse.Namespace) -> Derived:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Write a file that nobody else may read, and never in the place of another."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise FileExistsError(f"{path} exists already: remove it, or name another") from None
+    with open(descriptor, "wb") as file:
         file.write(content)
 
 

@@ -76,6 +76,7 @@ def test_a_secret_is_made_once_and_nobody_else_may_read_it(tmp_path, capsys):
     assert len(made) == 65 and stat.S_IMODE(file.stat().st_mode) == 0o600
     assert made.strip() not in "".join(capsys.readouterr())
     assert cli.main(["secret", str(file)]) == cli.NO
+    assert f"{file} exists already: remove it, or name another" in capsys.readouterr().err
     assert file.read_text() == made
 
 

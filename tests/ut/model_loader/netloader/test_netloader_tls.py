@@ -192,7 +192,7 @@ def test_the_name_in_a_certificate_is_the_one_that_the_operator_says(authority):
         with dial(closed, said) as client:
             client.join(Join(IDENTITY))
         why = str(refusal(closed, Credentials(Files(**files))))
-        assert "its certificate is for another name; TLS_SERVER_NAME says which" in why
+        assert "its certificate is for another name; set TLS_SERVER_NAME to the one it has" in why
         other = Credentials(Files(**files, tls_server_name="other.test"))
         assert "another name" in str(refusal(closed, other))
 

@@ -182,7 +182,7 @@ class TlsWire(Wire):
             if error.verify_code == _NOT_YET_VALID:
                 return NotAdmitted("expired", "its certificate is not valid yet")
             if error.verify_code in (_OTHER_HOST, _OTHER_IP):
-                why = "its certificate is for another name; TLS_SERVER_NAME says which one it has"
+                why = "its certificate is for another name; set TLS_SERVER_NAME to the one it has"
                 return NotAdmitted("name", f"{why} ({error.verify_message})")
             if self._credentials.by_secret:
                 why = "its certificate does not belong to a secret in SECRET_FILE here"
