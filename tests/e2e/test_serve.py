@@ -57,9 +57,9 @@ def test_client_is_a_source_and_config_file_goes_first(
         "MODEL": "llama",
         "SOURCE": source_list({0: [seed.address()]}),
     }
-    metrics = tmp_path / "metrics"
-    metrics.mkdir()
-    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    multiproc = tmp_path / "multiproc"
+    multiproc.mkdir()
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(multiproc)}
     # Nothing of the model is on disk but what a source has given.
     fetched = tmp_path / "fetched"
     subprocess.run([*COMMAND, "fetch", client.address(), str(fetched)], check=True)

@@ -183,7 +183,7 @@ def test_a_peer_with_a_certificate_of_the_authority_is_served(authority):
         assert read(one, 0, 9) == CONTENT[: 10 * BLOCK]
 
 
-def test_the_name_in_a_certificate_is_the_one_that_the_operator_says(authority):
+def test_the_name_in_a_certificate_is_the_one_that_the_operator_says(authority, log):
     files = authority.files("model.test")
     with running(credentials=Credentials(Files(**files))) as closed:
         said = Credentials(Files(**files, tls_server_name="model.test"))
@@ -193,6 +193,8 @@ def test_the_name_in_a_certificate_is_the_one_that_the_operator_says(authority):
         assert "its certificate is for another name; set TLS_SERVER_NAME to the one it has" in why
         other = Credentials(Files(**files, tls_server_name="other.test"))
         assert "another name" in str(refusal(closed, other))
+        assert until(lambda: lines_about(log, "it does not accept this instance's certificate"))
+        assert until(lambda: closed.server.door.counts == {"declined": 2})
 
 
 # Who is not, and what both ends say
@@ -249,6 +251,8 @@ def test_a_certificate_that_has_expired(authority, log):
         assert until(lambda: lines_about(log, "its certificate has expired"))
     with running(credentials=expired) as closed:
         assert str(refusal(closed, good)).endswith(": its certificate has expired")
+        assert until(lambda: lines_about(log, "this instance's certificate (sslv3 alert cert"))
+        assert closed.server.door.counts == {"declined": 1}
 
 
 def test_no_tls_at_a_port_with_it(closed, log):
