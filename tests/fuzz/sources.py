@@ -1,7 +1,9 @@
 """Sources to fuzz, each in a process of its own, which is measured and listened to."""
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -61,6 +63,9 @@ class SourceProcess:
         return self._process.is_alive()
 
     def usage(self):
+        """What the process takes, less what its allocator keeps although nothing uses it."""
+        self._orders.send("tidy up")
+        self._orders.recv()
         pid = self._process.pid
         status = Path(f"/proc/{pid}/status").read_text()
         said = dict(line.split(":", 1) for line in status.splitlines())
@@ -161,6 +166,9 @@ def _serve(orders, kind, folder):
     server.offer(Offer(sides.identity(Way.STREAM), store, folder=model))
     orders.send((port, store.digests.weights))
     with contextlib.suppress(EOFError):
-        orders.recv()
+        while orders.recv() != "end":
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            orders.send("tidy")
         orders.send(errors.lines)
     server.stop()

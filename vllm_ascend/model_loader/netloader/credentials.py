@@ -25,7 +25,7 @@ MIN_CHARACTERS = 32  # of a secret, or of a token
 _MAX_FILE = 4 << 10  # bytes of a file with secrets or tokens
 _SALT = b"netloader mutual TLS v1"
 _AGAIN = 10.0  # seconds until files that could not be read are read again, unless they change
-_HOW = "make one with: (umask 077; openssl rand -hex 32 > {})"
+_HOW = "make one with: netloader secret {}"
 
 
 @dataclass(frozen=True)

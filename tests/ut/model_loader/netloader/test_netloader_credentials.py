@@ -88,7 +88,7 @@ def test_a_bad_secret_is_an_error_that_says_how_to_make_a_good_one(tmp_path, lin
         Credentials(Files(secret_file=path))
     assert f"SECRET_FILE '{path}' " in str(caught.value)
     assert said in str(caught.value)
-    assert f"openssl rand -hex 32 > {path}" in str(caught.value)
+    assert f"make one with: netloader secret {path}" in str(caught.value)
     assert not any(line.strip() and line.strip() in str(caught.value) for line in lines)
 
 
