@@ -130,7 +130,7 @@ class WeightServer:
         self._served: dict[Session, Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
-        self._lock = threading.RLock()  # a garbage collector may call `forget` or `stop`
+        self._lock = threading.RLock()  # `status` asks for `bytes_sent`, and `_refuse` withdraws
         self._session_over = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
         self._server = ElasticServer(
