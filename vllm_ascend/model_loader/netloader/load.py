@@ -143,6 +143,13 @@ def elastic_load(
                 received = came
                 queue.progressed()
             sessions.cut_overdue()
+            if config.fallback and relay is not None and sessions.orphaned():
+                logger.warning(
+                    "NetLoader rank %d: no source has all blocks any more, and those that load "
+                    "themselves get none",
+                    worker,
+                )
+                break
             if bar is not None:
                 bar.show(received, target.nbytes, sessions.peers())
         if bar is not None:
