@@ -84,7 +84,7 @@ class Replica:
             "the weights are being loaded",
             code=Code.LOADING,
             phase=Phase.WAITING if self.cold else Phase.LOADING,
-            can_read=self.cold and self.can_read,
+            can_read=lambda: self.cold and self.can_read,
         )
         self.server.announce(offer)
         relay = _Watched(self, offer)
@@ -101,7 +101,7 @@ class Replica:
                 way.device(),
                 own=Own(self.server.process),
                 relay=relay,
-                cold=ColdStart(self.can_read, relay.announce, self.said.append, self.told)
+                cold=ColdStart(lambda: self.can_read, relay.announce, self.said.append, self.told)
                 if self.cold
                 else None,
             )

@@ -70,7 +70,7 @@ class Offer:
         folder: has the model's other files; None: there is none.
         code: what a client is refused with that asks for what is not to be had.
         phase: how far its load is.
-        can_read: whether this instance would read its disk for others; see `cold_start`.
+        can_read: returns whether this instance would read its disk for others; see `cold_start`.
     """
 
     identity: ModelIdentity
@@ -83,7 +83,7 @@ class Offer:
     folder: Path | None = None
     code: Code = Code.CANNOT_SERVE
     phase: Phase = Phase.LOADING
-    can_read: bool = False
+    can_read: Callable[[], bool | None] = lambda: False
 
     def instance(self) -> dict[int, str]:
         """Return the weights digests of the instance's ranks, as far as they are known now."""
@@ -492,7 +492,7 @@ class WeightServer:
             of_instance(ranks) if ranks else None,
             ranks,
             self._endpoints(offer),
-            offer.can_read,
+            bool(offer.can_read()),
             nbytes=store.blocks.nbytes if store is not None else 0,
             blocks=store.blocks.count if store is not None else 0,
             blocks_here=store.blocks_here if store is not None else 0,
