@@ -10,7 +10,7 @@ from .sides import source, until
 from .test_leaks import used
 
 # Where nobody can have everything any more, a load is to end soon.
-_SOON = {"source_wait": 60.0, "progress_timeout": 2.0}
+_SOON = {"source_wait": 60.0, "progress_timeout": 1.0}
 
 
 def play(way, number):

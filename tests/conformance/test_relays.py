@@ -9,7 +9,7 @@ import pytest
 
 from vllm_ascend.model_loader.netloader.errors import SourceBusy
 from vllm_ascend.model_loader.netloader.executor import scheduler
-from vllm_ascend.model_loader.netloader.interaction import api
+from vllm_ascend.model_loader.netloader.interaction import api, source_queue
 from vllm_ascend.model_loader.netloader.interaction.api import Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import parse_address
@@ -251,6 +251,31 @@ def test_what_a_slow_source_holds_is_brought_by_another(way):
         assert f"{slow.address} (" in client.gave
         assert any(f"{slow.address}: slow: " in line for line in lines)
         assert fast.status.bytes_sent + slow.status.bytes_sent <= COPIES * fast.store.blocks.nbytes
+
+
+def test_one_that_others_have_named_and_that_trickles_keeps_no_load_from_the_disk(
+    way, monkeypatch, over
+):
+    monkeypatch.setattr(source_queue, "_GRACE", 1.0)
+    with (
+        source(way, many_rows, max_sessions=1) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 1, source_wait=1.0) as [replica],
+        dial(seed.address) as first,
+    ):
+        pieces = other.server._pieces
+
+        def trickle(served, run):
+            over.wait(1.0)
+            yield from pieces(served, run)
+
+        other.server._pieces = trickle
+        peer = api.Peer(str(other.address), other.server.process)
+        seed.server.know(seed.store.digests.weights, peer)
+        first.join(Join(identity(way)))
+        start([replica], seed)
+        replica.thread.join(PATIENCE)
+        assert f"{other.address}: too slow, and SOURCE_WAIT is over" in replica.reasons
 
 
 # Those that go

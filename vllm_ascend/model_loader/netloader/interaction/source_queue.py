@@ -142,10 +142,16 @@ class SourceQueue:
             self._changed.notify_all()
 
     def progressed(self) -> None:
-        """Take note that something has come."""
+        """Take note that enough has come to go on for a while."""
         with self._changed:
             self._progress = self._clock()
             self._changed.notify_all()
+
+    @property
+    def late(self) -> bool:
+        """Whether the load has waited for as long as it may, and too little comes."""
+        with self._changed:
+            return self._clock() >= max(self._deadline, self._progress + _GRACE)
 
     def joined(self, address: Address, instance: str) -> None:
         """Take note of which process there is at an address.

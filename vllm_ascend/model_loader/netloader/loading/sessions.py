@@ -143,12 +143,14 @@ class Sessions:
                     self._met(weights, peer)
 
     def cut_overdue(self) -> None:
-        """End sessions with sources that SOURCE does not name and whose blocks never come."""
-        longest = _OVERDUE * self._config.progress_timeout
+        """End sessions with untrusted sources whose blocks never come, or come too late."""
+        longest, late = _OVERDUE * self._config.progress_timeout, self._queue.late
         with self._lock:
             untrusted = [*self._untrusted]
         for address, session, scheduler in untrusted:
-            if scheduler.held_for(session.peer) > longest:
+            if late:
+                session.cut(SourceLost(f"{address}: too slow, and SOURCE_WAIT is over"))
+            elif scheduler.held_for(session.peer) > longest:
                 session.cut(SourceLost(f"{address}: no blocks for {longest:g} s"))
 
     def orphaned(self) -> bool:
