@@ -15,7 +15,7 @@ from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from . import sides
-from .faults import closed_port, holding_back, lie
+from .faults import holding_back, lie
 from .fleet import PATIENT, cut_off, fleet, load_and_relay
 from .models import ROW, many_rows, rows
 from .sides import PATIENCE, identity, log_lines, until
@@ -278,6 +278,20 @@ def test_one_that_others_have_named_and_that_trickles_keeps_no_load_from_the_dis
         assert f"{other.address}: too slow, and SOURCE_WAIT is over" in replica.reasons
 
 
+def test_a_relay_that_has_nothing_new_is_left_where_there_is_one_thread_and_another_source(way):
+    with (
+        source(way, many_rows) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 2, max_sources=1, progress_timeout=_LONG) as [relay, client],
+        holding_back(seed.server, 3),
+    ):
+        relay.start([seed])
+        until(lambda: relay.filling is not None)
+        client.start([relay, other])
+        until(lambda: other.status.bytes_sent, PATIENCE / 2)  # the relay has news after that
+        client.check()
+
+
 # Those that go
 
 
@@ -335,17 +349,6 @@ def test_those_that_lack_the_same_blocks_when_the_source_dies_do_not_wait_for_ea
                 assert not replica.thread.is_alive()
         assert all(replica.reasons for replica in replicas)
         assert any("no source has all blocks any more" in line for line in lines)
-
-
-@in_groups_too
-def test_a_client_that_has_died_is_not_waited_for(way):
-    """What the source had sent to it, and to nobody else, is sent again."""
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [dies, other]:
-        dies.start([seed])
-        until(lambda: seed.status.bytes_sent > ALL * ROW // 4)
-        dies.die()
-        other.start([seed, closed_port()])
-        other.check()
 
 
 # Those that lie
