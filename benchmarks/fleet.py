@@ -279,7 +279,9 @@ def load(
     """Load from the seed and all that it names; where there is none, as all have agreed."""
     phase = Phase.WAITING if case.cold else Phase.LOADING
     reason = "the weights are being loaded"
-    offer = Offer(IDENTITY, None, reason, code=Code.LOADING, phase=phase, can_read=case.cold)
+    offer = Offer(
+        IDENTITY, None, reason, code=Code.LOADING, phase=phase, can_read=lambda: case.cold
+    )
     server.announce(offer)
     relay = (Watched if node <= case.killed else Relay)(server, offer)
     sources: list[Address | Name] = [Address(host(SEED), PORT)]
@@ -295,7 +297,7 @@ def load(
             CpuDevice(),
             own=Own(server.process),
             relay=relay,
-            cold=ColdStart(can_read=True, announce=relay.announce) if case.cold else None,
+            cold=ColdStart(can_read=lambda: True, announce=relay.announce) if case.cold else None,
         ).store
     except ChosenToRead:
         read()

@@ -232,3 +232,72 @@ def closed_port():
     """An address of this machine at which nobody listens."""
     with socket.create_server((HOST, 0)) as listener:
         return Address(HOST, listener.getsockname()[1])
+
+
+# At a server
+
+
+def with_groups(server, change):
+    """Change each `TransferGroup` through which a server sends."""
+    open_group = server.open_group
+
+    def changed(session, weights):
+        group = open_group(session, weights)
+        group._formed.add_done_callback(lambda formed: change(formed.result()))
+        return group
+
+    server.open_group = changed
+
+
+@contextlib.contextmanager
+def holding_back(server, count):
+    """Let a server send so many runs, and the others at the end."""
+    pieces, sent, go_on = server._pieces, iter(range(count)), threading.Event()
+
+    def hold():
+        if next(sent, None) is None:
+            go_on.wait(PATIENCE)
+
+    def held(served, run):
+        hold()
+        yield from pieces(served, run)
+
+    def hold_messages(group):
+        send = group.send
+
+        def held(message):
+            hold()
+            send(message)
+
+        group.send = held
+
+    server._pieces = held
+    with_groups(server, hold_messages)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def lie(replica, is_true=lambda: False):
+    """Send wrong bytes, whatever is asked for."""
+    pieces = replica.server._pieces
+
+    def wrong(served, run):
+        for views in pieces(served, run):
+            if is_true():
+                yield views
+            else:
+                yield [memoryview(bytes(byte ^ 1 for byte in bytes(view))) for view in views]
+
+    def spoil(group):
+        send = group.send
+        group.send = lambda message: send(message if is_true() else message ^ 1)
+
+    replica.server._pieces = wrong
+    with_groups(replica.server, spoil)
+
+
+def lie_at_times(replica):
+    count = iter(range(10**9))
+    lie(replica, lambda: next(count) % 3 != 0)

@@ -5,7 +5,9 @@ import dataclasses
 import os
 import socket
 import threading
+from unittest import mock
 
+from vllm_ascend.model_loader.netloader import load
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ChosenToRead, LoadFailed
 from vllm_ascend.model_loader.netloader.executor.store import BlockStore
@@ -13,6 +15,7 @@ from vllm_ascend.model_loader.netloader.interaction.api import Code
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.interaction.discovery import Own
 from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.loading.sessions import Sessions
 from vllm_ascend.model_loader.netloader.loading.target import ColdStart
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_address
@@ -54,6 +57,7 @@ class Replica:
     cold: bool = False
     can_read: bool = True
     told: object = None
+    sessions: object = None
     has_read: bool = False
     dead: bool = False
     hold: bool = False
@@ -80,10 +84,13 @@ class Replica:
             "the weights are being loaded",
             code=Code.LOADING,
             phase=Phase.WAITING if self.cold else Phase.LOADING,
-            can_read=self.cold and self.can_read,
+            can_read=lambda: self.cold and self.can_read,
         )
         self.server.announce(offer)
         relay = _Watched(self, offer)
+        if self.dead:
+            self.reasons = "dead"
+            return
         try:
             loaded = elastic_load(
                 self.tensors,
@@ -94,7 +101,7 @@ class Replica:
                 way.device(),
                 own=Own(self.server.process),
                 relay=relay,
-                cold=ColdStart(self.can_read, relay.announce, self.said.append, self.told)
+                cold=ColdStart(lambda: self.can_read, relay.announce, self.said.append, self.told)
                 if self.cold
                 else None,
             )
@@ -138,25 +145,55 @@ class Replica:
             self.check()
 
     def die(self):
-        """Let those who load from here see no more than the end of their connections."""
+        """Let others see no more than the end of their connections, and load nothing any more."""
         self.dead = True
-        server = self.server._server
-        server._stopping.set()
-        with contextlib.suppress(OSError):
-            server._listener.shutdown(socket.SHUT_RDWR)
-        for wire in [*server._placed, *server._waiting]:
-            wire.cut()
-        self.server.stop()
+        if self.sessions is not None:
+            self.sessions.die()
+        cut_off(self.server)
+
+
+def cut_off(server):
+    """End a server and all its connections at once, as if its process had been killed."""
+    http = server._server
+    http._stopping.set()
+    with contextlib.suppress(OSError):
+        http._listener.shutdown(socket.SHUT_RDWR)
+    for wire in [*http._placed, *http._waiting]:
+        wire.cut()
+    server.stop()
+
+
+class _Mortal(Sessions):
+    """Those of a load that may die: no connection says goodbye, and none is made any more."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._clients, self._dead = [], False
+        if isinstance(self._relay, _Watched):
+            self._relay.replica.sessions = self
+
+    def _connect(self, address):
+        client = super()._connect(address)
+        self._clients.append(client)
+        if self._dead:
+            client.cut()
+        return client
+
+    def die(self):
+        self._dead = True
+        for client in [*self._clients]:
+            client.cut()
+        self._queue.succeeded()
 
 
 class _Watched(Relay):
     def __init__(self, replica, offer):
         super().__init__(replica.server, offer)
-        self._replica = replica
+        self.replica = replica
 
     def begin(self, store, *rest):
         super().begin(store, *rest)
-        self._replica.filling = store
+        self.replica.filling = store
 
 
 @contextlib.contextmanager
@@ -164,6 +201,7 @@ def fleet(way, count, model=many_rows, name="replica", **config):
     """Replicas whose servers listen and that have not begun to load."""
     usual = {"source_wait": 20.0, "max_sessions": 8, **PATIENT}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(load, "Sessions", _Mortal))
         replicas = []
         for number in range(count):
             its = settings(way, **usual | config)

@@ -320,8 +320,11 @@ class Process:
         self.busy = True
         self._orders.send((function, arguments, options))
 
+    def ready(self, patience):
+        return self._orders.poll(patience)
+
     def result(self, patience=PATIENCE):
-        assert self._orders.poll(patience), f"process {self.pid} does not answer"
+        assert self.ready(patience), f"process {self.pid} does not answer"
         error, value = self._orders.recv()
         self.busy = False
         assert error is None, error

@@ -24,8 +24,10 @@ from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.interaction.wire import Wire
 from vllm_ascend.model_loader.netloader.loading import sessions
 from vllm_ascend.model_loader.netloader.serve import WeightServer
+from vllm_ascend.model_loader.netloader.utils import parse_address
 
-from .models import COUNT, rows
+from .fleet import PATIENT, load_and_relay
+from .models import COUNT, MIB, many_rows, rows
 from .sides import PATIENCE, load_here, serve, source, until, wait_for_no_sessions
 from .ways import Way
 
@@ -56,7 +58,7 @@ def at_call(owner, name, action, nth=1, after=False):
     setattr(owner, name, wrapped)
 
 
-def half_of_a_body(action):
+def half_of_a_body(action, sides=("send", "receive")):
     """Send or receive half of the third body of blocks before something happens."""
     bodies = []
 
@@ -72,7 +74,8 @@ def half_of_a_body(action):
 
         return half
 
-    Wire.send, Wire.receive = halve(Wire.send), halve(Wire.receive)
+    for side in sides:
+        setattr(Wire, side, halve(getattr(Wire, side)))
 
 
 def connecting(action):
@@ -202,6 +205,50 @@ def test_a_source_goes(way, step, number, started):
         running.signal(signal.SIGCONT)
         until(lambda: running.call(wait_for_no_sessions) < 1)
         other.call(wait_for_no_sessions)
+
+
+# What happens at a step to one that is loading itself, and in which way.
+RELAY_STEPS = {
+    "before the join": (lambda action: at_call(WeightServer, "join", action), None),
+    "before the news": (lambda action: at_call(WeightServer, "have", action), None),
+    "between the news": (lambda action: at_call(WeightServer, "have", action, 3), None),
+    "before the first block": (lambda action: at_call(WeightServer, "blocks", action), Way.HTTP),
+    "within a body": (lambda action: half_of_a_body(action, ["send"]), Way.HTTP),
+    "between requests": (lambda action: at_call(WeightServer, "blocks", action, 8), Way.HTTP),
+    "before the group": (lambda action: at_call(served, "form_group", action), Way.STREAM),
+    "in the transfer": (lambda action: at_call(served.ServedGroup, "send", action, 3), Way.STREAM),
+    "when its load is complete": (lambda action: at_call(WeightServer, "linger", action), None),
+}
+
+
+def signal_relay(step, number):
+    RELAY_STEPS[step][0](lambda: os.kill(os.getpid(), number))
+
+
+def relay_cases():
+    for step, (_, only) in RELAY_STEPS.items():
+        for way in (Way.HTTP, Way.STREAM) if only is None else (only,):
+            yield pytest.param(way, step, KILL, id=f"{way.value}-{step}-{KILL.name}")
+        if only is not Way.STREAM:
+            yield pytest.param(Way.HTTP, step, STOP, id=f"http-{step}-{STOP.name}")
+
+
+@pytest.mark.parametrize(("way", "step", "number"), relay_cases())
+def test_a_relay_goes(way, step, number, started, tmp_path):
+    relay, prefix = started(0), f"{tmp_path}/relay-"
+    with (
+        source(way, many_rows, max_send_rate=4 * MIB, **PATIENT) as seed,
+        source(way, many_rows) as other,
+    ):
+        relay.call(signal_relay, step, number)
+        relay.start(load_and_relay, way, [seed.address], output_prefix=prefix)
+        until(lambda: seed.status.bytes_sent > 0)
+        with open(f"{prefix}0.txt") as file:
+            address = parse_address(file.read())
+        deadlines = QUICK | {"source_wait": PATIENCE} | (NOTICED if number == KILL else {})
+        outcome = load_here(way, [address, other.address], many_rows, **deadlines).check()
+        relay.wait_until(number)
+        assert outcome.seconds < LONGEST
 
 
 @pytest.mark.parametrize("number", [KILL, STOP], ids=["killed", "stopped"])

@@ -3,25 +3,22 @@
 import contextlib
 import dataclasses
 import os
-import random
 import signal
-import threading
 
 import pytest
 
 from vllm_ascend.model_loader.netloader.errors import SourceBusy
 from vllm_ascend.model_loader.netloader.executor import scheduler
-from vllm_ascend.model_loader.netloader.interaction import api
+from vllm_ascend.model_loader.netloader.interaction import api, source_queue
 from vllm_ascend.model_loader.netloader.interaction.api import Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from . import sides
-from .faults import closed_port
-from .fleet import PATIENT, fleet, load_and_relay
+from .faults import holding_back, lie
+from .fleet import PATIENT, cut_off, fleet, load_and_relay
 from .models import ROW, many_rows, rows
 from .sides import PATIENCE, identity, log_lines, until
-from .test_leaks import used
 from .ways import Way
 
 pytestmark = pytest.mark.ways(Way.HTTP)
@@ -29,8 +26,8 @@ in_groups_too = pytest.mark.ways(Way.HTTP, Way.STREAM)
 
 MIB = 1 << 20
 COPIES = 1.2
+_LONG = 10 * PATIENCE  # seconds that no test waits for
 ALL = 64  # blocks of `many_rows`
-SCHEDULES = int(os.environ.get("CONFORMANCE_SCHEDULES", "40"))
 
 
 def source(way, model, **config):
@@ -55,48 +52,6 @@ def blocks_of(replicas):
 
 def dial(address):
     return ElasticClient.connect(address, connect=5.0, handshake=5.0, progress=5.0)
-
-
-def with_groups(server, change):
-    """Change each `TransferGroup` through which a server sends."""
-    open_group = server.open_group
-
-    def changed(session, weights):
-        group = open_group(session, weights)
-        group._formed.add_done_callback(lambda formed: change(formed.result()))
-        return group
-
-    server.open_group = changed
-
-
-@contextlib.contextmanager
-def holding_back(server, count):
-    """Let a server send so many runs, and the others at the end."""
-    pieces, sent, go_on = server._pieces, iter(range(count)), threading.Event()
-
-    def hold():
-        if next(sent, None) is None:
-            go_on.wait(PATIENCE)
-
-    def held(served, run):
-        hold()
-        yield from pieces(served, run)
-
-    def hold_messages(group):
-        send = group.send
-
-        def held(message):
-            hold()
-            send(message)
-
-        group.send = held
-
-    server._pieces = held
-    with_groups(server, hold_messages)
-    try:
-        yield
-    finally:
-        go_on.set()
 
 
 @pytest.fixture
@@ -298,6 +253,45 @@ def test_what_a_slow_source_holds_is_brought_by_another(way):
         assert fast.status.bytes_sent + slow.status.bytes_sent <= COPIES * fast.store.blocks.nbytes
 
 
+def test_one_that_others_have_named_and_that_trickles_keeps_no_load_from_the_disk(
+    way, monkeypatch, over
+):
+    monkeypatch.setattr(source_queue, "_GRACE", 1.0)
+    with (
+        source(way, many_rows, max_sessions=1) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 1, source_wait=1.0) as [replica],
+        dial(seed.address) as first,
+    ):
+        pieces = other.server._pieces
+
+        def trickle(served, run):
+            over.wait(1.0)
+            yield from pieces(served, run)
+
+        other.server._pieces = trickle
+        peer = api.Peer(str(other.address), other.server.process)
+        seed.server.know(seed.store.digests.weights, peer)
+        first.join(Join(identity(way)))
+        start([replica], seed)
+        replica.thread.join(PATIENCE)
+        assert f"{other.address}: too slow, and SOURCE_WAIT is over" in replica.reasons
+
+
+def test_a_relay_that_has_nothing_new_is_left_where_there_is_one_thread_and_another_source(way):
+    with (
+        source(way, many_rows) as seed,
+        source(way, many_rows) as other,
+        fleet(way, 2, max_sources=1, progress_timeout=_LONG) as [relay, client],
+        holding_back(seed.server, 3),
+    ):
+        relay.start([seed])
+        until(lambda: relay.filling is not None)
+        client.start([relay, other])
+        until(lambda: other.status.bytes_sent, PATIENCE / 2)  # the relay has news after that
+        client.check()
+
+
 # Those that go
 
 
@@ -341,37 +335,23 @@ def _serve(way):
     return serve(way, many_rows, max_send_rate=8 * MIB, **PATIENT)
 
 
-@in_groups_too
-def test_a_client_that_has_died_is_not_waited_for(way):
-    """What the source had sent to it, and to nobody else, is sent again."""
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [dies, other]:
-        dies.start([seed])
-        until(lambda: seed.status.bytes_sent > ALL * ROW // 4)
-        dies.die()
-        other.start([seed, closed_port()])
-        other.check()
+def test_those_that_lack_the_same_blocks_when_the_source_dies_do_not_wait_for_each_other(way):
+    with (
+        source(way, many_rows, max_send_rate=4 * MIB) as seed,
+        fleet(way, 3, source_wait=_LONG, progress_timeout=1.0) as replicas,
+    ):
+        start(replicas, seed)
+        until(lambda: len(blocks_of(replicas)) > ALL // 4)
+        cut_off(seed.server)
+        with log_lines() as lines:
+            for replica in replicas:
+                replica.thread.join(PATIENCE)
+                assert not replica.thread.is_alive()
+        assert all(replica.reasons for replica in replicas)
+        assert any("no source has all blocks any more" in line for line in lines)
 
 
 # Those that lie
-
-
-def lie(replica, is_true=lambda: False):
-    """Send wrong bytes, whatever is asked for."""
-    pieces = replica.server._pieces
-
-    def wrong(served, run):
-        for views in pieces(served, run):
-            if is_true():
-                yield views
-            else:
-                yield [memoryview(bytes(byte ^ 1 for byte in bytes(view))) for view in views]
-
-    def spoil(group):
-        send = group.send
-        group.send = lambda message: send(message if is_true() else message ^ 1)
-
-    replica.server._pieces = wrong
-    with_groups(replica.server, spoil)
 
 
 def claim(replica):
@@ -473,48 +453,3 @@ def test_a_connection_for_news_that_ends_is_made_anew(way):
 def _spoilt(chunks):
     for views in chunks:
         yield [bytes(byte ^ 1 for byte in bytes(view)) for view in views]
-
-
-# Any of this
-
-
-@pytest.mark.parametrize(
-    ("way", "number"),
-    [(Way.HTTP, number) for number in range(SCHEDULES)]
-    + [(Way.STREAM, number) for number in range(SCHEDULES // 8)],
-)
-def test_whatever_happens_each_ends_with_the_right_bytes_or_a_reason(way, number):
-    chance = random.Random(number)
-    count, stalls = chance.randint(3, 8), chance.random() < 0.25
-    its = {
-        "max_sources": chance.randint(2 if stalls else 1, 4),
-        "connections": chance.randint(1, 2),
-    }
-    before = used()
-    with (
-        source(way, rows, max_send_rate=8 * MIB, max_sessions=chance.randint(1, 4)) as seed,
-        fleet(way, count, rows, source_wait=60.0, **its) as replicas,
-        contextlib.ExitStack() as stack,
-    ):
-        gone = set()
-        if stalls:
-            stack.enter_context(holding_back(chance.choice(replicas).server, chance.randint(0, 9)))
-        for replica in chance.sample(replicas, chance.randint(0, count // 2)):
-            chance.choice([lie, lie_at_times])(replica)
-        for event in chance.sample(range(count), count):
-            replicas[event].start([seed, *chance.sample(replicas, chance.randint(0, 2))])
-            if chance.random() < 0.3:
-                share = chance.random() * seed.store.blocks.nbytes
-                until(lambda share=share: seed.status.bytes_sent > share)
-                victim = chance.choice(replicas)
-                victim.die()
-                gone.add(victim)
-        for replica in replicas:
-            replica.check_right_or_failed()
-            assert replica in gone or replica.reasons == "", replica.reasons
-    until(lambda: used()[0] <= before[0] and used()[1] <= before[1])
-
-
-def lie_at_times(replica):
-    count = iter(range(10**9))
-    lie(replica, lambda: next(count) % 3 != 0)

@@ -54,7 +54,7 @@ _MOST_LISTS = 4
 # died ends the instance before, and one that reads a slow disk is to be waited for.
 _DEADLINE, _NEWS = 4 * 3600.0, 60.0
 _NOTHING = "-"  # in the place of a digest
-_ENDPOINT, _HOST, _CHOICE = "/endpoint", "/host", "/choice"
+_ENDPOINT, _HOST, _CHOICE, _READS = "/endpoint", "/host", "/choice", "/reads"
 
 RankWeights = Mapping[int, str]
 T = TypeVar("T")
@@ -219,6 +219,22 @@ class Ranks:
     def hosts(self) -> list[str]:
         """Return the hosts of the ranks, as far as they are known."""
         return [host.decode() for host in self._told(_HOST).values()]
+
+    def publish_can_read(self, can_read: bool) -> None:
+        """Tell whether this rank would read its disk for all instances."""
+        self._tell(_READS, str(can_read).encode())
+
+    def can_read(self, here: bool) -> bool | None:
+        """Return whether all ranks would read their disks; None: not all of them have told.
+
+        Args:
+            here: what this one has told.
+        """
+        told = {rank: one == b"True" for rank, one in self._told(_READS).items()}
+        told[self.rank] = here
+        if not all(told.values()):
+            return False
+        return True if len(told) == len(self.all) else None
 
     @property
     def chooses(self) -> bool:

@@ -103,7 +103,7 @@ class Instance:
                 self._start("a change without notice", unchanged=False)
 
     def stop(self) -> None:
-        """Offer nothing any more; takes no lock, as a garbage collector calls it."""
+        """Offer nothing any more."""
         self._stop.set()
 
     def wait(self) -> None:

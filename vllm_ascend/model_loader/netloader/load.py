@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .config import NetLoaderConfig
+from .config import MIB, NetLoaderConfig
 from .errors import ChosenToRead, LoadFailed
 from .executor.chunks.manifest import NO_MEANING, Manifest, Sample
 from .executor.devices import Device
@@ -28,6 +28,9 @@ from .utils import Address, Name, logger, one_line, rate, size
 # Sources pulled from at once through groups, unless SOURCE lists more of them: each group takes
 # memory of the device and seconds to form.
 _PARENTS = 2
+# Bytes, after the first one, that count as progress: one that sends a run now and then is to keep
+# no load from the disk.
+_ENOUGH = 64 * MIB
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,20 @@ def elastic_load(
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # no more threads: those that are there do
             thread.start()
-    received = 0
+    enough = 1
     with _ProgressBar(started) if show_progress else contextlib.nullcontext() as bar:
         while not queue.over.wait(0.1) and any(thread.is_alive() for thread in threads):
-            if (came := sessions.bytes_received()) > received:
-                received = came
+            if (received := sessions.bytes_received()) >= enough:
+                enough = received + _ENOUGH
                 queue.progressed()
             sessions.cut_overdue()
+            if config.fallback and relay is not None and sessions.orphaned():
+                logger.warning(
+                    "NetLoader rank %d: no source has all blocks any more, and those that load "
+                    "themselves get none",
+                    worker,
+                )
+                break
             if bar is not None:
                 bar.show(received, target.nbytes, sessions.peers())
         if bar is not None:

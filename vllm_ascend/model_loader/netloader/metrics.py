@@ -22,6 +22,7 @@ from prometheus_client import (
     values,
 )
 
+from .errors import ChosenToRead
 from .utils import logger
 from .version import __version__
 
@@ -181,6 +182,10 @@ def load_from(source: str) -> Iterator[None]:
     try:
         yield
         outcome = "complete"
+    except ChosenToRead:  # it counts as a load from disk
+        outcome = ""
+        raise
     finally:
         with contextlib.suppress(OSError):
-            LOAD_SECONDS.labels(source, outcome).observe(time.monotonic() - started)
+            if outcome:
+                LOAD_SECONDS.labels(source, outcome).observe(time.monotonic() - started)

@@ -81,7 +81,7 @@ from .executor.view.offered import Viewed
 from .executor.view.records import Records
 from .identity import ModelIdentity
 from .interaction.api import DRAFT_GROUP, Code
-from .interaction.cold_start import Phase
+from .interaction.cold_start import Choice, Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
@@ -315,6 +315,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         sources = self._config.sources_of(identity.rank).addresses
         names = any(isinstance(source, Name) for source in sources)
         can_read = names and self._config.fallback and has_checkpoint(model_config)
+        if names:
+            ranks.publish_can_read(can_read)
+        all_can_read = partial(ranks.can_read, can_read)
         if load.serving and vllm_config is not None:
             phase = Phase.WAITING if names else Phase.LOADING if sources else Phase.READING
             self._relay = registry.begin_load(
@@ -327,7 +330,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     endpoints=ranks.endpoints,
                     code=Code.LOADING,
                     phase=phase,
-                    can_read=can_read,
+                    can_read=all_can_read,
                 ),
                 groups_to_come(vllm_config, identity),
                 worker=load.worker,
@@ -336,7 +339,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             )
         if self._relay is not None and names:  # else nobody sees what this instance does
             told = None if ranks.chooses else ranks.choice
-            self._cold = ColdStart(can_read, self._relay.announce, ranks.publish_choice, told)
+            self._cold = ColdStart(all_can_read, self._relay.announce, ranks.publish_choice, told)
+        elif names and ranks.chooses:  # the other ranks are not to wait for its choice
+            ranks.publish_choice(Choice.LEAVE)
         try:
             yield
         except BaseException:

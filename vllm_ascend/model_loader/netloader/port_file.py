@@ -56,11 +56,11 @@ class PortFile:
         with contextlib.suppress(OSError, UnicodeError):
             if self.path.read_text() == self._text:
                 self.path.unlink()
-        if self._watch is not None and self._watch.stdin is not None:
+        watch, self._watch = self._watch, None  # two threads may stop one server
+        if watch is not None and watch.stdin is not None:
             with contextlib.suppress(OSError):  # somebody has killed it
-                self._watch.stdin.write(b"\n")
-                self._watch.stdin.close()
-            self._watch = None
+                watch.stdin.write(b"\n")
+                watch.stdin.close()
 
 
 def write_atomically(path: Path, text: str) -> None:

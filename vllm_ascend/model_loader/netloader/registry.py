@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
+from queue import SimpleQueue
 
 import msgspec
 from torch import nn
@@ -72,6 +73,11 @@ _pending: "weakref.WeakKeyDictionary[nn.Module, tuple[Offer, Collection[nn.Modul
 _pending = weakref.WeakKeyDictionary()
 _instances: dict[str, Instance] = {}
 _servers: list[WeightServer] = []
+# Models that are gone, with what an `Event` there says when those before it are retired. A garbage
+# collector may run in a thread that holds any lock, so it takes none of a server.
+_gone: "SimpleQueue[tuple[WeightServer, str, str | None] | threading.Event]" = SimpleQueue()
+_retiring: threading.Thread | None = None
+_comes_or_goes = threading.Lock()  # held while a model does
 # The settings of a server; models with the same ones share it.
 _OF_SERVER = (
     "listen_host",
@@ -175,14 +181,17 @@ def put_in_use(
     """
     server = _serve(config, host, offer, to_come, worker, instance)
     _publish_endpoint(server, ranks)
-    _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
+    with _comes_or_goes:
+        _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
     if server is None:
         return
     _note(model, offer, watched)
     if instance is not None and instance not in _instances:
         _instances[instance] = _new_instance(instance)
+    _start_retiring()
     # At exit the server stops by itself, and in a forked child it is not to be stopped.
-    weakref.finalize(model, _retire, server, offer.identity.group, instance).atexit = False
+    gone = weakref.finalize(model, _gone.put, (server, offer.identity.group, instance))
+    gone.atexit = False
 
 
 def offer_again(model: nn.Module, offer: Offer, watched: Collection[nn.Module] = ()) -> None:
@@ -378,6 +387,7 @@ def _server_for(
     config: NetLoaderConfig, host: str, group: str, worker: int, instance: str | None
 ) -> WeightServer:
     """Return the instance's server of the same configuration that has no model of this group."""
+    wait_until_retired()
     for server in _servers:
         same = all(getattr(server.config, name) == getattr(config, name) for name in _OF_SERVER)
         users = [known for known in _in_use.values() if known.server is server]
@@ -401,6 +411,7 @@ def _open(server: WeightServer, instance: str | None, *, final: bool = True) -> 
         return server.listening
     if _taken(server, instance):
         gc.collect()  # the other instance may be gone but for that
+        wait_until_retired()
     if taken := _taken(server, instance):
         log(
             "NetLoader rank %d: this instance is no source, as another one in this process has "
@@ -444,11 +455,41 @@ def _taken(server: WeightServer, instance: str | None) -> str:
     return ""
 
 
+def _start_retiring() -> None:
+    global _retiring
+    if _retiring is None or not _retiring.is_alive():  # a forked child has none
+        _retiring = threading.Thread(target=_retire_all, name="netloader-retire", daemon=True)
+        _retiring.start()
+
+
+def _retire_all() -> None:
+    while True:
+        one = _gone.get()
+        if isinstance(one, threading.Event):
+            one.set()
+            continue
+        try:
+            _retire(*one)
+        except Exception:
+            logger.exception("NetLoader: a model that is gone may still be served")
+        del one  # which keeps the server
+
+
+def wait_until_retired() -> None:
+    """Return when the servers know of all models that are gone by now."""
+    if _retiring is not None and _retiring.is_alive():
+        done = threading.Event()
+        _gone.put(done)
+        done.wait()
+
+
 def _retire(server: WeightServer, group: str, instance: str | None) -> None:
     """Let a model that is gone be served no more, and close a server that has none left."""
-    if instance in _instances and not any(one.instance == instance for one in _in_use.values()):
+    with _comes_or_goes:
+        in_use = [*_in_use.values()]
+    if instance in _instances and not any(one.instance == instance for one in in_use):
         _instances.pop(instance).stop()
-    left = [known for known in _in_use.values() if known.server is server]
+    left = [known for known in in_use if known.server is server]
     if not left:
         server.stop()
         with contextlib.suppress(ValueError):

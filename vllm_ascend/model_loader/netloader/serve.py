@@ -71,7 +71,7 @@ class Offer:
         folder: has the model's other files; None: there is none.
         code: what a client is refused with that asks for what is not to be had.
         phase: how far its load is.
-        can_read: whether this instance would read its disk for others; see `cold_start`.
+        can_read: returns whether this instance would read its disk for others; see `cold_start`.
         view: the checkpoint as it is seen through the weights; None: it cannot be seen.
         why_no_view: why not.
     """
@@ -86,7 +86,7 @@ class Offer:
     folder: Path | None = None
     code: Code = Code.CANNOT_SERVE
     phase: Phase = Phase.LOADING
-    can_read: bool = False
+    can_read: Callable[[], bool | None] = lambda: False
     view: Viewed | None = None
     why_no_view: str = "they did not come from a checkpoint here"
 
@@ -135,7 +135,7 @@ class WeightServer:
         self._served: dict[Session, Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
-        self._lock = threading.RLock()  # a garbage collector may call `forget` or `stop`
+        self._lock = threading.RLock()  # `status` asks for `bytes_sent`, and `_refuse` withdraws
         self._session_over = threading.Condition(self._lock)
         self._port_file: PortFile | None = None
         self._server = ElasticServer(
@@ -534,7 +534,7 @@ class WeightServer:
             of_instance(ranks) if ranks else None,
             ranks,
             self._endpoints(offer),
-            offer.can_read,
+            bool(offer.can_read()),
             nbytes=store.blocks.nbytes if store is not None else 0,
             blocks=store.blocks.count if store is not None else 0,
             blocks_here=store.blocks_here if store is not None else 0,

@@ -7,13 +7,14 @@ import types
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from vllm.config import CompilationConfig, LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
-from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order
+from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
 from vllm_ascend.model_loader.netloader.compat import load_watched, remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
@@ -28,7 +29,7 @@ from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.executor.model import trace
 from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
-from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
@@ -625,7 +626,7 @@ class Listening:
         monkeypatch.setattr(steps.loader, "_load_from_sources", load)
 
     def _begin(self, config, host, offer, to_come, **_):
-        self.begun.append((host, offer.code.text, offer.store, offer.can_read))
+        self.begun.append((host, offer.code.text, offer.store, offer.can_read()))
         self.said = [offer.phase]
         return self
 
@@ -643,8 +644,33 @@ def test_a_load_from_sources_is_heard_of_before_it_begins(monkeypatch):
     assert listening.begun == [("192.0.2.1", "loading", None, True)]
     assert listening.said == [Phase.WAITING, Phase.READING]
     [(relay, cold)] = listening.seen
-    assert relay is listening and cold.can_read and cold.told is None
+    assert relay is listening and cold.can_read() and cold.told is None
     assert listening.given_up == [] and (steps.loader._relay, steps.loader._cold) == (None, None)
+
+
+def listen(loader, ranks):
+    loader._vllm_config = ON_CPU
+    return loader._listening(identity(), types.SimpleNamespace(model="m", revision=None), ranks)
+
+
+def test_an_instance_one_of_whose_ranks_cannot_read_reads_for_nobody(monkeypatch):
+    steps = Steps(monkeypatch, **SOURCES)
+    listening = Listening(monkeypatch, steps)
+    store = HashStore()
+    first, other = (Ranks(rank, [0, 1], "netloader", store) for rank in (0, 1))
+    with listen(steps.loader, first):
+        assert steps.loader._cold.can_read() is None
+        other.publish_can_read(False)
+        assert steps.loader._cold.can_read() is False
+    assert listening.begun[0][-1] is None
+
+
+def test_ranks_do_not_wait_for_the_choice_of_one_that_cannot_listen(monkeypatch):
+    steps, store = Steps(monkeypatch, **SOURCES), HashStore()
+    Listening(monkeypatch, steps)
+    monkeypatch.setattr(netloader.registry, "begin_load", lambda *_, **__: None)
+    with listen(steps.loader, Ranks(0, [0, 1], "netloader", store)):
+        assert Ranks(1, [0, 1], "netloader", store).choice() is Choice.LEAVE
 
 
 def test_a_load_that_fails_is_given_up(monkeypatch):

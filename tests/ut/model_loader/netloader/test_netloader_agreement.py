@@ -406,6 +406,18 @@ def test_each_rank_knows_the_hosts_of_those_that_have_told():
     assert Ranks(0, [0], "netloader").hosts() == []
 
 
+def test_an_instance_reads_its_disk_for_all_only_if_each_of_its_ranks_can():
+    store = HashStore()
+    one, other = (ranks(rank, 2, store) for rank in (0, 1))
+    one.publish_can_read(True)
+    assert one.can_read(True) is None and one.can_read(False) is False
+    other.publish_can_read(False)
+    assert one.can_read(True) is other.can_read(False) is False
+    other.publish_can_read(True)
+    assert one.can_read(True) is other.can_read(True) is True
+    assert Ranks(0, [0], "netloader").can_read(True) is True
+
+
 class CountingStore:
     """Counts what is asked of a store."""
 

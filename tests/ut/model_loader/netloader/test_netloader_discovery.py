@@ -486,6 +486,14 @@ def test_who_does_not_answer_is_silent_and_where_nobody_listens_nobody_is(monkey
     assert names.seen == Seen(silent={"192.0.2.1:1", "192.0.2.2:1"})
 
 
+def test_a_rank_that_loads_the_target_has_nothing_of_a_draft_and_another_may_load_it(stack):
+    instance = Instance(stack)
+    for rank, silent in (0, set()), (1, {str(instance.address(0))}):
+        names = discover(str(instance.address(0)), rank=rank, group="netloader_draft")
+        names.look_up()
+        assert names.seen.silent == silent
+
+
 def test_a_name_that_cannot_be_looked_up_is_told_of(zone):
     names = discover("dns+nowhere.test:1")
     names.look_up()

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_ascend.model_loader.netloader import metrics
 from vllm_ascend.model_loader.netloader.errors import (
+    ChosenToRead,
     MakesRoom,
     SourceBusy,
     SourceLost,
@@ -109,6 +110,9 @@ def test_a_load_that_fails_is_counted_as_such():
         pass
     with pytest.raises(OSError), metrics.load_from(metrics.PEERS):
         raise OSError
+    assert (count("complete"), count("failed")) == (before[0] + 1, before[1] + 1)
+    with pytest.raises(ChosenToRead), metrics.load_from(metrics.PEERS):
+        raise ChosenToRead("it counts as a load from disk")
     assert (count("complete"), count("failed")) == (before[0] + 1, before[1] + 1)
 
 

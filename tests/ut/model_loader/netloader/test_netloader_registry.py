@@ -5,6 +5,8 @@ import dataclasses
 import gc
 import os
 import socket
+import threading
+import weakref
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ def servers(monkeypatch):
     known = []
     monkeypatch.setattr(registry, "_servers", known)
     yield known
+    registry.wait_until_retired()
     for server in known:
         server.stop()
 
@@ -64,6 +67,12 @@ def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None, instanc
         model, "path", config, host, offered, to_come, worker=worker, instance=instance
     )
     return model
+
+
+def collect():
+    """Return when all that is not used any more is gone, and the servers know."""
+    gc.collect()
+    registry.wait_until_retired()
 
 
 def server_of(model):
@@ -160,7 +169,7 @@ def test_a_second_model_of_a_group_has_a_server_of_its_own_and_the_first_is_stil
 def test_a_model_that_is_gone_leaves_its_place_to_the_next(config, servers, tmp_path):
     first = put_in_use(config())
     del first
-    gc.collect()
+    collect()
     second = put_in_use(config())
     assert [server_of(second)] == servers
     assert is_served(address_of(tmp_path))
@@ -193,7 +202,7 @@ def test_a_second_instance_with_the_address_of_the_first_is_no_source_and_is_tol
     assert server_of(second) is None
     assert servers == [server_of(first)]
     del first
-    gc.collect()
+    collect()
     gone = [put_in_use(config(**other), instance="three")]
     gone.append(gone)  # only a garbage collector finds that it is gone
     del gone
@@ -281,11 +290,11 @@ def test_a_model_that_is_gone_is_served_no_more(config, servers, tmp_path):
     draft = put_in_use(config(), offer(group=DRAFT))
     server, address = server_of(target), address_of(tmp_path)
     del draft
-    gc.collect()
+    collect()
     assert groups(server) == [TARGET]
     assert is_served(address)
     del target
-    gc.collect()
+    collect()
     assert os.listdir(tmp_path) == []
     assert servers == []
     with pytest.raises(OSError):
@@ -296,9 +305,31 @@ def test_the_last_model_that_goes_ends_its_sessions_as_a_source_that_is_shutting
     made = offer()
     model = put_in_use(config(), made)
     del model
-    gc.collect()
+    collect()
     with pytest.raises(Gone, match="the source is shutting down"):
         made.store.check(Run(0, 0))
+
+
+def test_a_model_may_go_in_a_thread_that_must_not_wait_for_a_server(config, servers):
+    """It may hold the lock of the log, in which whoever holds the server's writes a line."""
+    model = put_in_use(config())
+    server, gone = server_of(model), threading.Event()
+    weakref.finalize(model, gone.set)
+    models = [model]
+    del model
+
+    def drop():
+        models.clear()
+        gc.collect()
+
+    with server._lock:
+        dropping = threading.Thread(target=drop, daemon=True)
+        dropping.start()
+        dropping.join(10)
+        assert gone.is_set() and not dropping.is_alive()
+        assert servers == [server]
+    registry.wait_until_retired()
+    assert servers == []
 
 
 # Reloads
@@ -520,7 +551,7 @@ def test_an_instance_whose_models_are_gone_is_forgotten(config):
     with living(config(), "one") as (model, _):
         assert "one" in registry._instances
         del model, _
-    gc.collect()
+    collect()
     assert "one" not in registry._instances
 
 

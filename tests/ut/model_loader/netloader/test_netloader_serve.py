@@ -1142,6 +1142,26 @@ def test_a_load_that_fails_is_being_loaded_again():
     assert store.withdrawn.is_set()
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_memory_of_a_load_is_read_by_nobody_when_it_has_ended(complete, monkeypatch):
+    monkeypatch.setattr(serve, "_LINGER", 0.0)
+    monkeypatch.setattr(serve, "_LAST_RUNS", PATIENCE)
+    to, reading = server(), session()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    store.add(Run(0, store.blocks.count - 1))
+    chunks = iter(to.blocks(reading, store.digests.weights, 0, 1).chunks)
+    next(chunks)  # is on its way from now on
+    ending = threading.Thread(target=relay.end, kwargs={"complete": complete})
+    ending.start()
+    assert store.withdrawn.wait(PATIENCE)
+    ending.join(0.2)
+    assert ending.is_alive()
+    assert list(chunks) == []
+    ending.join(PATIENCE)
+    assert not ending.is_alive()
+
+
 def test_a_load_names_its_own_sources():
     to = server()
     relay, store = loading(to)

@@ -488,6 +488,17 @@ def test_those_that_others_name_keep_no_load_from_the_disk_after_the_deadline(wo
     assert queue.poll() is None
 
 
+def test_a_load_is_late_when_it_has_waited_and_too_little_comes(world):
+    queue = world.queue([A], 40)
+    world.clock.sleep(39)
+    assert not queue.late
+    queue.progressed()
+    world.clock.sleep(29)
+    assert not queue.late
+    world.clock.sleep(2)
+    assert queue.late
+
+
 def test_of_those_that_others_name_only_so_many_are_asked_at_once():
     queue = SourceQueue([A, B], 300, most_hearsay=2)
     assert queue.next() == A

@@ -58,7 +58,7 @@ class BlockStore:
         self.device = device
         self.withdrawn = threading.Event()
         self._why: Withdrawn | None = None
-        self._lock = threading.RLock()  # a garbage collector may call `withdraw`
+        self._lock = threading.RLock()
         self._readers: Counter[int] = Counter()  # by thread
         self._read = threading.Condition(self._lock)
         self._news = threading.Condition(self._lock)

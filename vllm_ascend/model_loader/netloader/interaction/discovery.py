@@ -185,13 +185,15 @@ class Discovery:
                 # at one.
                 if endpoint.instance != self._own.process:
                     groups = {model.identity.group for model in status.result(0).models}
-                    if self._identity.group not in groups:
+                    elsewhere = endpoint.instance != status.result(0).instance
+                    if self._identity.group not in groups and elsewhere:
                         via_target.add(str(address))
                     endpoints.setdefault((endpoint.instance, endpoint.address.port), endpoint)
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
-        # One that has the target only may not be the rank to ask for a draft.
+        # Of one that has the target only another rank may load the draft. A rank that loads the
+        # target itself has nothing of the draft, and looks before it reads that.
         known = {replica.address for replica in replicas.values()}
         silent = {
             str(address)

@@ -4,7 +4,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 
@@ -150,10 +150,16 @@ class SourceQueue:
             self._changed.notify_all()
 
     def progressed(self) -> None:
-        """Take note that something has come."""
+        """Take note that enough has come to go on for a while."""
         with self._changed:
             self._progress = self._clock()
             self._changed.notify_all()
+
+    @property
+    def late(self) -> bool:
+        """Whether the load has waited for as long as it may, and too little comes."""
+        with self._changed:
+            return self._clock() >= max(self._deadline, self._progress + _GRACE)
 
     def joined(self, address: Address, instance: str) -> None:
         """Take note of which process there is at an address.
@@ -203,6 +209,12 @@ class SourceQueue:
             source = self._due(self._clock())
             none = self._idle == 0 if idle is None else idle == 0
             return source is not None and (none or self._is_one_too_many(source))
+
+    def has_others(self, incomplete: Set[Address]) -> bool:
+        """Return whether a source may have what those do not have that are still loading."""
+        with self._changed:
+            left = self._in(_State.NEW, _State.LATER, _State.OTHER, _State.ASKED)
+            return any(source.address not in incomplete for source in left)
 
     def is_hearsay(self, address: Address) -> bool:
         """Return whether nobody but others has named a source."""

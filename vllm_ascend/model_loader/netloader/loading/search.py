@@ -35,7 +35,8 @@ class Search:
         self._target = target
         self._queue = queue
         self._cold = cold
-        self._election = Election(process, can_read=cold is not None and cold.can_read)
+        self._process = process
+        self._election: Election | None = None  # until the ranks have told whether they can read
         self._worker = worker
         self._said = ""
         self._told: Choice | None = None
@@ -80,6 +81,10 @@ class Search:
             if choice is Choice.READ and not self._target.announce(Phase.READING):
                 return Choice.LEAVE
             return choice
+        if election is None:
+            if (can_read := cold.can_read()) is None:
+                return Choice.WAIT
+            election = self._election = Election(self._process, can_read=can_read)
         before = election.phase
         choice = election.choose(time.monotonic(), seen)
         if election.phase is not before and not self._target.announce(election.phase):

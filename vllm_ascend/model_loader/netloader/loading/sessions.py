@@ -49,6 +49,8 @@ _TRY_ANOTHER = 3.0
 _TURN = 2.0
 # Times PROGRESS_TIMEOUT for a run to come from a source that may send a byte now and then.
 _OVERDUE = 3
+# Times PROGRESS_TIMEOUT, at least and at most, without news of sources that all load themselves.
+_ORPHANED = 1.0, 3.0
 _ITSELF = "this is the instance itself"
 # What a failure without a code is called among the metrics; the first that fits.
 _KINDS = {
@@ -107,6 +109,10 @@ class Sessions:
         self._gave: Counter[tuple[Address, str]] = Counter()
         self._untrusted: list[tuple[Address, _HttpSession, Scheduler]] = []
         self._relays: set[tuple[Address, str]] = set()  # those that were incomplete
+        self._loading: set[Address] = set()  # those that were when they were asked last
+        # So that of those that wait for each other one reads the disk and the rest hears of it.
+        self._patience = config.progress_timeout * random.uniform(*_ORPHANED)
+        self._came, self._stirred = 0, time.monotonic()  # what had come, and when there was news
         # What sources that SOURCE names have, and their lists of ranks. Those that others name may
         # have nothing else, and their own lists do not count.
         self._vouched: dict[str, Mapping[int, str]] = {}
@@ -137,13 +143,24 @@ class Sessions:
                     self._met(weights, peer)
 
     def cut_overdue(self) -> None:
-        """End sessions with sources that SOURCE does not name and whose blocks never come."""
-        longest = _OVERDUE * self._config.progress_timeout
+        """End sessions with untrusted sources whose blocks never come, or come too late."""
+        longest, late = _OVERDUE * self._config.progress_timeout, self._queue.late
         with self._lock:
             untrusted = [*self._untrusted]
         for address, session, scheduler in untrusted:
-            if scheduler.held_for(session.peer) > longest:
+            if late:
+                session.cut(SourceLost(f"{address}: too slow, and SOURCE_WAIT is over"))
+            elif scheduler.held_for(session.peer) > longest:
                 session.cut(SourceLost(f"{address}: no blocks for {longest:g} s"))
+
+    def orphaned(self) -> bool:
+        """Return whether all that can be asked load themselves, and wait for each other."""
+        came, now = self.bytes_received(), time.monotonic()
+        if came != self._came or self._target.weights is None:
+            self._came, self._stirred = came, now
+        with self._lock:
+            loading = {*self._loading}
+        return now - self._stirred > self._patience and not self._queue.has_others(loading)
 
     def peers(self) -> int:
         """Return the number of sources that are pulled from just now."""
@@ -233,9 +250,17 @@ class Sessions:
         # What was ended on this side has no code. A source whose own load is complete prepares.
         soon = brought and error.code in ("", Code.PREPARING.text)
         metrics.count(metrics.SOURCE_ATTEMPTS, _kind(error))
+        if error.code == Code.PREPARING.text:
+            self._is_loading(address, False)
+        elif error.code == Code.LOADING.text:  # one that reads its disk has everything soon
+            self._is_loading(address, not error.retry_after)
         news = self._queue.failed(address, error, soon=soon)
         if news:
             self.warn(error, self._queue.waits(address))
+
+    def _is_loading(self, address: Address, loading: bool) -> None:
+        with self._lock:
+            (self._loading.add if loading else self._loading.discard)(address)
 
     def warn(self, error: SourceError, again: bool) -> None:
         """Say what went wrong with a source; `again`: it is asked again."""
@@ -267,6 +292,7 @@ class Sessions:
                 f"{address}: its weights are {joined.weights}, which no source in SOURCE has"
             )
         self._queue.joined(address, joined.instance)
+        self._is_loading(address, not joined.complete)
         with self._target.agreed(address, joined) as (store, scheduler):
             if not joined.complete:
                 with self._lock:
@@ -460,6 +486,8 @@ class Sessions:
                 if told > store.blocks.count:
                     raise ProtocolError(f"{address}: has more news than there are blocks")
                 since = have.version
+                if have.runs:
+                    self._stirred = time.monotonic()
                 scheduler.heard(news.peer, map(Run._make, have.runs), complete=have.complete)
 
     @contextlib.contextmanager

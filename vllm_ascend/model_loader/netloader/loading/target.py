@@ -73,13 +73,14 @@ class ColdStart:
     """How a load takes part where none of the instances that names stand for has the weights.
 
     Attributes:
-        can_read: whether this instance would read its disk for all.
+        can_read: returns whether this instance would read its disk for all; None: its ranks have
+            not all told yet.
         announce: says how far the load is to whoever asks for the status.
         tell: tells the instance's other ranks what this one has chosen.
         told: returns what the rank that chooses has told; None: this one chooses.
     """
 
-    can_read: bool
+    can_read: Callable[[], bool | None]
     announce: Callable[[Phase], object]
     tell: Callable[[Choice], object] = lambda choice: None
     told: Callable[[], Choice | None] | None = None
