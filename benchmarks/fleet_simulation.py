@@ -63,6 +63,7 @@ class Case:
         killed: part of the replicas that die at half of the time of one load.
         stalled: part that stops sending then, and keeps its connections.
         lying: part that says that it has everything, and sends wrong bytes.
+        slow: part whose links are ten times slower.
         seed_dies: when the seed has sent so many copies; 0: never.
         preparing: seconds after its load for which a replica serves nothing.
         seed: of everything random.
@@ -76,6 +77,7 @@ class Case:
     killed: float = 0.0
     stalled: float = 0.0
     lying: float = 0.0
+    slow: float = 0.0
     seed_dies: float = 0.0
     preparing: float = 1.0
     seed: int = 0
@@ -182,9 +184,13 @@ class Fleet:
         self.solo = case.chunks / case.chunks_per_second
         self.seed = Node(self, "seed", case.speeds[0])
         self.seed.offers = self.seed.complete = True
+        slow = round(case.slow * case.replicas)
         self.replicas = [
-            Node(self, f"replica{index}", self.random.choice(case.speeds))
-            for index in range(case.replicas)
+            *(Node(self, f"slow{index}", 0.1) for index in range(slow)),
+            *(
+                Node(self, f"replica{index}", self.random.choice(case.speeds))
+                for index in range(case.replicas - slow)
+            ),
         ]
         self.nodes = {node.address: node for node in (self.seed, *self.replicas)}
         self.sent_by_seed = self.repeated = self.twice = self.declines = self.joins = 0

@@ -124,7 +124,7 @@ class NetLoaderConfig:
     output_prefix: str | None = None
     max_sessions: int = 4
     max_send_rate: int | None = None
-    max_sources: int = 4
+    max_sources: int = 8
     source_wait: float = 300.0
     fallback: bool = True
     weights_digest: tuple[str, ...] | None = None

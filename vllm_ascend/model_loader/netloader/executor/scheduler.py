@@ -11,6 +11,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
@@ -26,6 +27,11 @@ _SLOW = 2.0
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
+# How many times longer a client takes for a run than another one that passes on little.
+_MUCH_SLOWER = 3
+# Of a client's runs, how many later others ask for one again if they cannot get it there; and how
+# many blocks they ask for again at least before this is said of the client.
+_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 8
 # In an entry of a heap the number of a run stands below its priority.
 _BITS = 32
 _MASK = (1 << _BITS) - 1
@@ -197,7 +203,9 @@ class Scheduler:
         """Return runs to fetch, none if none is wanted at the moment.
 
         Of several sessions each has at most half of its fair share of what is left, so that towards
-        the end a slow source is not left with runs that a fast one could have brought.
+        the end a slow source is not left with runs that a fast one could have brought. With more
+        than two, an incomplete source is asked for one at a time: what waits in its queue could
+        come from others, and would be passed on from there sooner.
 
         Args:
             limit: number of runs not to exceed.
@@ -210,6 +218,8 @@ class Scheduler:
             if sessions > 1:
                 share = -(-self._wanting // (2 * sessions))
                 count = min(count, max(share - held, _LEAST_HELD - held, 0))
+                if sessions > _LEAST_HELD and peer is not None and not peer.complete:
+                    count = min(count, max(1 - held, 0))
             taken: list[Run] = []
             while len(taken) < count and (number := self._best(peer)) is not None:
                 taken.append(self._take(number, max_bytes))
@@ -477,6 +487,10 @@ class FirstCopy(Generic[C]):
     that they have got. A client that got nothing for a while gets one of those: it may reach
     nobody else.
 
+    A client that takes much longer than another one, and one whose blocks others ask for again
+    long after it got them, passes on little or nothing. What it has got counts as sent to nobody,
+    and it is to ask others, too.
+
     Args:
         count: number of blocks.
         clock: returns seconds.
@@ -485,26 +499,83 @@ class FirstCopy(Generic[C]):
     def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._sent_to: list[C | None] = [None] * count
+        self._sent_at = array("d", [0.0]) * count
         self._unsent = count
-        self._served: dict[C, float] = {}
+        self._clients: dict[C, _Client] = {}
 
     def sends(self, client: C, run: Run) -> bool:
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
-        since = self._served.setdefault(client, now)
-        holders = self._sent_to[run.first : run.last + 1]
-        others = any(holder is not None and holder != client for holder in holders)
-        if others and self._unsent and now - since < STARVED:
+        me = self._clients.setdefault(client, _Client(now))
+        if not self._unsent:
+            return True
+        blocks = range(run.first, run.last + 1)
+        for holder in {self._sent_to[block] for block in blocks} - {None, client}:
+            assert holder is not None
+            self._ask_again(holder, blocks, now)
+        others = any(self._sent_to[block] not in (None, client) for block in blocks)
+        passes_on = self._passes_on(client, now)
+        if (others or not passes_on) and now - me.served < STARVED:
             return False
-        self._served[client] = now
-        self._unsent -= holders.count(None)
-        self._sent_to[run.first : run.last + 1] = [
-            client if holder is None else holder for holder in holders
-        ]
+        me.served = now
+        me.runs += 1
+        if passes_on:
+            for block in blocks:
+                if self._sent_to[block] is None:
+                    self._sent_to[block], self._sent_at[block] = client, now
+                    self._unsent -= 1
         return True
 
     def gone(self, client: C, *, complete: bool = False) -> None:
         """Record that a client asks no more; unless `complete`, it passes on nothing either."""
-        if self._served.pop(client, None) is not None and not complete:
-            self._unsent += self._sent_to.count(client)
-            self._sent_to = [None if holder == client else holder for holder in self._sent_to]
+        if self._clients.pop(client, None) is not None and not complete:
+            self._release(client)
+
+    def _ask_again(self, holder: C, blocks: Iterable[int], now: float) -> None:
+        """Take note that another client asks for what a client has got."""
+        one = self._clients.get(holder)
+        if one is None:  # it is complete, and has gone
+            return
+        long_ago = now - _LONG_AGO * (now - one.began) / max(one.runs, 1)
+        for block in blocks:
+            if self._sent_to[block] == holder and self._sent_at[block] < long_ago:
+                self._sent_to[block] = None
+                self._unsent += 1
+                one.missed += 1
+        if not self._passes_on(holder, now):
+            self._release(holder)
+
+    def _passes_on(self, client: C, now: float) -> bool:
+        one = self._clients[client]
+        if one.misses():
+            # Those that ask may be those that lie: it is not to be said of most.
+            accused = sum(other.misses() for other in self._clients.values())
+            return 2 * accused > len(self._clients)
+        fastest = max(other.pace(now) for other in self._clients.values())
+        asked = fastest * (now - one.began) / _MUCH_SLOWER
+        return one.runs < _LEAST_HELD or one.runs > asked
+
+    def _release(self, client: C) -> None:
+        self._unsent += self._sent_to.count(client)
+        self._sent_to = [None if holder == client else holder for holder in self._sent_to]
+
+
+@dataclass
+class _Client:
+    """What a source knows of one that it sends to: `runs` since `began`."""
+
+    began: float
+    served: float = field(init=False)
+    runs: int = 0
+    missed: int = 0  # blocks that others have asked for again
+
+    def __post_init__(self) -> None:
+        self.served = self.began
+
+    def misses(self) -> bool:
+        return self.missed >= max(_LEAST_MISSED, self.runs / _PART_MISSED)
+
+    def pace(self, now: float) -> float:
+        # The first runs are asked for at once.
+        later = max(0, self.runs - _LEAST_HELD)
+        return later / (now - self.began) if later else 0.0

@@ -35,6 +35,9 @@ from ..utils import Address, logger, one_line
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
 # checked while the cache still has it.
 _CHUNK_MIB, _CHUNK_MIB_GROUP = 8, 16
+# Runs that weights are cut into at least to pass them on over HTTP, as a run can be passed on only
+# once it is here as a whole: what a long chain of relays costs is as many runs.
+_LEAST_RUNS = 512
 
 
 class Relay(Protocol):
@@ -247,9 +250,9 @@ class Target:
             self._cold.announce(Phase.LOADING)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
-        groups = in_groups(self._device, self._config)
-        chunk_mib = self._config.chunk_mib or (_CHUNK_MIB_GROUP if groups else _CHUNK_MIB)
-        shuffle = random.shuffle if self._relay is not None else None
+        groups, relays = in_groups(self._device, self._config), self._relay is not None
+        chunk_mib = self._config.chunk_mib or chunk_mib_for(blocks.nbytes, groups, relays)
+        shuffle = random.shuffle if relays else None
         self._scheduler = Scheduler(blocks, chunk_mib * MIB, shuffle)
         for run in self._scheduler.wanted if self._place is not None else ():
             if not self._store.wrong(run):
@@ -281,6 +284,19 @@ class Target:
         with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
             thread.start()
             self._prefaulting = thread
+
+
+def chunk_mib_for(nbytes: int, groups: bool, relays: bool) -> int:
+    """Return the size of a chunk in MiB where CHUNK_MIB says nothing.
+
+    Args:
+        nbytes: of the weights.
+        groups: whether they come through groups.
+        relays: whether they are passed on.
+    """
+    if groups:
+        return _CHUNK_MIB_GROUP
+    return max(1, min(_CHUNK_MIB, nbytes // (_LEAST_RUNS * MIB))) if relays else _CHUNK_MIB
 
 
 def in_groups(device: Device, config: NetLoaderConfig) -> bool:
