@@ -128,16 +128,27 @@ class TlsWire(Wire):
                 return nbytes
 
     def _take(self, left: list[Any], missing: int) -> None:
-        while left:
-            view = memoryview(left.pop()).cast("B")
-            while view:
-                try:
-                    nbytes = self._read(view, time.monotonic() + self._progress)
-                except TimeoutError:
-                    raise TimeoutError(f"no data received for {self._progress:g} s") from None
-                if not nbytes:
-                    raise ConnectionResetError(f"the connection ended {missing} bytes too early")
-                view, missing = view[nbytes:], missing - nbytes
+        tls = self._established()
+        with self._failures():  # once, as entering it takes a good part of a record's time
+            while left:
+                view = memoryview(left.pop()).cast("B")
+                while view:
+                    try:
+                        nbytes = cast(int, tls.read(len(view), cast(Any, view)))
+                    except ssl.SSLWantReadError:
+                        if self._fetch_some():
+                            continue
+                        nbytes = 0
+                    if not nbytes:
+                        early = f"the connection ended {missing} bytes too early"
+                        raise ConnectionResetError(early)
+                    view, missing = view[nbytes:], missing - nbytes
+
+    def _fetch_some(self) -> int:
+        try:
+            return self._fetch(time.monotonic() + self._progress)
+        except TimeoutError:
+            raise TimeoutError(f"no data received for {self._progress:g} s") from None
 
     def _established(self) -> ssl.SSLObject:
         if self._tls is None:
