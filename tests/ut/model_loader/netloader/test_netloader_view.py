@@ -101,6 +101,15 @@ def test_a_region_that_is_not_of_the_tensor_or_repeats_it_too_often_is_refused(d
         boxes((6, 4), 0, dims)
 
 
+def test_a_row_that_goes_on_in_the_next_one_is_two_boxes():
+    assert len(boxes((2, 3), 1, [(1, 3, 9), (3, 1, 1)])) == 2
+
+
+def test_a_tensor_of_one_number_has_no_second_one():
+    with pytest.raises(Unmapped, match="beyond the shape"):
+        boxes((), 1, [])
+
+
 def test_a_region_of_too_many_boxes_is_refused(monkeypatch):
     monkeypatch.setattr(boxes_module, "_MOST_BOXES", 9)
     with pytest.raises(Unmapped, match="more than 9 boxes"):
