@@ -55,6 +55,7 @@ class Replica:
     can_read: bool = True
     told: object = None
     has_read: bool = False
+    others: tuple = ()
     dead: bool = False
     hold: bool = False
     said: list = dataclasses.field(default_factory=list)
@@ -98,7 +99,8 @@ class Replica:
                 if self.cold
                 else None,
             )
-        except ChosenToRead:
+        except ChosenToRead as error:
+            self.others = error.others
             self._read()
             return
         except LoadFailed as error:
