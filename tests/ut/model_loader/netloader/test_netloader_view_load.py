@@ -232,6 +232,29 @@ def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weight
         assert [rank.address for rank in again.ranks] == other.addresses
 
 
+def test_what_goes_wrong_in_the_model_is_the_reason_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(view_reader, "_ANSWER", 40)
+    slow = threading.Event()
+
+    class Failing(Model):
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                if not tensor.is_meta and name == "layers.0.norm":
+                    raise KeyError("norm")
+                super().load_weights([(name, tensor)])
+
+    def stall(view):
+        class Stalling(Viewed):
+            def gather(self, regions, into):
+                slow.wait(0.05)
+                super().gather(regions, into)
+
+        return Stalling(view.records, view.parameters)
+
+    with sources(2, stall) as source, pytest.raises(LoadFailed, match=r": KeyError: 'norm'$"):
+        take(source.addresses, Failing())
+
+
 def test_weights_that_change_on_the_way_end_the_load(monkeypatch):
     monkeypatch.setattr(view_reader, "_ANSWER", 40)
     monkeypatch.setattr(view_reader, "_AHEAD", 1)
