@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 from . import metrics, model_files
 from .config import NetLoaderConfig, Transport
@@ -39,6 +40,7 @@ from .utils import (
 from .version import __version__
 
 _PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP
+_GATHERED_AT_ONCE = 2 << 20  # bytes of regions: the client reads some while others are gathered
 # Part of its own time to load for which a replica goes on serving those that still load from it.
 _LINGER = 0.05
 # Places for clients while a model is loaded, in those at other times: a load that leaves one source
@@ -360,9 +362,13 @@ class WeightServer:
             raise Refusal(Code.OUT_OF_RANGE, over)
 
         def gathered() -> Generator[list[Buffer], None, None]:
-            with as_refusals():
-                buffers = served.gathered(view, regions, nbytes)
-            yield buffers
+            digest = xxhash.xxh3_128()
+            for piece in view.pieces(regions, _GATHERED_AT_ONCE):
+                with as_refusals():
+                    elements = served.gathered(view, piece)
+                digest.update(elements)
+                yield [elements]
+            yield [memoryview(digest.digest())]
 
         return Bytes(nbytes + api.REGIONS_DIGEST, gathered())
 

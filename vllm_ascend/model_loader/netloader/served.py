@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import torch
-import xxhash
 
 from . import metrics
 from .config import NetLoaderConfig
@@ -21,7 +20,7 @@ from .executor.store import BlockStore
 from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
 from .executor.transport.http import HttpSender
 from .executor.transport.rendezvous import Mailbox
-from .executor.view.offered import Viewed
+from .executor.view.offered import Region, Viewed
 from .interaction import api
 from .interaction.api import Code, Peer, Refusal
 from .interaction.elastic import Session
@@ -67,13 +66,14 @@ class Served:
         self._http.send(run)
         return [*self._views]
 
-    def gathered(self, view: Viewed, regions: Sequence[api.Region], nbytes: int) -> list[Buffer]:
-        """Return the elements of regions, and their digest, as they go out over HTTP.
+    def gathered(self, view: Viewed, regions: Sequence[Region]) -> Buffer:
+        """Return the elements of regions as they go out over HTTP, until it is called again.
 
         Raises:
             Withdrawn: the weights are not to be had any more.
         """
         store, accelerator = self.store, self.store.device.accelerator
+        nbytes = view.nbytes_of(regions)
         self._limiter.wait(nbytes, store.withdrawn)
         with store.device.attached(), store.reading(Run(0, store.blocks.count - 1)):
             if self._staging is None or self._staging.numel() < nbytes:
@@ -84,10 +84,9 @@ class Served:
             view.gather(regions, message)
             if message is not host:
                 host.copy_(message)
-        elements = host_view(host)
         self._gathered += nbytes
         metrics.count(metrics.SENT_BYTES, "serving", by=nbytes)
-        return [elements, memoryview(xxhash.xxh3_128_digest(elements))]
+        return host_view(host)
 
     def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
         """Return what sends through a group."""

@@ -486,14 +486,20 @@ json_values = st.recursive(
 )
 joins = st.fixed_dictionaries(
     {"identity": st.just(msgspec.to_builtins(IDENTITY)) | json_values},
-    optional={"weights": json_values, "peer": json_values},
+    optional={"weights": json_values, "peer": json_values, "view": json_values},
 )
 
 
 @given(
     body=(json_values | joins).map(lambda value: json.dumps(value).encode()),
     path=st.sampled_from(
-        [JOIN_PATH, api.GROUPS, api.STORE.format(id="0"), api.SEND.format(id="0")]
+        [
+            JOIN_PATH,
+            api.GROUPS,
+            api.STORE.format(id="0"),
+            api.SEND.format(id="0"),
+            api.REGIONS.format(digest=DIGEST),
+        ]
     ),
 )
 def test_any_json_is_answered(module_source, body, path):

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.identity import identity
+from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import (
     ProtocolError,
     SourceBusy,
+    SourceLost,
     SourceRefused,
     Withdrawn,
 )
@@ -170,6 +172,22 @@ def test_what_is_gathered_are_the_elements_one_after_the_other(case, skip):
     assert into.numpy().tobytes() == expected
 
 
+@given(cases(), st.integers(1, 100))
+def test_pieces_of_regions_have_the_same_elements_in_the_same_order(case, nbytes):
+    tensors, regions = case
+    view = Viewed(b"", tensors)
+    whole = torch.zeros(view.nbytes_of(regions), dtype=torch.uint8)
+    view.gather(regions, whole)
+    came = b""
+    widest = max(tensors[region.parameter].element_size() for region in regions)
+    for piece in view.pieces(regions, nbytes):
+        part = torch.zeros(view.nbytes_of(piece), dtype=torch.uint8)
+        assert part.numel() <= max(nbytes, widest)
+        view.gather(piece, part)
+        came += part.numpy().tobytes()
+    assert came == whole.numpy().tobytes()
+
+
 @pytest.mark.parametrize(
     "region",
     [
@@ -306,6 +324,18 @@ def test_weights_that_are_withdrawn_are_read_no_more():
             with pytest.raises(SourceBusy, match="changed: the weights are being replaced"):
                 ask()
         assert server._offers[WHO.group].view is None  # its memory can go
+
+
+def test_weights_that_are_withdrawn_between_two_pieces_end_the_connection(monkeypatch):
+    monkeypatch.setattr(serve, "_GATHERED_AT_ONCE", 96)
+    tensors, records = loaded()
+    store, view = store_of(tensors), viewed(records, tensors)
+    with serving(view, store) as (server, address), connect(address) as client:
+        assert_is_the_checkpoint(*refetched(client, store.digests.weights, view))
+        pieces = iter([lambda: None, lambda: store.withdraw(Withdrawn("they change"))])
+        server._limiter.wait = lambda nbytes, stop: next(pieces)()
+        with pytest.raises(SourceLost, match="the connection ended"):
+            fetch(client, store.digests.weights, view, [Region(0, 0, [48], [1])])
 
 
 def test_weights_that_are_withdrawn_while_the_rate_is_limited_are_not_gathered():

@@ -45,6 +45,8 @@ PEER_PATHS = [
     ("POST", f"/netloader/v1/weights/{DIGEST}/blocks/0-1/check"),
     ("GET", f"/netloader/v1/weights/{DIGEST}/have?since=0&wait=0"),
     ("GET", f"/netloader/v1/weights/{DIGEST}/peers"),
+    ("GET", f"/netloader/v1/weights/{DIGEST}/records"),
+    ("POST", f"/netloader/v1/weights/{DIGEST}/regions"),
     ("POST", "/netloader/v1/groups"),
     ("POST", "/netloader/v1/groups/0/store"),
     ("POST", "/netloader/v1/groups/0/send"),
@@ -329,6 +331,14 @@ def test_without_a_certificate_no_peers_path_is_answered(closed, method, path, s
     assert not closed.service.groups
     assert closed.server.door.counts == {"no_certificate": 2}
     assert lines_about(log, "it has no certificate, and asks for /netloader/v1/")
+
+
+def test_without_a_certificate_no_large_body_is_read(closed):
+    path = f"/netloader/v1/weights/{DIGEST}/regions"
+    with stranger().wrap_socket(closed.dial()) as sock:
+        length = f"Content-Length: {server.api.MAX_BODY + 1}"
+        sock.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\n{length}\r\n\r\n".encode())
+        assert answer_on(sock, "POST")[0] == 413
 
 
 def test_these_are_all_paths_of_peers():

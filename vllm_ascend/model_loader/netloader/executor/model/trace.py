@@ -6,7 +6,6 @@ Nothing has to be known of the model. Checkpoint tensors may be on the meta devi
 a model would copy where: the model, on its own device, then keeps what it has.
 """
 
-import contextlib
 import functools
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
@@ -81,9 +80,19 @@ class _Span:
         """The byte after the span's last one."""
         return self.first + prod(self.size) * self.chain[-1].itemsize
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether it is all of the checkpoint tensor, as it is."""
+        own = self.parent is None and self.base == 0 and self.size == self.shape
+        return own and self.stride == row_major(self.shape)
+
     def find(self, offset: int, dims: Iterable[Dim]) -> Iterator[Piece]:
         """Find elements of the storage in the checkpoint tensor."""
-        for piece in boxes(self.size, offset - self.first // self.chain[-1].itemsize, dims):
+        pieces = boxes(self.size, offset - self.first // self.chain[-1].itemsize, dims)
+        if self._is_whole:
+            yield from pieces
+            return
+        for piece in pieces:
             steps = zip(piece.box.start, self.stride, strict=True)
             base = self.base + sum(start * step for start, step in steps)
             above = [*zip(piece.box.size, self.stride, piece.stride, strict=True)]
@@ -172,9 +181,11 @@ class Trace(TorchDispatchMode):
         for name, tensor in weights:
             shape = tuple(tensor.shape)
             self._catalog[name] = tensor.dtype, shape
-            with self._noting(name):
+            try:
                 chain = (tensor.dtype,)
                 self._add(tensor, name, shape, 0, row_major(shape), None, chain)
+            except Exception as error:
+                self._failed(name, error)
             yield name, tensor
 
     def records(self, model: nn.Module) -> Records:
@@ -258,24 +269,26 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         """Take note of an operation, and do it."""
         kwargs = kwargs or {}
+        if _looks_at_nothing(func):
+            return func(*args, **kwargs)
         after = None
-        with self._noting(func):
+        try:
             after = self._before(func, args, kwargs)
+        except Exception as error:
+            self._failed(func, error)
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # no values that could be copied
         out = func(*args, **kwargs)
         if after is not None:
-            with self._noting(func):
+            try:
                 after(out)
+            except Exception as error:
+                self._failed(func, error)
         return out
 
-    @contextlib.contextmanager
-    def _noting(self, what: object) -> Iterator[None]:
+    def _failed(self, what: object, error: Exception) -> None:
         """Let a load go on without records, as it is worth more than they are."""
-        try:
-            yield
-        except Exception as error:
-            self.failure = self.failure or f"{what}: {type(error).__name__}: {error}"
+        self.failure = self.failure or f"{what}: {type(error).__name__}: {error}"
 
     def _before(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -283,8 +296,6 @@ class Trace(TorchDispatchMode):
         """Take note of an operation before it is done, and return what is to be done after it."""
         if func is _aten.copy_.default and (span := self._span(args[1])) is not None:
             self._note(args[0], self._write_of(args[0], args[1], span))
-            return None
-        if func in _BLIND or _is_view(func):
             return None
         inputs = [
             one for one in _tensors(args, kwargs) if one.untyped_storage()._cdata in self._known
@@ -319,11 +330,14 @@ class Trace(TorchDispatchMode):
         chain: tuple[torch.dtype, ...],
     ) -> None:
         """Take note of a tensor whose elements are those of a checkpoint tensor."""
-        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
-        if not tensor.numel() or not tensor.permute(order).is_contiguous():
+        if not tensor.numel():
             return
-        size = tuple(tensor.shape[axis] for axis in order)
-        steps = tuple(stride[axis] for axis in order)
+        size, steps = tuple(tensor.shape), tuple(stride)
+        if not tensor.is_contiguous():
+            order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+            if not tensor.permute(order).is_contiguous():
+                return
+            size, steps = (tuple(one[axis] for axis in order) for one in (size, steps))
         span = _Span(name, shape, _bounds_of(tensor)[0], size, base, steps, parent, chain)
         insort(self._spans.setdefault(self._hold(tensor), []), span, key=lambda one: one.first)
 
@@ -353,7 +367,7 @@ class Trace(TorchDispatchMode):
     def _write_of(self, target: torch.Tensor, tensor: torch.Tensor, span: _Span) -> _Write:
         """Return what copying a tensor that has a part of a span writes."""
         view = target.storage_offset(), tuple(target.shape), target.stride(), target.dtype
-        spread = tensor.expand(target.shape)
+        spread = tensor if tensor.shape == target.shape else tensor.expand(target.shape)
         dims = [*zip(target.shape, spread.stride(), target.stride(), strict=True)]
         try:
             chain = span.chain_to(tensor.dtype)
@@ -469,8 +483,10 @@ def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 @functools.cache  # looking at a schema takes longer than making a view
-def _is_view(func: Any) -> bool:
-    """Return whether an operation only makes views."""
+def _looks_at_nothing(func: Any) -> bool:
+    """Return whether an operation only makes views, or new memory."""
+    if func in _BLIND:
+        return True
     schema = func._schema
     returns = schema.returns
     return bool(not schema.is_mutable and returns and all(one.alias_info for one in returns))
@@ -491,6 +507,9 @@ def _bounds(
 
 def _bounds_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Return a tensor's first byte in its storage, and the one after its last one."""
+    if tensor.is_contiguous():
+        first = tensor.storage_offset() * tensor.element_size()
+        return first, first + tensor.nbytes
     return _bounds(tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.element_size())
 
 

@@ -72,7 +72,11 @@ class Piece(NamedTuple):
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of row-major order without gaps."""
-    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
 
 
 def last_of(size: Sequence[int], stride: Sequence[int]) -> int:
@@ -91,7 +95,9 @@ def boxes(shape: Sequence[int], offset: int, dims: Iterable[Dim]) -> list[Piece]
     Raises:
         Unmapped: the region goes beyond the tensor, or takes too many boxes.
     """
-    whole = tuple(shape)
+    whole, dims = tuple(shape), [*dims]
+    if (piece := _one_box(whole, offset, dims)) is not None:
+        return [piece]
     wanted = [dim for dim in dims if dim[0] != 1]
     if any(n == 0 for n, _, _ in wanted):
         return []
@@ -103,6 +109,22 @@ def boxes(shape: Sequence[int], offset: int, dims: Iterable[Dim]) -> list[Piece]
     if len(found) > _MOST_BOXES:
         raise Unmapped(f"more than {_MOST_BOXES} boxes of the shape {whole}")
     return found
+
+
+def _one_box(shape: tuple[int, ...], offset: int, dims: Sequence[Dim]) -> Piece | None:
+    """Return a region as one box if it has the tensor's own dimensions, as nearly all have."""
+    if len(dims) != len(shape) or 0 in shape:
+        return None
+    start, rest = [], offset
+    for (n, a, _), whole, step in zip(dims, shape, row_major(shape), strict=True):
+        first, rest = divmod(rest, step)
+        if (n != 1 and a != step) or first < 0 or not 0 < n <= whole - first:
+            return None
+        start.append(first)
+    if rest:
+        return None
+    size, stride = (tuple(n for n, _, _ in dims), tuple(b if n != 1 else 0 for n, _, b in dims))
+    return Piece(Box(tuple(start), size), 0, stride)
 
 
 def _cut(

@@ -1,9 +1,9 @@
 """What a source offers of a checkpoint: its records, and elements of the parameters they name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -37,6 +37,15 @@ class Region(Protocol):
         """Steps in memory, for each dimension."""
 
 
+class _Part(NamedTuple):
+    """A part of a region, which is a region."""
+
+    parameter: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Viewed:
     """A checkpoint as it is seen through the parameters of one rank.
@@ -56,6 +65,26 @@ class Viewed:
             ProtocolError: one is not inside of a parameter; says which.
         """
         return sum(map(self._nbytes_of, regions))
+
+    def pieces(self, regions: Sequence[Region], nbytes: int) -> Iterator[list[Region]]:
+        """Cut regions that are inside of their parameters into pieces of so many bytes at most.
+
+        Yields:
+            Regions that have the same elements in the same order, some of them of each piece.
+        """
+        piece: list[Region] = []
+        size = 0
+        for region in regions:
+            itemsize = self.parameters[region.parameter].element_size()
+            for part in _cut(region, max(1, nbytes // itemsize)):
+                more = prod(part.size) * itemsize
+                if piece and size + more > nbytes:
+                    yield piece
+                    piece, size = [], 0
+                piece.append(part)
+                size += more
+        if piece:
+            yield piece
 
     def gather(self, regions: Sequence[Region], into: torch.Tensor) -> None:
         """Copy the elements of regions, each in row-major order, one after the other.
@@ -103,6 +132,22 @@ class Viewed:
                 f"inside of parameter {region.parameter}, which has {extent} elements"
             )
         return prod(size) * memory.element_size()
+
+
+def _cut(region: Region, count: int) -> Iterator[Region]:
+    """Cut a region into parts of so many elements at most, in order."""
+    size, stride = tuple(region.size), tuple(region.stride)
+    if prod(size) <= count:
+        yield region
+        return
+    axis = next(axis for axis, n in enumerate(size) if n > 1)
+    row = prod(size[axis + 1 :])
+    step = max(1, count // row)
+    for first in range(0, size[axis], step):
+        rows = min(step, size[axis] - first)
+        part = (*size[:axis], rows, *size[axis + 1 :])
+        offset = region.offset + first * stride[axis]
+        yield from _cut(_Part(region.parameter, offset, part, stride), count)
 
 
 def extent_of(tensor: torch.Tensor) -> int:
