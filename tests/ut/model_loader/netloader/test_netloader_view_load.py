@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import served
+from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
@@ -199,8 +199,8 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
 
 
 def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
-    wrong = types.SimpleNamespace(xxh3_128_digest=lambda elements: bytes(16))
-    monkeypatch.setattr(served, "xxhash", wrong)
+    wrong = types.SimpleNamespace(update=lambda elements: None, digest=lambda: bytes(16))
+    monkeypatch.setattr(serve, "xxhash", types.SimpleNamespace(xxh3_128=lambda: wrong))
     with sources(2) as source, pytest.raises(LoadFailed, match="regions came with wrong bytes"):
         take(source.addresses, Model())
 
