@@ -59,6 +59,7 @@ class Replica:
     told: object = None
     sessions: object = None
     has_read: bool = False
+    others: tuple = ()
     dead: bool = False
     hold: bool = False
     said: list = dataclasses.field(default_factory=list)
@@ -105,7 +106,8 @@ class Replica:
                 if self.cold
                 else None,
             )
-        except ChosenToRead:
+        except ChosenToRead as error:
+            self.others = error.others
             self._read()
             return
         except LoadFailed as error:

@@ -8,7 +8,7 @@ from vllm_ascend.model_loader.netloader.utils import Lookup, Name
 
 from .fleet import fleet
 from .models import rows
-from .sides import PATIENCE, log_lines, until
+from .sides import PATIENCE, identity, log_lines, source, until
 from .ways import Way
 
 pytestmark = pytest.mark.ways(Way.HTTP)
@@ -104,6 +104,17 @@ def test_one_without_weights_on_its_disk_gets_those_of_another_and_without_any_a
         for replica in replicas:
             replica.thread.join(PATIENCE)
         assert all("has no weights either" in replica.reasons for replica in replicas)
+
+
+def test_of_those_without_weights_on_disk_one_reads_an_instance_that_is_cut_otherwise(way):
+    cut = source(way, rows, who=identity(way, tp=2))
+    with fleet(way, 4, rows) as replicas, cut as other:
+        start(replicas, among=[*replicas, other], can_read=False)
+        for replica in replicas:
+            replica.check()
+        [reader] = readers(replicas)
+        assert set(reader.others) == {str(other.address)}
+        assert other.status.bytes_sent == 0
 
 
 def test_one_that_others_do_not_find_by_the_name_never_reads_for_all(way):

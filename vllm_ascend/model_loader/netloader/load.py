@@ -113,6 +113,7 @@ def elastic_load(
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)
         for index in range(limit if names or relay is not None else min(limit, len(sources)))
     ]
+    discovery = None
     if names:
         discovery = Discovery(
             names,
@@ -164,11 +165,12 @@ def elastic_load(
         store = target.complete()
     except RuntimeError as error:
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
+    others = [*queue.others(), *(discovery.seen.others if discovery is not None else ())]
     if store is None and target.chosen:
         chosen = "this instance was chosen to read the disk, as no other has the weights"
-        raise ChosenToRead(chosen, queue.others())
+        raise ChosenToRead(chosen, others)
     if store is None:
-        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources", queue.others())
+        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources", others)
     loaded = Loaded(store, sessions.shares(), target.lists)
     seconds = time.monotonic() - started
     logger.info(

@@ -31,6 +31,7 @@ from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
+from vllm_ascend.model_loader.netloader.loading.view import Instance
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
@@ -327,6 +328,61 @@ def test_when_the_disk_has_no_weights_either_one_error_says_both(monkeypatch):
         "no source gave the weights (192.0.2.7:1: gone), and they cannot be loaded from disk "
         "either (RuntimeError: no safetensors)"
     )
+
+
+class Views:
+    """Instances that are cut otherwise; `failures` says what becomes of the loads through them."""
+
+    def __init__(self, monkeypatch, steps, *failures):
+        self.failures = [*failures]
+        self.tried = []
+        steps.failure = LoadFailed("192.0.2.7:1: tp is 1 here and 2 there", ["192.0.2.7:1"])
+        follow = steps.loader._follow_vllm
+
+        def read(load, *rest):
+            if load.instance is not None and (failure := self.failures.pop(0)):
+                steps.taken.append(f"view {load.instance.digest}")
+                raise failure
+            return follow(load, *rest)
+
+        monkeypatch.setattr(netloader, "find_instance", self._find)
+        monkeypatch.setattr(steps.loader, "_follow_vllm", read)
+
+    def _find(self, addresses, identity, config, worker, tried):
+        assert addresses == [Address("192.0.2.7", 1)]
+        if len(tried) == 2:
+            raise LoadFailed("192.0.2.7:1: nothing further")
+        return Instance(f"instance:{len(tried)}", identity, (), frozenset())
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_view_is_read_before_the_disk_with_and_without_fallback(monkeypatch, log, fallback):
+    steps = Steps(monkeypatch, FALLBACK=fallback)
+    Views(monkeypatch, steps, LoadFailed("192.0.2.7:1: lost"), None)
+    before = fallbacks("no_source")
+    assert steps.load() == "model"
+    assert steps.taken == ["sources", "restore", "view instance:0", "restore", "disk True"]
+    assert log == ["NetLoader rank 0: no view of source 192.0.2.7:1: lost"]
+    assert fallbacks("no_source") == before
+
+
+def test_when_no_view_has_all_the_disk_is_read_as_ever(monkeypatch, log):
+    steps = Steps(monkeypatch)
+    Views(monkeypatch, steps, LoadFailed("192.0.2.7:1: lost"), ValueError("odd"))
+    assert steps.load() == "model"
+    assert steps.taken[-3:] == ["view instance:1", "restore", "disk True"]
+    assert log[-1] == (
+        "NetLoader rank 0: trying the disk, as no source gave the weights: 192.0.2.7:1: tp is 1 "
+        "here and 2 there; 192.0.2.7:1: lost; ValueError: odd; 192.0.2.7:1: nothing further"
+    )
+
+
+def test_without_fallback_the_error_says_what_is_wrong_with_each_view(monkeypatch):
+    steps = Steps(monkeypatch, FALLBACK=False)
+    Views(monkeypatch, steps, LoadFailed("192.0.2.7:1: lost"), LoadFailed("192.0.2.8:1: gone"))
+    with pytest.raises(LoadFailed, match=r"2 there; .*7:1: lost; .*8:1: gone; .*nothing further"):
+        steps.load()
+    assert "disk True" not in steps.taken
 
 
 @pytest.mark.parametrize("fallback", [True, False])

@@ -19,8 +19,8 @@ CANNOT = Replica("waiting")
 LONG = 31.0
 
 
-def seen(*, listed=True, silent=(), whole=True, **replicas):
-    return Seen(replicas, listed, frozenset(silent), whole)
+def seen(*, listed=True, silent=(), whole=True, others=(), **replicas):
+    return Seen(replicas, listed, frozenset(silent), whole, others)
 
 
 def choices(election, *looks, step=0.5):
@@ -249,3 +249,12 @@ def test_all_that_start_together_wait_for_the_same_one_and_the_disk_is_read_once
     for name in order:
         world.look_and_say(name)
     assert world.reads == able[:1]
+
+
+def test_one_that_sees_the_weights_in_other_parts_volunteers_if_no_disk_has_them():
+    first, second = (Election(name, can_read=False) for name in "ac")
+    look = seen(b=Replica("waiting"), others=["192.0.2.1:1"])
+    assert choices(first, look, look, look) == [Choice.WAIT, Choice.VOLUNTEER, Choice.READ]
+    with_disk = seen(b=WAITS, others=["192.0.2.1:1"])
+    assert choices(second, with_disk, with_disk) == [Choice.WAIT, Choice.WAIT]
+    assert second.reader == "b"

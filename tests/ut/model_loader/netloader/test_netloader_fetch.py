@@ -100,7 +100,8 @@ def test_what_was_rounded_stands_only_for_what_is_rounded_in_the_same_way():
     read = Kept((0, 0), (4, 4))
     assert find(rank_of(seen("t", [ROUNDED], [read]), dtype="float16"), there, 0)[1]
     other = Copy((0, 0), (4, 4), 0, 16, (4, 1), ("float32", "bfloat16"))
-    assert find(rank_of(seen("t", [ROUNDED, other]), dtype="float16"), there, 0)[1]
+    both = rank_of(seen("t", [ROUNDED, other]), dtype="float16")
+    assert find(both, there, 0)[1] and find(both, [rank_of(seen("t", [other]))], 0)[1]
 
 
 def test_values_that_came_with_the_records_are_not_fetched():

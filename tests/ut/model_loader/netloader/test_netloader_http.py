@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.errors import (
     BlocksNotHere,
+    OtherPlacement,
     ProtocolError,
     SourceBusy,
     SourceError,
@@ -596,10 +597,19 @@ def test_a_code_becomes_its_error(source, code):
     with source.client() as client, pytest.raises(SourceError) as caught:
         client.join(Join(IDENTITY))
     error = caught.value
-    assert type(error) is code.error and error.code == code.text
+    kind = OtherPlacement if code is Code.OTHER_MODEL else code.error
+    assert type(error) is kind and error.code == code.text
     assert str(error) == f"{source.address}: {code.text}: because: tp is 1 here and 2 there"
     assert error.peers == ((PEER.address, PEER.instance),)
     assert error.retry_after == (7 if code.status == 503 else 0)
+
+
+def test_a_model_that_differs_in_more_than_its_placement_is_another_one(source):
+    differ = [api.Difference("tp", "1", "2"), api.Difference("config.a", "1", "2")]
+    source.service.refusal = Refusal(Code.OTHER_MODEL, "because", differences=differ)
+    with source.client() as client, pytest.raises(SourceRefused) as caught:
+        client.join(Join(IDENTITY))
+    assert type(caught.value) is SourceRefused
 
 
 def test_a_refusal_before_the_first_byte_has_a_code(source):

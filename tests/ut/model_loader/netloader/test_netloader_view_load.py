@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import served
+from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
@@ -199,8 +199,8 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
 
 
 def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
-    wrong = types.SimpleNamespace(xxh3_128_digest=lambda elements: bytes(16))
-    monkeypatch.setattr(served, "xxhash", wrong)
+    wrong = types.SimpleNamespace(update=lambda elements: None, digest=lambda: bytes(16))
+    monkeypatch.setattr(serve, "xxhash", types.SimpleNamespace(xxh3_128=lambda: wrong))
     with sources(2) as source, pytest.raises(LoadFailed, match="regions came with wrong bytes"):
         take(source.addresses, Model())
 
@@ -230,6 +230,29 @@ def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weight
         again = take(addresses, model, [instance])
         assert is_as_from_disk(model)
         assert [rank.address for rank in again.ranks] == other.addresses
+
+
+def test_what_goes_wrong_in_the_model_is_the_reason_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(view_reader, "_ANSWER", 40)
+    slow = threading.Event()
+
+    class Failing(Model):
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                if not tensor.is_meta and name == "layers.0.norm":
+                    raise KeyError("norm")
+                super().load_weights([(name, tensor)])
+
+    def stall(view):
+        class Stalling(Viewed):
+            def gather(self, regions, into):
+                slow.wait(0.05)
+                super().gather(regions, into)
+
+        return Stalling(view.records, view.parameters)
+
+    with sources(2, stall) as source, pytest.raises(LoadFailed, match=r": KeyError: 'norm'$"):
+        take(source.addresses, Failing())
 
 
 def test_weights_that_change_on_the_way_end_the_load(monkeypatch):

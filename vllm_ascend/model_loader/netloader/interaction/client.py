@@ -476,7 +476,7 @@ class ElasticClient:
         later = answer.status == HTTPStatus.SERVICE_UNAVAILABLE
         kind = code.error if code else SourceBusy if later else SourceRefused
         fields = {one.field for one in problem.differences}
-        if fields and fields <= PLACEMENT:
+        if code is api.Code.OTHER_MODEL and fields and fields <= PLACEMENT:
             kind = OtherPlacement
         differ = [
             f"{shortened(one.field, 200)} is {shortened(one.client, 200)} here "

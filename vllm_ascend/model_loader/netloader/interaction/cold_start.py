@@ -9,11 +9,14 @@ decide alike from that, without a coordinator:
 3. Of two that volunteer at the same time the one with the lesser id goes on, once the other one has
    stepped back. So two that can see each other never both read: each speaks before it looks.
 
+Where no disk has the weights, an instance whose ranks have other parts of them is read in its
+place. All that see it volunteer at first.
+
 One that is chosen and does nothing is passed over after a while. One that does not answer may read
 the disk, so it is waited for, but not for longer than that either.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
@@ -61,12 +64,14 @@ class Seen:
         listed: whether the names stand for this instance, too, so that the others see it.
         silent: those of whom nobody knows whether they are there.
         whole: whether all names could be looked up.
+        others: addresses of instances that serve the same weights, in other parts.
     """
 
     replicas: Mapping[str, Replica] = field(default_factory=dict)
     listed: bool = False
     silent: Set[str] = frozenset()
     whole: bool = True
+    others: Sequence[str] = ()
 
 
 class Choice(Enum):
@@ -116,7 +121,8 @@ class Election:
         if self.reader:
             return self._step_back(Choice.WAIT)
         candidates = [one for one, replica in seen.replicas.items() if replica.can_read]
-        if self._can_read:
+        # Whose disk has the weights comes first: a view may lack something.
+        if self._can_read or (seen.others and not candidates):
             candidates.append(self._instance)
         if any(map(has_weights, states.values())) or not candidates or not seen.listed:
             return self._step_back(Choice.LEAVE)

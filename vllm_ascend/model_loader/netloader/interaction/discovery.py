@@ -162,6 +162,7 @@ class Discovery:
         # Of many, those first that were not asked before.
         candidates = sorted(found, key=lambda address: (self._asked[address], found[address]))
         electors = _electors({*found, *self._own_addresses})
+        self._others: list[str] = []
         self._listed = not electors.isdisjoint(self._own_addresses)
         if self._electing:
             candidates.sort(key=lambda address: address not in electors)
@@ -201,7 +202,7 @@ class Discovery:
             if address in electors
             and (_is_silent(problems.get(str(address))) or str(address) in via_target - known)
         }
-        self.seen = Seen(replicas, self._listed, silent, whole)
+        self.seen = Seen(replicas, self._listed, silent, whole, tuple(self._others))
         return [*distinct.items()], problems
 
     def _addresses(self, name: Name) -> Mapping[Address, _Place]:
@@ -248,6 +249,8 @@ class Discovery:
         One that is not asked by all cannot be chosen, and counts only for what it is doing.
         """
         model = next((m for m in status.models if m.identity.group == self._identity.group), None)
+        if model is not None and model.state == "serving" and self._is_cut_otherwise(model):
+            self._others.append(str(asked))
         there = model.endpoints.get(self._identity.rank) if model is not None else None
         if model is None or there is None or self._differences(model):
             return
@@ -269,8 +272,10 @@ class Discovery:
         ]
 
     def _is_cut_otherwise(self, model: ModelStatus) -> bool:
-        differ = api.differences(self._identity, model.identity)
-        return {one.field for one in differ} <= PLACEMENT
+        fields = {one.field for one in api.differences(self._identity, model.identity)}
+        # In the processed layout, of one version, there is nothing to be seen of a checkpoint.
+        raw = self._identity.vllm_version is None
+        return raw and fields <= PLACEMENT and not fields <= {*_OF_RANK}
 
     def _endpoint(self, asked: Address, place: _Place, status: Status) -> _Found:
         """Return where this rank listens in the instance that has answered.

@@ -332,6 +332,7 @@ def _placements(there: ModelIdentity, here: ModelIdentity) -> tuple[str, str]:
             ("PCP", there.pcp, here.pcp),
             ("DP", there.dp, here.dp),
             ("EP", there.ep, here.ep),
+            ("dtype", there.dtype, here.dtype),
         )
         if one != other
     ] or [("TP", there.tp, here.tp)]

@@ -261,7 +261,8 @@ class Reader:
 
     def _fail(self, why: str) -> None:
         with self._changed:
-            self.failure = self.failure or why
+            if not self._over:  # else it was cut on this side
+                self.failure = self.failure or why
             self._changed.notify_all()
 
 
