@@ -499,6 +499,17 @@ def test_a_load_is_late_when_it_has_waited_and_too_little_comes(world):
     assert queue.late
 
 
+def test_a_source_that_may_be_asked_again_may_have_what_those_lack_that_load_themselves(world):
+    queue = world.queue([A, B], 300)
+    assert queue.has_others({A})
+    assert queue.next() == A and queue.next() == B
+    queue.failed(A, SourceBusy("has no blocks just now that are wanted"))
+    queue.failed(B, SourceBusy("busy"))
+    assert queue.has_others({A}) and not queue.has_others({A, B})
+    queue.failed(B, SourceUnreachable("Connection refused"))
+    assert not queue.has_others({A})
+
+
 def test_of_those_that_others_name_only_so_many_are_asked_at_once():
     queue = SourceQueue([A, B], 300, most_hearsay=2)
     assert queue.next() == A
