@@ -63,7 +63,7 @@ class Case:
         killed: part of the replicas that die at half of the time of one load.
         stalled: part that stops sending then, and keeps its connections.
         lying: part that says that it has everything, and sends wrong bytes.
-        slow: part whose links are ten times slower.
+        slow: part whose links are ten times slower than the ordinary ones.
         seed_dies: when the seed has sent so many copies; 0: never.
         preparing: seconds after its load for which a replica serves nothing.
         seed: of everything random.
@@ -643,10 +643,13 @@ def cases(seed: int) -> dict[str, Case]:
     """Return the cases of the table, by name."""
     mixed = (1.0, 1.0, 1.0, 1.0, 0.5, 2.5)
     hundred = Case(100, speeds=mixed, seed=seed)
+    small = Case(8, chunks=256, chunks_per_second=24.0, seed=seed)  # as in `fleet`
     return {
         "1 replica": Case(1, seed=seed),
         "2 replicas": Case(2, seed=seed),
         "8 replicas": Case(8, seed=seed),
+        "8 replicas, one has a slow link": replace(small, slow=1 / 8),
+        "8 replicas, one lies": replace(small, lying=1 / 8),
         "100 replicas, equal links": Case(100, seed=seed),
         "100 replicas": hundred,
         "100 replicas, 10 % die": replace(hundred, killed=0.1),

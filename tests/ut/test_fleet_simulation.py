@@ -53,3 +53,12 @@ def test_a_seed_sends_each_block_once_before_it_sends_one_twice():
     result = simulate(Case(4, chunks=64, chunks_per_second=100.0))
     assert result.repeated == 0
     assert result.complete == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "fault"), [(1.12, {}), (1.2, {"slow": 1 / 8}), (1.3, {"lying": 1 / 8})]
+)
+def test_eight_take_little_longer_than_one_whoever_is_among_them(target, fault):
+    # With some of these seeds the seed feeds the one that is slow or lies.
+    case = Case(8, chunks=256, chunks_per_second=24.0, **fault)
+    assert max(simulate(replace(case, seed=seed)).relative for seed in range(4)) <= target

@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad, P2PSend
 from vllm_ascend.model_loader.netloader.executor.rate_limiter import RateLimiter
 from vllm_ascend.model_loader.netloader.executor.scheduler import Peer, Scheduler
+from vllm_ascend.model_loader.netloader.loading.target import chunk_mib_for
 
 from .support import MIB, PATIENCE, incomplete, random_tensor, store_of, until
 
@@ -342,3 +343,18 @@ def test_withdrawing_the_weights_ends_a_wait_for_the_rate_limiter():
     thread.join(PATIENCE)
     assert outcome == ["the weights are being replaced"]
     assert send.bytes_sent == MIB
+
+
+@pytest.mark.parametrize(
+    ("gib", "groups", "relays", "mib"),
+    [
+        (0.001, False, True, 1),
+        (1, False, True, 2),
+        (4, False, True, 8),
+        (16, False, True, 8),
+        (1, False, False, 8),
+        (1, True, True, 16),
+    ],
+)
+def test_what_is_passed_on_over_http_is_cut_into_many_chunks(gib, groups, relays, mib):
+    assert chunk_mib_for(int(gib * (1 << 30)), groups, relays) == mib

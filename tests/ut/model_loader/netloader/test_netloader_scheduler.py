@@ -539,13 +539,15 @@ def test_of_several_relays_the_one_that_brings_least_is_left():
     scheduler, [one, other] = of_relays(9, [0, 1, 2], [3, 4, 5])
     seed = Peer()
     scheduler.begin(seed)
-    for run in [*scheduler.take(2, peer=one), *scheduler.take(1, peer=other)]:
+    for source in (one, one, other):
+        [run] = scheduler.take(1, peer=source)
         scheduler.done(run)
     assert not scheduler.brings_least(other)
     scheduler._clock.now = 1.0
     assert not scheduler.brings_least(seed)
     assert scheduler.brings_least(other)
-    for run in [*scheduler.take(1, peer=one), *scheduler.take(2, peer=other)]:
+    for source in (one, other, other):
+        [run] = scheduler.take(1, peer=source)
         scheduler.done(run)
     late = Peer(complete=False)
     scheduler._clock.now = 1.5
@@ -553,6 +555,36 @@ def test_of_several_relays_the_one_that_brings_least_is_left():
     scheduler._clock.now = 2.0
     assert not scheduler.brings_least(late)  # it has not had the time
     assert scheduler.brings_least(one)
+
+
+def test_of_several_sources_an_incomplete_one_is_asked_for_one_run_at_a_time():
+    scheduler, [one, other] = of_relays(40, range(20), range(20, 40))
+    assert len(scheduler.take(2, peer=one)) == 2
+    seed = Peer()
+    with scheduler.session(seed):
+        assert len(scheduler.take(2, peer=seed)) == 2
+        assert len(scheduler.take(2, peer=other)) == 1
+        assert scheduler.take(1, held=1, peer=other) == []
+
+
+def test_a_source_is_not_asked_for_what_faster_ones_will_have_brought_before():
+    scheduler, [fast, slow] = of_relays(20, range(20), range(20))
+
+    def bring(count):
+        for _ in range(count):
+            [run] = scheduler.take(1, peer=fast)
+            scheduler._clock.now += 0.1
+            scheduler.done(run)
+
+    [first] = scheduler.take(1, peer=slow)
+    bring(12)
+    scheduler.done(first)
+    [held] = scheduler.take(1, peer=slow)  # much is left
+    scheduler.give_back([held])
+    bring(4)
+    assert scheduler.take(1, peer=slow) == []
+    scheduler.end(fast)
+    assert scheduler.take(1, peer=slow) != []  # nobody else is there
 
 
 # What a source sends to whom
@@ -592,3 +624,55 @@ def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     assert first.sends("b", Run(0, 0))  # it may still reach nobody else
     assert first.sends("b", Run(1, 1))
     assert not first.sends("b", Run(0, 0))
+
+
+def a_copy_to_two(runs, pace_of_b):
+    """What a source that sends to two has sent when one has got so many runs, one a second."""
+    clock = Ticks()
+    first, numbers = FirstCopy(1000, clock), itertools.count()
+    for second in range(runs):
+        clock.now = float(second)
+        for client in "ab" if second % pace_of_b == 0 or second < 2 else "a":
+            number = next(numbers)
+            assert first.sends(client, Run(number, number))
+    return first, clock, next(numbers)
+
+
+def test_what_a_much_slower_client_got_is_sent_to_others_as_well():
+    first, _, after = a_copy_to_two(12, 2)
+    assert not first.sends("a", Run(after - 2, after - 2))  # which b has got
+    first, clock, after = a_copy_to_two(12, 10)
+    assert first.sends("a", Run(after - 2, after - 2))
+    clock.now += 0.5
+    assert not first.sends("b", Run(after, after))  # which a is to get first
+    clock.now += 2.0
+    assert first.sends("b", Run(after, after))
+    assert first.sends("a", Run(after, after))  # as if nobody had it
+
+
+def test_what_others_ask_for_again_later_counts_as_sent_to_nobody():
+    first, _, after = a_copy_to_two(8, 1)
+    assert not first.sends("a", Run(after - 1, after - 1))  # b has got it just now
+    assert first.sends("a", Run(1, 1))  # b should have passed it on by now
+    assert not first.sends("b", Run(1, 1))
+
+
+def test_who_passes_on_nothing_gets_next_to_nothing():
+    first, _, after = a_copy_to_two(20, 1)
+    first.sends("c", Run(after, after))
+    for number in range(3, 9, 2):
+        assert first.sends("a", Run(number, number))
+    assert not first.sends("a", Run(after - 1, after - 1))
+    assert first.sends("b", Run(900, 900))
+    assert first.sends("a", Run(9, 9))  # that was one too many
+    assert first.sends("a", Run(after - 1, after - 1))
+    assert not first.sends("b", Run(901, 901))
+
+
+def test_nobody_can_say_of_most_clients_that_they_pass_on_nothing():
+    first, _, after = a_copy_to_two(20, 1)
+    first.sends("liar", Run(after, after))
+    for number in range(16):
+        first.sends("liar", Run(number, number))
+    assert first.sends("a", Run(901, 901))
+    assert first.sends("b", Run(902, 902))

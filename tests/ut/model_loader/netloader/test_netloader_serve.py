@@ -903,9 +903,9 @@ def test_a_connection_that_goes_on_with_another_model_counts_for_one_peer():
         to.join(client, Join(WHO, peer=relayed(number)))
         fetched(to, weights, number, number, by=client)
         to.join(client, Join(DRAFT))
-    assert len(to._first_copies[weights]._served) <= 1
+    assert len(to._first_copies[weights]._clients) <= 1
     client.close()
-    assert to._first_copies[weights]._served == {}
+    assert to._first_copies[weights]._clients == {}
     assert to.peers_of(weights) == []
 
 
@@ -933,7 +933,7 @@ def test_nothing_is_kept_of_clients_that_are_gone_or_of_weights_that_are_withdra
         fetched(to, weights, number, number, by=client)
         to.done(client, Done(complete=end))
         client.close()
-    assert to._first_copies[weights]._served == {}
+    assert to._first_copies[weights]._clients == {}
     withdraw(to)
     assert to._first_copies == {}
     to.offer(offer())

@@ -22,7 +22,7 @@ _LEAST_HELD = 2
 # Seconds after which a source is asked again for what it wanted others to be asked for.
 _ASK_AGAIN = 0.1
 # Seconds for which a run is under way at least before another source is asked for it.
-_SLOW = 2.0
+_SLOW = 1.0
 # Seconds between two comparisons of what incomplete sources bring.
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
@@ -111,7 +111,8 @@ class Scheduler:
         self._left = len(runs)
         self._held: dict[Run, tuple[Peer | None, float]] = {}  # by whom, and since when
         self._sessions: Counter[Peer] = Counter()
-        self._reviewed = clock()
+        self._began = self._reviewed = clock()
+        self._came = 0
         self._least: Peer | None = None  # of the incomplete sources, at the last review
         self._anybody: Peer | None = None  # in the place of a peer that is not named
 
@@ -238,6 +239,7 @@ class Scheduler:
                 holder._got = self._clock()
                 holder._brought += 1
                 holder.seconds = max(holder._got - since, sys.float_info.min)
+            self._came += 1
             self._left -= 1
             if self._left == 0:
                 self._changed.notify_all()
@@ -395,7 +397,17 @@ class Scheduler:
                 heappop(entries)
                 self._push(peer, number)
             else:
-                return number
+                return None if self._comes_sooner(peer, number) else number
+
+    def _comes_sooner(self, peer: Peer, number: int) -> bool:
+        """Return whether all that is left will have come from others before a run from a source."""
+        if not peer.seconds or not self._came:
+            return False
+        interval = (self._clock() - self._began) / self._came
+        return peer.seconds > _MUCH_SLOWER * interval * (self._wanting + 1) and any(
+            0 < _MUCH_SLOWER * other.seconds < peer.seconds and self._has(other, number)
+            for other in self._sessions
+        )
 
     def _take(self, number: int, max_bytes: int) -> Run:
         self._wanted[number] = 0
@@ -577,5 +589,4 @@ class _Client:
 
     def pace(self, now: float) -> float:
         # The first runs are asked for at once.
-        later = max(0, self.runs - _LEAST_HELD)
-        return later / (now - self.began) if later else 0.0
+        return max(0, self.runs - _LEAST_HELD) / (now - self.began) if now > self.began else 0.0
