@@ -10,6 +10,10 @@ SIMULATOR, CLASSES, NOT_RUN = "simulator", "classes, without an engine", "not ru
 HEAD = ("Model", "Quantization", "Parallelism", "`INT8_CACHE`", "Run")
 
 _SERVE = "npu_sim/test_serve.py::test_client_and_its_client_say_what_seed_and_cpu_say"
+_SECRET = (
+    "npu_sim/test_serve.py::"
+    "test_with_a_secret_ranks_pull_in_groups_and_then_from_what_outlives_all_instances"
+)
 _INT8 = "npu_sim/test_serve.py::test_int8_model_in_each_cache_mode_says_what_seed_and_cpu_say"
 _MLA = "npu_sim/test_serve.py::test_client_of_mla_and_experts_says_what_seed_and_cpu_say"
 _EXPERTS = "npu_sim/test_experts.py::test_each_client_says_what_seed_and_cpu_say"
@@ -55,8 +59,8 @@ def _on(test: str, *row: str, caches: tuple[str, ...] = (), run: str = SIMULATOR
 _NO, _NO3, _RAWS = ("no", "no"), ("no", "no", "no"), ("hbm", "dram", "hbm")
 _DRAFT, _DYNAMIC = "DeepSeek V3 with MTP draft", "W8A8_DYNAMIC"
 ROWS = (
-    _on(f"{_SERVE}[one-rank]", "Llama", "bf16", "one rank"),
-    _on(f"{_SERVE}[two-ranks]", "Llama", "bf16", "TP 2"),
+    _on(_SERVE, "Llama", "bf16", "one rank"),
+    _on(_SECRET, "Llama", "bf16", "TP 2"),
     _on(f"{_STAGES}[plain]", "Llama", "bf16", "TP 2, PP 2"),
     _on(_REPLICAS, "Llama", "bf16", "DP 2"),
     _on(f"{_INT8}[w8a8-no-no]", "Llama", "W8A8", "one rank", caches=_NO),
