@@ -489,7 +489,7 @@ def test_a_model_of_which_nothing_can_be_told_before_loading_is_refused(kind):
 
 def flip(model, w):
     model.p.copy_(w)
-    model.p.view(torch.uint8).bitwise_xor_(1)
+    model.p.view(torch.int32).bitwise_xor_(1)
 
 
 def overlay(model, w):
@@ -510,8 +510,8 @@ def overlay_bytes(model, w):
 @pytest.mark.parametrize(
     ("dtype", "load"),
     [
-        (torch.int32, lambda model, w: model.p.copy_(w.int().view(torch.float32))),
-        (torch.uint8, lambda model, w: model.p.view(torch.uint8).copy_(w.repeat(1, 4))),
+        (torch.uint8, lambda model, w: model.p[:, :2].copy_(w.view(torch.float32))),
+        (torch.uint8, lambda model, w: model.p.view(torch.uint8)[:, :8].copy_(w)),
         (torch.float32, lambda model, w: model.p.copy_(w.view(torch.uint8)[:, :8])),
         (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8])),
         (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8] ^ 1)),
