@@ -535,6 +535,14 @@ def test_a_load_that_fails_is_watched_no_more():
     assert "load_weights" not in vars(model)
 
 
+def test_what_a_model_has_in_the_place_of_its_load_weights_is_back_after_a_load():
+    model, given = Watched(), []
+    model.load_weights = own = given.append
+    with load_watched(model, contextlib.nullcontext(), list):
+        model.load_weights(iter([1]))
+    assert model.load_weights is own and given == [[1]]
+
+
 def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):
     monkeypatch.setattr(netloader, "why_experts_move", lambda *_: "--enable-eplb moves experts")
     steps, before = Steps(monkeypatch), fallbacks("unsupported")

@@ -3,6 +3,7 @@
 import contextlib
 from math import prod
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -233,6 +234,16 @@ def test_a_parameter_that_is_not_kept_as_it_was_loaded_is_in_no_record():
         for name in copies:
             made, known = rebuild(name, [(left, kept)])
             assert known.all() and torch.equal(bytes_of(made), bytes_of(CHECKPOINT[name]))
+
+
+def test_a_parameter_that_is_computed_is_in_no_record():
+    tensors, records = loaded()
+    left = decode(
+        viewed(msgspec.structs.replace(records, computed={"plain": "mul"}), tensors).records
+    )
+    assert [one.name for one in left.parameters] == ["turned", "first", "small"]
+    assert left.computed == {"plain": "mul"}
+    assert [seen.name for seen in left.tensors if not seen.copies] == ["plain"]
 
 
 # Over a socket

@@ -430,6 +430,14 @@ def test_what_was_rounded_stands_only_for_what_is_rounded_in_the_same_way():
     assert gives(("bfloat16", "float32"), ("bfloat16", "float16"))
 
 
+def test_what_was_rounded_twice_stands_for_nothing():
+    twice = "float32", "float16", "bfloat16"
+    there = torch.tensor(65500.0).half().bfloat16()
+    assert there.float().half().bfloat16() != there
+    assert not gives(twice, twice)
+    assert gives(("float32", "float16", "float32"), ("float32", "float16", "float32"))
+
+
 def one_tensor(copies=(), kept=(), dtype="float32", shape=(4, 4), parameters=None):
     parameters = parameters or (Parameter("p", "float32", 16),)
     return Records((Seen("t", dtype, shape, tuple(copies), tuple(kept)),), parameters)
@@ -489,6 +497,9 @@ GOOD = Copy((0, 0), (4, 4), 0, 0, (4, 1))
         one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("bfloat16", "float32"))]),
         one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("Tensor",))]),
         one_tensor([GOOD], dtype="float33"),
+        one_tensor(dtype="bits1x8"),
+        one_tensor(shape=(4, -4)),
+        one_tensor(shape=(1,) * 17),
         one_tensor([GOOD], parameters=(Parameter("p", "nn", 16),)),
         one_tensor(kept=[Kept((0, 0), (1, 1), b"123")]),
         one_tensor(kept=[Kept((4, 0), (1, 1))]),

@@ -15,12 +15,27 @@ from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import LoadFailed
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
+from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.records import decode, encode
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
+from vllm_ascend.model_loader.netloader.executor.view.records import (
+    Copy,
+    Parameter,
+    Records,
+    Seen,
+    decode,
+    encode,
+    name_of,
+)
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.loading import view_reader
-from vllm_ascend.model_loader.netloader.loading.view import find_instance, load_through_view
+from vllm_ascend.model_loader.netloader.loading.view import (
+    find_instance,
+    load_through_view,
+    needs_of,
+)
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
 
@@ -470,3 +485,79 @@ def test_a_model_of_which_nothing_can_be_told_before_loading_is_refused(kind):
         pytest.raises(LoadFailed, match=r"made while loading|cannot be told"),
     ):
         take(source.addresses, model)
+
+
+def flip(model, w):
+    model.p.copy_(w)
+    model.p.view(torch.int32).bitwise_xor_(1)
+
+
+def overlay(model, w):
+    model.p.copy_(w)
+    model.p[:1].copy_(w[1:2])
+
+
+def scale_rows(model, w):
+    model.p.copy_(w)
+    model.p[1:3].mul_(2)
+
+
+def overlay_bytes(model, w):
+    model.p.copy_(w)
+    model.p.view(torch.uint8)[:2].fill_(1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "load"),
+    [
+        (torch.uint8, lambda model, w: model.p[:, :2].copy_(w.view(torch.float32))),
+        (torch.uint8, lambda model, w: model.p.view(torch.uint8)[:, :8].copy_(w)),
+        (torch.float32, lambda model, w: model.p.copy_(w.view(torch.uint8)[:, :8])),
+        (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8])),
+        (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8] ^ 1)),
+        (torch.float32, lambda model, w: setattr(model, "aside", w)),
+        (torch.float32, lambda model, w: model.aside.copy_(w)),
+        (torch.float32, lambda model, w: model.outside.copy_(w)),
+        (torch.float32, lambda model, w: model.p.copy_(w.to(model.p.device))),
+        (torch.float32, lambda model, w: model.p.copy_(w.to(model.p.device, torch.float64) + 1)),
+        (torch.float32, flip),
+        (torch.float32, overlay),
+        (torch.float32, scale_rows),
+        (torch.float32, overlay_bytes),
+    ],
+)
+def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
+    """The source has the checkpoint as it is in files."""
+
+    def fill(weights):
+        for _, tensor in weights:
+            load(model, tensor)
+
+    def made():
+        made = nn.Module()
+        memory = torch.zeros(8, 8)
+        made.p = nn.Parameter(memory[:4], requires_grad=False)
+        made.outside, made.aside = memory[4:], torch.zeros(4, 8)
+        return made
+
+    checkpoint = torch.arange(1, 33).reshape(4, 8).to(dtype)
+    disk = model = made()
+    fill([("w", checkpoint.clone())])
+    model = made()
+    copy = Copy((0, 0), (4, 8), 0, 0, row_major((4, 8)))
+    there = Records(
+        (Seen("w", name_of(dtype), (4, 8), (copy,)),), (Parameter("w", name_of(dtype), 32),)
+    )
+    needs = needs_of(model, fill, catalog([there]))
+    fetch, missing = find(needs, [there], 0)
+    assert not missing
+    came = torch.zeros_like(checkpoint)
+    for part in fetch.parts[0]:
+        box_of(came, part.box).copy_(box_of(checkpoint, part.box))
+    trace, weights = Trace(), [("w", came)]
+    del came
+    with trace:
+        fill(trace.watch(weights.pop() for _ in range(1)))
+    assert same_reading(needs, trace.records(model))
+    for name in ("p", "outside", "aside"):
+        assert torch.equal(bytes_of(getattr(model, name)), bytes_of(getattr(disk, name)))

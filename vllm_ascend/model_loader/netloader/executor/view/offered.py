@@ -160,22 +160,24 @@ def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
 
     Args:
         records: how the checkpoint's tensors came into parameters.
-        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out.
+        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out,
+            and so is one that is not made of copies alone.
     """
     numbers: dict[int, int] = {}
     parameters: list[Parameter] = []
     memory: list[torch.Tensor] = []
-    computed = dict(records.computed)
+    why_not = dict(records.computed)
     for number, parameter in enumerate(records.parameters):
         tensor = tensors.get(parameter.name)
         if tensor is None or _kind(tensor) != (parameter.dtype, parameter.extent):
-            computed.setdefault(parameter.name, "not kept as it was loaded")
+            why_not.setdefault(parameter.name, "not kept as it was loaded")
+        if tensor is None or parameter.name in why_not:
             continue
         numbers[number] = len(parameters)
         parameters.append(parameter)
         memory.append(tensor)
     if len(parameters) < len(records.parameters):
-        records = _renumbered(records, numbers, tuple(parameters), computed)
+        records = _renumbered(records, numbers, tuple(parameters), why_not)
     return Viewed(encode(records), memory)
 
 

@@ -17,6 +17,13 @@ VERSION = 1
 
 # What a peer's records may take once unpacked: 50 times those of DeepSeek-V3.
 _MOST_BYTES = 64 << 20
+_MOST_DIMENSIONS = 16
+# Which tensors of a checkpoint can be made of their elements.
+_DTYPES = {
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+}
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -147,11 +154,11 @@ def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of a name such as `bfloat16`.
 
     Raises:
-        ProtocolError: there is none of that name.
+        ProtocolError: there is none of that name that a view can have.
     """
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, name) if name in _DTYPES else None
     if not isinstance(dtype, torch.dtype):
-        raise ProtocolError(f"unknown dtype {name!r}")
+        raise ProtocolError(f"unknown dtype {name!r} (supported: {', '.join(sorted(_DTYPES))})")
     return dtype
 
 
@@ -200,6 +207,11 @@ def _problems(records: Records) -> Iterator[str]:
     widths = [dtype_of(parameter.dtype).itemsize for parameter in parameters]
     for seen in records.tensors:
         width = dtype_of(seen.dtype).itemsize
+        if len(seen.shape) > _MOST_DIMENSIONS or min(seen.shape, default=0) < 0:
+            yield (
+                f"{seen.name} has a shape of {len(seen.shape)} dimensions, the smallest of "
+                f"{min(seen.shape)} (allowed: {_MOST_DIMENSIONS} dimensions of 0 and more)"
+            )
         for box in (*(copy.box for copy in seen.copies), *(kept.box for kept in seen.kept)):
             if not _inside(box, seen.shape):
                 yield f"{seen.name} of shape {seen.shape} has no box {box.start} + {box.size}"
