@@ -497,7 +497,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         try:
             instance = find_instance([*others, *addresses], identity, self._config, worker)
             with metrics.load_from(metrics.PEERS):
-                weights = whole_checkpoint(instance, identity, self._config, worker)
+                weights = whole_checkpoint(instance, identity, self._config, worker, _world_size())
         except LoadFailed as problem:
             raise LoadFailed(f"{error}; {problem}") from None
         return _Checkpoint(str(instance), instance.digest, weights)
@@ -612,7 +612,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             except Exception as error:  # there is the disk, and it fails in the same way if need be
                 said = "" if isinstance(error, LoadFailed) else f"{type(error).__name__}: "
                 reasons.append(f"{said}{one_line(error)}")
-                logger.warning("NetLoader rank %d: no view of source %s", worker, reasons[-1])
+                logger.warning(
+                    "NetLoader rank %d: loading through a view failed: %s", worker, reasons[-1]
+                )
             start_over()
 
     def _load_from_disk(

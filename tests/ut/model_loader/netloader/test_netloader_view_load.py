@@ -330,6 +330,37 @@ def test_ranks_that_a_small_source_has_no_room_for_at_once_all_get_their_weights
         assert all(map(is_as_from_disk, models))
 
 
+def whole(addresses, ranks_here):
+    who, config = identity(), settings(source_wait=0.0)
+    instance = find_instance(addresses, who, config, 0)
+    return view_module.whole_checkpoint(instance, who, config, 0, ranks_here)
+
+
+def memory_of(monkeypatch, available):
+    memory = types.SimpleNamespace(available=available)
+    monkeypatch.setattr(view_module.psutil, "virtual_memory", lambda: memory)
+
+
+READ = {name: tensor for name, tensor in CHECKPOINT.items() if name != "unused"}
+READ_BYTES = sum(tensor.nbytes for tensor in READ.values())
+
+
+def test_a_reload_gets_the_checkpoint_where_all_ranks_have_memory_for_it(monkeypatch):
+    memory_of(monkeypatch, 2 * READ_BYTES)
+    with sources(2) as source:
+        came = dict(whole(source.addresses, 2))
+    assert came.keys() == READ.keys()
+    assert all(torch.equal(bytes_of(came[name]), bytes_of(READ[name])) for name in READ)
+
+
+def test_a_reload_that_memory_has_no_room_for_fetches_nothing(monkeypatch):
+    memory_of(monkeypatch, 2 * READ_BYTES - 1)
+    with sources(2) as source:
+        with pytest.raises(LoadFailed, match=r"takes .* for each of 2 ranks, and .* are available"):
+            whole(source.addresses, 2)
+        assert sum(server.bytes_sent for server in source.servers) == 0
+
+
 def test_a_load_by_name_tells_which_sources_are_cut_otherwise():
     with sources(2) as source, sources(1) as other:
         names = [Address(HOST, 1), *source.addresses, *other.addresses]

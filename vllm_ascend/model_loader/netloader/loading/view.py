@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass
+from math import prod
 
 import msgspec
+import psutil
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
@@ -280,7 +282,11 @@ def load_through_view(
 
 
 def whole_checkpoint(
-    instance: Instance, identity: ModelIdentity, config: NetLoaderConfig, worker: int
+    instance: Instance,
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    worker: int,
+    ranks_here: int,
 ) -> Weights:
     """Return what an instance has read of a checkpoint, once all of it has come.
 
@@ -289,12 +295,13 @@ def whole_checkpoint(
         identity: of the rank that asks.
         config: deadlines, connections.
         worker: number of this process among all workers of the instance, for the log.
+        ranks_here: how many ranks share this host's memory, and do the same.
 
     Returns:
         Its tensors, in memory of their own, which is free again once the next one is asked for.
 
     Raises:
-        LoadFailed: not everything came, or not everything is to be had.
+        LoadFailed: not everything came or is to be had, or there is no memory for it.
     """
     started = time.monotonic()
     records = [rank.records for rank in instance.ranks]
@@ -310,6 +317,12 @@ def whole_checkpoint(
         raise LoadFailed(f"{instance}: {one_line(error)}") from None
     if missing:
         raise LoadFailed(f"{instance}: {shortened(str(missing[0]))}")
+    nbytes = sum(prod(seen.shape) * dtype_of(seen.dtype).itemsize for seen in read.values())
+    if nbytes * ranks_here > (available := psutil.virtual_memory().available):
+        raise LoadFailed(
+            f"{instance}: a reload through a view takes {size(nbytes)} of host memory for each of "
+            f"{ranks_here} ranks, and {size(available)} are available"
+        )
     reader = Reader(fetch, instance.ranks, instance.digest, identity, config)
     try:
         with reader:
