@@ -77,6 +77,7 @@ from .executor.model.raw import (
 )
 from .executor.model.trace import Trace
 from .executor.store import BlockStore
+from .executor.view.boxes import Unmapped
 from .executor.view.offered import Viewed
 from .executor.view.records import Records
 from .identity import ModelIdentity
@@ -154,7 +155,8 @@ class _Load:
             yield
         except Exception as error:
             logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
-            self.why_no_view = f"{type(error).__name__}: {one_line(error)}"
+            kind = "" if isinstance(error, Unmapped) else f"{type(error).__name__}: "
+            self.why_no_view = f"{kind}{one_line(error)}"
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:

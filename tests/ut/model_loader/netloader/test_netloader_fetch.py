@@ -191,6 +191,13 @@ def test_experts_that_follow_each_other_are_fetched_as_one_box(meets):
     assert part.box == Box((0, 0, 12), (200, 2, 4)) and part.stride == (64, 4, 1)
 
 
+def test_rows_with_gaps_between_them_in_memory_are_not_taken_for_one_box():
+    copies = [Copy((2 * i, 0), (2, 4), 0, 12 * i, (4, 1)) for i in range(10)]
+    there = Records((seen("t", copies, shape=(20, 4)),), (Parameter("p", "float32", 120),))
+    fetch, missing = find(there, [there], 0)
+    assert not missing and [part.offset for part in fetch.parts[0]] == [12 * i for i in range(10)]
+
+
 def test_experts_in_any_order_are_compared_with_those_near_only(meets):
     def mixed(expert):
         return expert * 77 % 200

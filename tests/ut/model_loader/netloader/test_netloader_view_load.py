@@ -248,9 +248,9 @@ def test_what_goes_wrong_in_the_model_is_the_reason_and_nothing_else(monkeypatch
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, regions, into):
+            def gather(self, *what):
                 slow.wait(0.05)
-                super().gather(regions, into)
+                super().gather(*what)
 
         return Stalling(view.records, view.parameters)
 
@@ -283,7 +283,7 @@ def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, regions, into):
+            def gather(self, *what):
                 stalled.wait(20)
 
         return Stalling(view.records, view.parameters)
