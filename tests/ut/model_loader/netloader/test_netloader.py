@@ -362,7 +362,7 @@ def test_a_view_is_read_before_the_disk_with_and_without_fallback(monkeypatch, l
     before = fallbacks("no_source")
     assert steps.load() == "model"
     assert steps.taken == ["sources", "restore", "view instance:0", "restore", "disk True"]
-    assert log == ["NetLoader rank 0: no view of source 192.0.2.7:1: lost"]
+    assert log == ["NetLoader rank 0: loading through a view failed: 192.0.2.7:1: lost"]
     assert fallbacks("no_source") == before
 
 

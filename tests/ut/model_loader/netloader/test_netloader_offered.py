@@ -1,6 +1,7 @@
 """What a source gives of a checkpoint that is seen through its parameters, over a socket."""
 
 import contextlib
+import threading
 from math import prod
 
 import msgspec
@@ -349,12 +350,32 @@ def test_weights_that_are_withdrawn_between_two_pieces_end_the_connection(monkey
             fetch(client, store.digests.weights, view, [Region(0, 0, [48], [1])])
 
 
+def test_regions_that_are_being_gathered_end_once_the_weights_are_withdrawn():
+    tensors, records = loaded()
+    store, view = store_of(tensors), viewed(records, tensors)
+
+    class Withdrawing(list):
+        def __iter__(self):
+            for number, region in enumerate(super().__iter__()):
+                if number == 1 and here.is_set():
+                    store.withdraw(Withdrawn("they change"))
+                yield region
+
+    here = threading.Event()
+    regions = Withdrawing(Region(0, i, [1], [1]) for i in range(3))
+    into = torch.zeros(view.nbytes_of(regions), dtype=torch.uint8)
+    view.gather(regions, into, store.withdrawn)
+    here.set()
+    with pytest.raises(Withdrawn, match="while regions were copied"):
+        view.gather(regions, into.zero_(), store.withdrawn)
+
+
 def test_weights_that_are_withdrawn_while_the_rate_is_limited_are_not_gathered():
     tensors, records = loaded()
     store = store_of(tensors)
 
     class Watched(Viewed):
-        def gather(self, regions, into):
+        def gather(self, *_):
             raise AssertionError("gathered")
 
     offered = viewed(records, tensors)

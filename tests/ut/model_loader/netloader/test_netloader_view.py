@@ -535,6 +535,20 @@ def test_records_that_unpack_to_more_than_is_allowed_are_refused(monkeypatch):
         decode(data)
 
 
+def test_records_of_more_entries_than_are_allowed_are_refused_before_they_are_unpacked(monkeypatch):
+    data = encode(one_tensor([GOOD] * 70_000, [Kept((0, 0), (1, 1))] * 20))
+    assert decode(data, 70_021).entries == 70_021
+    monkeypatch.setattr(records_module, "Records", None)
+    with pytest.raises(ProtocolError, match="records of 70021 entries; allowed: 70020"):
+        decode(data, 70_020)
+
+
+@pytest.mark.parametrize("shape", [(-1, 4), (1,) * 17])
+def test_records_of_a_tensor_that_cannot_be_are_refused(shape):
+    with pytest.raises(ProtocolError, match="t cannot have the shape"):
+        decode(encode(one_tensor(shape=shape)))
+
+
 def test_records_of_many_experts_are_small_and_planned_fast():
     experts = 2000
     names = tuple(Parameter(f"layers.{i}.experts", "bfloat16", 1 << 20) for i in range(10))

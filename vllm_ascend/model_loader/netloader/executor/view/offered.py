@@ -1,5 +1,6 @@
 """What a source offers of a checkpoint: its records, and elements of the parameters they name."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -8,7 +9,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
-from ...errors import ProtocolError
+from ...errors import ProtocolError, Withdrawn
 from ..memory import bytes_of
 from .boxes import last_of
 from .records import Parameter, Records, encode, name_of
@@ -86,14 +87,18 @@ class Viewed:
         if piece:
             yield piece
 
-    def gather(self, regions: Sequence[Region], into: torch.Tensor) -> None:
+    def gather(
+        self, regions: Sequence[Region], into: torch.Tensor, stop: threading.Event | None = None
+    ) -> None:
         """Copy the elements of regions, each in row-major order, one after the other.
 
         Args:
             regions: which elements; none of them is read if one is not inside of its parameter.
             into: uint8 without gaps, of `nbytes_of` these regions.
+            stop: once set no further region is copied.
 
         Raises:
+            Withdrawn: `stop` was set.
             ProtocolError: one is not inside of a parameter; says which.
         """
         ends, end = [], 0
@@ -102,6 +107,8 @@ class Viewed:
             ends.append(end)
         at = 0
         for region, end in zip(regions, ends, strict=True):
+            if stop is not None and stop.is_set():  # many small regions take seconds
+                raise Withdrawn("the weights were withdrawn while regions were copied")
             memory = self.parameters[region.parameter].detach()
             first = memory.storage_offset() + region.offset
             elements = memory.as_strided([*region.size], [*region.stride], first)
