@@ -27,7 +27,8 @@ help:
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make fuzz      damaged requests, handshakes, answers and bodies (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
-	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit"
+	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit, also to an"
+	@echo "               instance that is cut in another way"
 	@echo "make proof-npu  the same with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make test-npu  tests with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make lint      ruff and mypy"
@@ -70,9 +71,10 @@ test-e2e: venv
 fuzz: venv
 	$(BIN)/python -m tests.fuzz --count $(FUZZ_N) --seed $(FUZZ_SEED)
 
-# Part of the end-to-end tests, too.
+# The first is part of the end-to-end tests, too.
 proof: venv
 	$(BIN)/python -m tests.proof
+	$(BIN)/python -m tests.proof.cuts
 
 # Part of the tests on simulated NPUs, too.
 proof-npu: overlay-npu

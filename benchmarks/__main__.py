@@ -11,7 +11,7 @@ from tools.vllm_server import clean_up_when_interrupted
 
 from . import storage, transfer, worker
 
-PARTS = ("transfer", "storage", "worker")
+PARTS = ("transfer", "storage", "worker", "view")
 
 
 def main() -> int:
@@ -35,6 +35,11 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="netloader-bench-") as folder:
                 figures["worker"] = worker.measure(arguments.starts, Path(folder))
             worker.show(figures["worker"])
+        if arguments.only in (None, "view"):
+            from . import view  # imports vLLM, which the other parts are measured without
+
+            figures["view"] = view.measure(min(arguments.rounds, 3))
+            view.show(figures["view"])
     except KeyboardInterrupt:
         print("\ninterrupted; no process is left")
         return 130

@@ -505,6 +505,7 @@ class Fleet:
         for session in [*node.downs]:
             session.source.book.complete(node.peer)
             session.source.book.left(node.peer, session, complete=True)
+            session.source.first.gone(node.peer.address, complete=True)
             self._close(session)
         node.offers, node.lingers = False, True
         if node.ups:
@@ -531,8 +532,7 @@ class Fleet:
         self._close(session)
         client, source = session.client, session.source
         gone = source.book.left(client.peer, session)
-        if gone:
-            source.first.gone(client.peer.address)
+        source.first.gone(client.peer.address, complete=not gone)
         for run in session.held:
             self._excused[client.address, run.first] += 1
         assert client.scheduler is not None
@@ -545,6 +545,7 @@ class Fleet:
         session.alive = False
         del session.source.ups[session], session.client.downs[session]
         if not session.source.ups:
+            session.source.first = FirstCopy(self.case.chunks, self.clock)
             self._prepare(session.source)
         assert session.client.scheduler is not None
         session.client.scheduler.end(session.peer)
@@ -609,9 +610,7 @@ class Fleet:
 
     def _sends(self, source: Node, client: Node, run: Run) -> bool:
         """Say whether a client gets a run, or asks others: see `serve.WeightServer._sends`."""
-        if not source.complete or source.book.has_complete(WEIGHTS):
-            return True
-        return source.first.sends(client.peer.address, run)
+        return not source.complete or source.first.sends(client.peer.address, run)
 
     def _die(self, node: Node) -> None:
         if node.alive and (node.finished is None or node is self.seed):

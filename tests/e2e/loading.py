@@ -11,9 +11,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import msgspec
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -28,13 +26,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.plugins import load_general_plugins
 
 from vllm_ascend.model_loader.netloader import registry
-from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
-from vllm_ascend.model_loader.netloader.executor.view.records import decode, dtype_of
-from vllm_ascend.model_loader.netloader.interaction.api import Join, Region
-from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
-from vllm_ascend.model_loader.netloader.utils import parse_address
 
 
 def make_config(
@@ -118,31 +110,6 @@ def store_of(model: nn.Module) -> Any:
     offer = known.server._offers[known.identity.group]
     assert offer.store is not None, offer.reason
     return offer.store
-
-
-def not_seen_through(address: str, checkpoint: Path) -> list[str]:
-    """Return the tensors of a checkpoint of which a source cannot give every element.
-
-    All that it gives, to a client that is cut in another way, is what the checkpoint has.
-    """
-    deadlines = {"connect": 20.0, "handshake": 20.0, "progress": 20.0}
-    with ElasticClient.connect(parse_address(address), **deadlines) as client:
-        [model] = client.status().models
-        elsewhere = msgspec.structs.replace(model.identity, tp=8, rank=7)
-        weights = client.join(Join(elsewhere, view=True)).weights
-        records, memory = decode(client.records(weights)), {}
-        for number, one in enumerate(records.parameters):
-            memory[one.name] = torch.empty(one.extent, dtype=dtype_of(one.dtype))
-            region = Region(number, 0, [one.extent], [1])
-            client.regions(weights, [region], host_view(memory[one.name]))
-    gaps = []
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        made, known = rebuild(name, [(records, memory)])
-        assert made.dtype == tensor.dtype
-        assert torch.equal(_bytes(made[known]), _bytes(tensor[known])), name
-        if not known.all():
-            gaps.append(name)
-    return gaps
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
-from vllm_ascend.model_loader.netloader.utils import Address
+from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from .views import View, load_view
 
@@ -99,7 +99,11 @@ class Outcome:
         return [found[0] for line in self.lines if (found := re.search(pattern, line))]
 
     def status(self, rank: int) -> Any:
-        host, _, port = self.address(rank).rpartition(":")
-        deadlines = {"connect": 5.0, "handshake": 5.0, "progress": 5.0}
-        with ElasticClient.connect(Address(host, int(port)), **deadlines) as client:
-            return client.status().models[0]
+        return status_at(self.address(rank))
+
+
+def status_at(address: str) -> Any:
+    """Return what a rank says of its model."""
+    deadlines: dict[str, Any] = {"connect": 5.0, "handshake": 5.0, "progress": 5.0}
+    with ElasticClient.connect(parse_address(address), **deadlines) as client:
+        return client.status().models[0]

@@ -32,10 +32,10 @@ from tests.e2e.loading import (
     assert_same,
     load,
     make_config,
-    not_seen_through,
     reload_from,
     worker,
 )
+from tests.e2e.views import not_seen_through
 from tests.proof.models import OTHERS, add_dense, make_other
 from tools.make_model import CONFIGS, copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry

@@ -1,12 +1,25 @@
 """How a rank loads a checkpoint, watched in a process of its own and looked at in another one."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import msgspec
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.records import Records, decode, encode
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
+from vllm_ascend.model_loader.netloader.executor.view.records import (
+    Records,
+    decode,
+    dtype_of,
+    encode,
+)
+from vllm_ascend.model_loader.netloader.interaction.api import Join, Region
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.utils import parse_address
 
 # vLLM knows by `id(model)` which layers a stage of a pipeline goes without.
 _alive: list[nn.Module] = []
@@ -26,7 +39,7 @@ class View(NamedTuple):
     needs: Records
 
 
-def watch(loader, config, device: str) -> tuple[bytes, dict[str, torch.Tensor]]:
+def watch(loader: Any, config: Any, device: str) -> tuple[bytes, dict[str, torch.Tensor]]:
     """Load weights that are on a device into a model, and return records and parameters."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -49,3 +62,32 @@ def load_view(path: str) -> View:
     """Read what a rank wrote of its loads of weights with and without values."""
     records, parameters, needs = torch.load(path, weights_only=True)
     return View(decode(records), parameters, decode(needs))
+
+
+def not_seen_through(address: str, checkpoint: Path) -> list[str]:
+    """Return the tensors of a checkpoint of which a source cannot give every element.
+
+    All that it gives, to a client that is cut in another way, is what the checkpoint has.
+    """
+    deadlines: dict[str, Any] = {"connect": 20.0, "handshake": 20.0, "progress": 20.0}
+    with ElasticClient.connect(parse_address(address), **deadlines) as client:
+        [model] = client.status().models
+        elsewhere = msgspec.structs.replace(model.identity, tp=8, rank=7)
+        weights = client.join(Join(elsewhere, view=True)).weights
+        records, memory = decode(client.records(weights)), {}
+        for number, one in enumerate(records.parameters):
+            memory[one.name] = torch.empty(one.extent, dtype=dtype_of(one.dtype))
+            region = Region(number, 0, [one.extent], [1])
+            client.regions(weights, [region], host_view(memory[one.name]))
+    gaps = []
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        made, known = rebuild(name, [(records, memory)])
+        assert made.dtype == tensor.dtype
+        assert torch.equal(_bytes(made[known]), _bytes(tensor[known])), name
+        if not known.all():
+            gaps.append(name)
+    return gaps
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

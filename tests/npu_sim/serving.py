@@ -151,6 +151,12 @@ class NpuInstance(Instance):
             status: dict[str, Any] = json.load(answer)
         return status
 
+    def not_seen_through(self) -> list[str]:
+        """Returns the tensors of the checkpoint that the first rank cannot give whole."""
+        command = [sys.executable, str(CHILDREN / "gaps.py"), self.address(), str(self.model.full)]
+        gaps: list[str] = json.loads(run(command, env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}))
+        return gaps
+
     def addresses(self) -> dict[int, list[str]]:
         return {rank: [self.address(rank)] for rank in range(self.ranks)}
 

@@ -636,6 +636,7 @@ def load_watched(
         mode: entered while `load_weights` runs.
         watch: takes the iterator of names and tensors, and returns the one to load.
     """
+    own = vars(model).get("load_weights")
     load = model.load_weights
     assert callable(load)
 
@@ -648,6 +649,8 @@ def load_watched(
         yield
     finally:
         del model.load_weights
+        if own is not None:
+            model.load_weights = own
 
 
 def feed_reload(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

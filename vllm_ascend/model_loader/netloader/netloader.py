@@ -77,6 +77,7 @@ from .executor.model.raw import (
 )
 from .executor.model.trace import Trace
 from .executor.store import BlockStore
+from .executor.view.boxes import Unmapped
 from .executor.view.offered import Viewed
 from .executor.view.records import Records
 from .identity import ModelIdentity
@@ -154,7 +155,8 @@ class _Load:
             yield
         except Exception as error:
             logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
-            self.why_no_view = f"{type(error).__name__}: {one_line(error)}"
+            kind = "" if isinstance(error, Unmapped) else f"{type(error).__name__}: "
+            self.why_no_view = f"{kind}{one_line(error)}"
 
     @contextlib.contextmanager
     def preparing_to_serve(self) -> Iterator[None]:
@@ -497,7 +499,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         try:
             instance = find_instance([*others, *addresses], identity, self._config, worker)
             with metrics.load_from(metrics.PEERS):
-                weights = whole_checkpoint(instance, identity, self._config, worker)
+                weights = whole_checkpoint(instance, identity, self._config, worker, _world_size())
         except LoadFailed as problem:
             raise LoadFailed(f"{error}; {problem}") from None
         return _Checkpoint(str(instance), instance.digest, weights)
@@ -612,7 +614,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             except Exception as error:  # there is the disk, and it fails in the same way if need be
                 said = "" if isinstance(error, LoadFailed) else f"{type(error).__name__}: "
                 reasons.append(f"{said}{one_line(error)}")
-                logger.warning("NetLoader rank %d: no view of source %s", worker, reasons[-1])
+                logger.warning(
+                    "NetLoader rank %d: loading through a view failed: %s", worker, reasons[-1]
+                )
             start_over()
 
     def _load_from_disk(

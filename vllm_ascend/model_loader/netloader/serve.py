@@ -651,8 +651,7 @@ class WeightServer:
         with self._lock:
             if weights not in self._first_copies:
                 self._first_copies[weights] = FirstCopy(blocks.count)
-            sends = self._first_copies[weights].sends(served.relay, run)
-            return sends or self._peers.has_complete(weights)  # which can take this one's place
+            return self._first_copies[weights].sends(served.relay, run)
 
     def _end(self, session: Session, served: Served) -> None:
         """Count and log what a session got from a store; the lock is held."""
@@ -663,7 +662,14 @@ class WeightServer:
         if served.relay is not None:
             complete = served.end == api.COMPLETE
             gone = self._peers.left(served.relay, session, complete=complete)
-            if (first_copy := self._first_copies.get(served.store.digests.weights)) is not None:
+            weights = served.store.digests.weights
+            if not any(
+                one.relay is not None and one.store is served.store
+                for other, one in self._served.items()
+                if other is not session
+            ):  # the next ones may not reach those that have gone
+                self._first_copies.pop(weights, None)
+            elif (first_copy := self._first_copies.get(weights)) is not None:
                 first_copy.gone(served.relay, complete=not gone)
 
     def _pieces(self, served: Served, run: Run) -> Generator[list[Buffer], None, None]:

@@ -81,7 +81,7 @@ class Served:
                 self._staging = empty(nbytes)
             host = self._staging[:nbytes]
             message = host if accelerator is None else accelerator.empty(nbytes)
-            view.gather(regions, message)
+            view.gather(regions, message, store.withdrawn)
             if message is not host:
                 host.copy_(message)
         self._gathered += nbytes

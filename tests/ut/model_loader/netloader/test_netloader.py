@@ -362,7 +362,7 @@ def test_a_view_is_read_before_the_disk_with_and_without_fallback(monkeypatch, l
     before = fallbacks("no_source")
     assert steps.load() == "model"
     assert steps.taken == ["sources", "restore", "view instance:0", "restore", "disk True"]
-    assert log == ["NetLoader rank 0: no view of source 192.0.2.7:1: lost"]
+    assert log == ["NetLoader rank 0: loading through a view failed: 192.0.2.7:1: lost"]
     assert fallbacks("no_source") == before
 
 
@@ -533,6 +533,14 @@ def test_a_load_that_fails_is_watched_no_more():
         model.load_weights = given.append
         raise ZeroDivisionError
     assert "load_weights" not in vars(model)
+
+
+def test_what_a_model_has_in_the_place_of_its_load_weights_is_back_after_a_load():
+    model, given = Watched(), []
+    model.load_weights = own = given.append
+    with load_watched(model, contextlib.nullcontext(), list):
+        model.load_weights(iter([1]))
+    assert model.load_weights is own and given == [[1]]
 
 
 def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none(monkeypatch, log):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import LoadFailed, ProtocolError
 from vllm_ascend.model_loader.netloader.executor.view import fetch as fetch_module
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Box
 from vllm_ascend.model_loader.netloader.executor.view.fetch import (
@@ -54,7 +54,9 @@ def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     for cuts in data.draw(cuttings(checkpoint, dtypes)):
         needs, _ = load(Rank(cuts), pretend(checkpoint))
-        fetch, missing = find(needs, there, data.draw(st.integers(0, 5)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fetch_module, "_FEW", data.draw(st.sampled_from([0, 8])))
+            fetch, missing = find(needs, there, data.draw(st.integers(0, 5)))
         assert not missing
         most_bytes, most_parts = data.draw(st.integers(4, 60)), data.draw(st.integers(1, 3))
         asked = requests(fetch, most_bytes, most_parts)
@@ -108,7 +110,7 @@ def test_values_that_came_with_the_records_are_not_fetched():
     kept = Kept((0, 0), (2, 4), b"1234" * 8)
     there = rank_of(seen("t", [WHOLE], [kept, Kept((2, 0), (1, 4))]))
     fetch, missing = find(rank_of(seen("t", kept=[Kept((0, 0), (3, 4))])), [there], 0)
-    assert not missing and fetch.kept == {0: [kept]}
+    assert not missing and fetch.kept == {0: {kept.box: kept}}
     assert [part.box for (parts) in fetch.parts for part in parts] == [Box((2, 0), (1, 4))]
 
 
@@ -153,3 +155,66 @@ def test_loads_that_differ_in_values_only_read_the_same():
     other = rank_of(seen("t", [WHOLE], [Kept((0, 0), (1, 1))]))
     assert same_reading(one, other)
     assert not same_reading(one, rank_of(seen("t", [HALF], [Kept((0, 0), (1, 1))])))
+
+
+def experts(rank, tp, step=64, order=lambda expert: expert):
+    """What a rank has of 200 fused experts, each cut along its last dimension."""
+    size = 16 // tp
+    copies = [
+        Copy((i, 0, rank * size), (1, 2, size), 0, order(i) * step, (0, size, 1))
+        for i in range(200)
+    ]
+    return Records(
+        (Seen("t", "float32", (200, 2, 16), tuple(copies)),), (Parameter("p", "float32", 1 << 20),)
+    )
+
+
+@pytest.fixture
+def meets(monkeypatch):
+    """How often boxes are compared."""
+    calls = []
+    meet = Box.meet
+
+    def counted(one, other):
+        calls.append(other)
+        return meet(one, other)
+
+    monkeypatch.setattr(Box, "meet", counted)
+    return calls
+
+
+def test_experts_that_follow_each_other_are_fetched_as_one_box(meets):
+    fetch, missing = find(experts(0, 1), [experts(rank, 4) for rank in range(4)], 0)
+    assert not missing and len(meets) < 20
+    assert [len(parts) for parts in fetch.parts] == [1, 1, 1, 1]
+    (part,) = fetch.parts[3]
+    assert part.box == Box((0, 0, 12), (200, 2, 4)) and part.stride == (64, 4, 1)
+
+
+def test_rows_with_gaps_between_them_in_memory_are_not_taken_for_one_box():
+    copies = [Copy((2 * i, 0), (2, 4), 0, 12 * i, (4, 1)) for i in range(10)]
+    there = Records((seen("t", copies, shape=(20, 4)),), (Parameter("p", "float32", 120),))
+    fetch, missing = find(there, [there], 0)
+    assert not missing and [part.offset for part in fetch.parts[0]] == [12 * i for i in range(10)]
+
+
+def test_experts_in_any_order_are_compared_with_those_near_only(meets):
+    def mixed(expert):
+        return expert * 77 % 200
+
+    there = [experts(rank, 4, order=mixed) for rank in range(4)]
+    fetch, missing = find(experts(0, 1, order=mixed), there, 0)
+    assert not missing and fetch.nbytes == 200 * 2 * 16 * 4
+    assert len(meets) < 20 * 200 * 4
+
+
+def test_copies_that_say_nothing_new_cost_nothing(meets):
+    far = Copy((199, 0, 0), (1, 1, 1), 0, 0, (0, 0, 0))
+    seen = Seen("t", "float32", (200, 2, 16), (far,) * 2000)
+    _, missing = find(experts(0, 1), [Records((seen,), (Parameter("p", "float32", 1),))], 0)
+    assert missing and len(meets) < 100
+
+
+def test_what_takes_too_long_to_find_is_given_up():
+    with pytest.raises(LoadFailed, match="what t is made of takes too long"):
+        find(experts(0, 1), [experts(0, 1)], 0, seconds=-1.0)

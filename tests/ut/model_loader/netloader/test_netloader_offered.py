@@ -1,8 +1,10 @@
 """What a source gives of a checkpoint that is seen through its parameters, over a socket."""
 
 import contextlib
+import threading
 from math import prod
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -235,6 +237,16 @@ def test_a_parameter_that_is_not_kept_as_it_was_loaded_is_in_no_record():
             assert known.all() and torch.equal(bytes_of(made), bytes_of(CHECKPOINT[name]))
 
 
+def test_a_parameter_that_is_computed_is_in_no_record():
+    tensors, records = loaded()
+    left = decode(
+        viewed(msgspec.structs.replace(records, computed={"plain": "mul"}), tensors).records
+    )
+    assert [one.name for one in left.parameters] == ["turned", "first", "small"]
+    assert left.computed == {"plain": "mul"}
+    assert [seen.name for seen in left.tensors if not seen.copies] == ["plain"]
+
+
 # Over a socket
 
 
@@ -338,12 +350,32 @@ def test_weights_that_are_withdrawn_between_two_pieces_end_the_connection(monkey
             fetch(client, store.digests.weights, view, [Region(0, 0, [48], [1])])
 
 
+def test_regions_that_are_being_gathered_end_once_the_weights_are_withdrawn():
+    tensors, records = loaded()
+    store, view = store_of(tensors), viewed(records, tensors)
+
+    class Withdrawing(list):
+        def __iter__(self):
+            for number, region in enumerate(super().__iter__()):
+                if number == 1 and here.is_set():
+                    store.withdraw(Withdrawn("they change"))
+                yield region
+
+    here = threading.Event()
+    regions = Withdrawing(Region(0, i, [1], [1]) for i in range(3))
+    into = torch.zeros(view.nbytes_of(regions), dtype=torch.uint8)
+    view.gather(regions, into, store.withdrawn)
+    here.set()
+    with pytest.raises(Withdrawn, match="while regions were copied"):
+        view.gather(regions, into.zero_(), store.withdrawn)
+
+
 def test_weights_that_are_withdrawn_while_the_rate_is_limited_are_not_gathered():
     tensors, records = loaded()
     store = store_of(tensors)
 
     class Watched(Viewed):
-        def gather(self, regions, into):
+        def gather(self, *_):
             raise AssertionError("gathered")
 
     offered = viewed(records, tensors)

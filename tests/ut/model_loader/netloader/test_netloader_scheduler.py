@@ -599,8 +599,26 @@ def test_a_source_sends_each_block_once_before_it_sends_one_twice():
     assert first.sends("a", Run(0, 0))  # its own, that may have come wrong
     assert not first.sends("a", Run(1, 1))
     assert first.sends("a", Run(2, 2))
-    assert first.sends("a", Run(1, 1))
-    assert first.sends("b", Run(0, 2))
+    assert not first.sends("a", Run(1, 1))
+
+
+def test_when_all_was_sent_to_somebody_a_client_looks_for_it_elsewhere_for_a_while():
+    clock = Ticks()
+    first = FirstCopy(3, clock)
+    for client, number in ("a", 0), ("b", 1), ("b", 2):
+        assert first.sends(client, Run(number, number))
+    clock.now = 10.0
+    assert first.sends("a", Run(0, 0))
+    assert not first.sends("a", Run(1, 1))
+    clock.now = 10.9
+    assert not first.sends("a", Run(1, 1))
+    assert not first.sends("a", Run(2, 2))
+    clock.now = 11.1
+    assert first.sends("a", Run(1, 1))  # it may reach nobody else
+    assert not first.sends("a", Run(2, 2))
+    clock.now = 12.0
+    assert first.sends("a", Run(2, 2))
+    assert not first.sends("b", Run(0, 0))
 
 
 def test_what_a_client_got_that_is_gone_is_sent_again():

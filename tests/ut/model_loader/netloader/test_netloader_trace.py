@@ -44,7 +44,7 @@ def traced(load, checkpoint, device="cpu", **tensors):
 def records_of(model, checkpoint):
     trace = Trace()
     with trace:
-        model.load_weights(trace.watch(checkpoint.items()))
+        model.load_weights(trace.watch((name, checkpoint.pop(name)) for name in [*checkpoint]))
     return decode(encode(trace.records(model)))
 
 
@@ -263,8 +263,9 @@ def test_a_parameter_that_is_computed_with_is_kept_as_the_checkpoint_had_it():
         model.p[1:3].mul_(2)
 
     records, _ = traced(load, {"w": RAMP.half()}, p=torch.zeros(6, 4))
-    (kept,) = seen(records).kept
+    kept, rest = seen(records).kept
     assert kept == Kept((1, 0), (2, 4), bytes_of(RAMP[1:3].half()).numpy().tobytes())
+    assert rest == Kept((0, 0), (6, 4))
     assert records.computed == {"p": "aten.mul_.Tensor"}
 
 
@@ -273,7 +274,7 @@ def test_rows_that_are_looked_up_in_a_parameter_are_kept_alone():
         model.p.copy_(tensor)
         model.q.copy_(model.p.data[torch.tensor([4, 1])].sum(0))
 
-    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6, 4), q=torch.zeros(4))
+    records, _ = traced(load, {"w": RAMP.clone()}, p=torch.zeros(6, 4), q=torch.zeros(4))
     assert [kept.box.start for kept in seen(records).kept] == [(1, 0), (4, 0)]
     assert records.computed == {"q": "aten.copy_.default"}
 
@@ -399,3 +400,56 @@ def test_a_tensor_that_came_before_another_one_of_its_file_is_changed_can_still_
     checkpoint = {"w": file[:24].view(6, 4), "v": file[24:].view(6, 4)}
     records, _ = traced(load, checkpoint, p=torch.zeros(6, 4))
     assert seen(records, "w").copies and not records.computed
+
+
+def changed_bits(model, name, tensor):
+    model.p.copy_(tensor)
+    model.p.view(torch.uint8).bitwise_xor_(1)
+
+
+def changed_with_its_neighbor(model, name, tensor):
+    model.p.copy_(tensor)
+    model.q.copy_(tensor)
+    model.flat.mul_(2)
+
+
+def copied_over_by_what_it_overlaps(model, name, tensor):
+    model.p.copy_(tensor)
+    model.both.copy_(-tensor.repeat(2, 1))
+
+
+def copied_with_its_sign_changed(model, name, tensor):
+    model.p.copy_(torch._neg_view(tensor))
+
+
+def copied_into_a_view_that_changes_its_sign(model, name, tensor):
+    torch._neg_view(model.p).copy_(tensor)
+
+
+def copied_over_in_part(model, name, tensor):
+    model.p.copy_(tensor)
+    model.p[:3].copy_(tensor[3:])
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        changed_bits,
+        changed_with_its_neighbor,
+        copied_over_by_what_it_overlaps,
+        copied_with_its_sign_changed,
+        copied_into_a_view_that_changes_its_sign,
+        copied_over_in_part,
+    ],
+    ids=lambda load: load.__name__,
+)
+def test_what_parameters_are_said_to_have_is_what_the_checkpoint_has(monkeypatch, load):
+    monkeypatch.setattr(trace_module, "_KEPT_OF_ALL", 0)
+    flat = torch.zeros(12, 4)
+    model = Model(load, p=flat[:6], q=flat[6:])
+    if load is copied_over_by_what_it_overlaps:
+        model.register_parameter("both", nn.Parameter(flat, requires_grad=False))
+    model.flat = flat
+    records = records_of(model, {"w": RAMP + 1})
+    whole, known = rebuild("w", [(records, dict(model.named_parameters()))])
+    assert torch.equal(whole[known], (RAMP + 1)[known])

@@ -430,6 +430,14 @@ def test_what_was_rounded_stands_only_for_what_is_rounded_in_the_same_way():
     assert gives(("bfloat16", "float32"), ("bfloat16", "float16"))
 
 
+def test_what_was_rounded_twice_stands_for_nothing():
+    twice = "float32", "float16", "bfloat16"
+    there = torch.tensor(65500.0).half().bfloat16()
+    assert there.float().half().bfloat16() != there
+    assert not gives(twice, twice)
+    assert gives(("float32", "float16", "float32"), ("float32", "float16", "float32"))
+
+
 def one_tensor(copies=(), kept=(), dtype="float32", shape=(4, 4), parameters=None):
     parameters = parameters or (Parameter("p", "float32", 16),)
     return Records((Seen("t", dtype, shape, tuple(copies), tuple(kept)),), parameters)
@@ -489,6 +497,9 @@ GOOD = Copy((0, 0), (4, 4), 0, 0, (4, 1))
         one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("bfloat16", "float32"))]),
         one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("Tensor",))]),
         one_tensor([GOOD], dtype="float33"),
+        one_tensor(dtype="bits1x8"),
+        one_tensor(shape=(4, -4)),
+        one_tensor(shape=(1,) * 17),
         one_tensor([GOOD], parameters=(Parameter("p", "nn", 16),)),
         one_tensor(kept=[Kept((0, 0), (1, 1), b"123")]),
         one_tensor(kept=[Kept((4, 0), (1, 1))]),
@@ -522,6 +533,20 @@ def test_records_that_unpack_to_more_than_is_allowed_are_refused(monkeypatch):
     monkeypatch.setattr(records_module, "_MOST_BYTES", 1000)
     with pytest.raises(ProtocolError, match="more than 1000 bytes"):
         decode(data)
+
+
+def test_records_of_more_entries_than_are_allowed_are_refused_before_they_are_unpacked(monkeypatch):
+    data = encode(one_tensor([GOOD] * 70_000, [Kept((0, 0), (1, 1))] * 20))
+    assert decode(data, 70_021).entries == 70_021
+    monkeypatch.setattr(records_module, "Records", None)
+    with pytest.raises(ProtocolError, match="records of 70021 entries; allowed: 70020"):
+        decode(data, 70_020)
+
+
+@pytest.mark.parametrize("shape", [(-1, 4), (1,) * 17])
+def test_records_of_a_tensor_that_cannot_be_are_refused(shape):
+    with pytest.raises(ProtocolError, match="t cannot have the shape"):
+        decode(encode(one_tensor(shape=shape)))
 
 
 def test_records_of_many_experts_are_small_and_planned_fast():

@@ -13,14 +13,31 @@ from torch import nn
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
+from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.records import decode, encode
-from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint
+from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
+from vllm_ascend.model_loader.netloader.executor.view.records import (
+    Copy,
+    Parameter,
+    Records,
+    Seen,
+    decode,
+    encode,
+    name_of,
+)
+from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
+from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
+from vllm_ascend.model_loader.netloader.loading import view as view_module
 from vllm_ascend.model_loader.netloader.loading import view_reader
-from vllm_ascend.model_loader.netloader.loading.view import find_instance, load_through_view
+from vllm_ascend.model_loader.netloader.loading.view import (
+    find_instance,
+    load_through_view,
+    needs_of,
+)
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
 
@@ -206,6 +223,7 @@ def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
 
 
 def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weights(monkeypatch):
+    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
     monkeypatch.setattr(view_reader, "_ANSWER", 40)
     with sources(2) as lost, sources(2) as other:
         addresses = [*lost.addresses, *other.addresses]
@@ -245,9 +263,9 @@ def test_what_goes_wrong_in_the_model_is_the_reason_and_nothing_else(monkeypatch
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, regions, into):
+            def gather(self, *what):
                 slow.wait(0.05)
-                super().gather(regions, into)
+                super().gather(*what)
 
         return Stalling(view.records, view.parameters)
 
@@ -275,11 +293,12 @@ def test_weights_that_change_on_the_way_end_the_load(monkeypatch):
 
 
 def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
+    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
     stalled = threading.Event()
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, regions, into):
+            def gather(self, *what):
                 stalled.wait(20)
 
         return Stalling(view.records, view.parameters)
@@ -297,8 +316,11 @@ def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
 def test_an_instance_without_room_is_waited_for():
     with sources(1, max_sessions=1) as source, contextlib.ExitStack() as stack:
         config = settings()
-        rank = find_instance(source.addresses, identity(tp=2), config, 0).ranks[0]
-        held = view_reader.connected(rank.address, identity(), config, rank.weights)
+        instance = find_instance(source.addresses, identity(tp=2), config, 0)
+        (rank,) = instance.ranks
+        held = view_reader.connected(
+            rank.address, identity(), config, rank.weights, instance.digest
+        )
         stack.enter_context(held)
         timer = threading.Timer(0.5, stack.close)
         timer.start()
@@ -323,6 +345,37 @@ def test_ranks_that_a_small_source_has_no_room_for_at_once_all_get_their_weights
         assert all(map(is_as_from_disk, models))
 
 
+def whole(addresses, ranks_here):
+    who, config = identity(), settings(source_wait=0.0)
+    instance = find_instance(addresses, who, config, 0)
+    return view_module.whole_checkpoint(instance, who, config, 0, ranks_here)
+
+
+def memory_of(monkeypatch, available):
+    memory = types.SimpleNamespace(available=available)
+    monkeypatch.setattr(view_module.psutil, "virtual_memory", lambda: memory)
+
+
+READ = {name: tensor for name, tensor in CHECKPOINT.items() if name != "unused"}
+READ_BYTES = sum(tensor.nbytes for tensor in READ.values())
+
+
+def test_a_reload_gets_the_checkpoint_where_all_ranks_have_memory_for_it(monkeypatch):
+    memory_of(monkeypatch, 2 * READ_BYTES)
+    with sources(2) as source:
+        came = dict(whole(source.addresses, 2))
+    assert came.keys() == READ.keys()
+    assert all(torch.equal(bytes_of(came[name]), bytes_of(READ[name])) for name in READ)
+
+
+def test_a_reload_that_memory_has_no_room_for_fetches_nothing(monkeypatch):
+    memory_of(monkeypatch, 2 * READ_BYTES - 1)
+    with sources(2) as source:
+        with pytest.raises(LoadFailed, match=r"takes .* for each of 2 ranks, and .* are available"):
+            whole(source.addresses, 2)
+        assert sum(server.bytes_sent for server in source.servers) == 0
+
+
 def test_a_load_by_name_tells_which_sources_are_cut_otherwise():
     with sources(2) as source, sources(1) as other:
         names = [Address(HOST, 1), *source.addresses, *other.addresses]
@@ -333,7 +386,131 @@ def test_a_load_by_name_tells_which_sources_are_cut_otherwise():
     assert sorted(failure.value.others) == sorted(map(str, source.addresses))
 
 
+def losing(monkeypatch, times):
+    """Have so many answers of regions in a row be lost; the number of those asked for."""
+    asked = []
+    regions = ElasticClient.regions
+
+    def lost(client, *rest):
+        asked.append(client.address)
+        if len(asked) <= times:
+            client.cut()
+            raise SourceLost(f"{client.address}: reset")
+        regions(client, *rest)
+
+    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
+    monkeypatch.setattr(ElasticClient, "regions", lost)
+    return asked
+
+
+def test_a_connection_that_is_lost_is_made_again(monkeypatch):
+    losing(monkeypatch, 3)
+    with sources(1) as source:
+        model = Model(0, 2)
+        take(source.addresses, model)
+        assert is_as_from_disk(model)
+
+
+def test_a_rank_that_loses_every_connection_ends_the_load(monkeypatch):
+    asked = losing(monkeypatch, 1000)
+    with sources(1) as source, pytest.raises(LoadFailed, match="reset"):
+        take(source.addresses, Model(0, 2), connections=1)
+    assert len(asked) == 4
+
+
+def test_a_source_that_is_slow_for_long_ends_the_load(monkeypatch):
+    monkeypatch.setattr(view_reader, "_PACE_SECONDS", 0.0)
+    monkeypatch.setattr(view_reader, "_LEAST_RATE", 1 << 50)
+    with sources(1) as source, pytest.raises(LoadFailed, match=r"too slow: .* at least"):
+        take(source.addresses, Model(0, 2))
+
+
+def test_ranks_of_which_some_have_changed_are_refused():
+    with sources(2) as source:
+        other = {0: "xxh3:" + "0" * 32, 1: source.offers[1].ranks()[1]}
+        source.servers[1].offer(dataclasses.replace(source.offers[1], ranks=lambda: other))
+        with pytest.raises(LoadFailed, match=r"its instance has instance:.* now, and not instance"):
+            take(source.addresses[:1], Model())
+
+
+def test_ranks_that_change_before_all_has_come_end_the_load():
+    with sources(2) as source:
+
+        class Changing(Model):
+            def load_weights(self, weights):
+                def watched():
+                    for name, tensor in weights:
+                        yield name, tensor
+                    if not tensor.is_meta:
+                        source.offers[0].ranks().update({0: "xxh3:" + "0" * 32})
+
+                super().load_weights(watched())
+
+        with pytest.raises(LoadFailed, match=r"its instance has instance:.* now, and not instance"):
+            take(source.addresses, Changing())
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("unknown", ["ranks", "endpoints"])
+def test_an_instance_of_which_a_rank_is_not_known_is_not_read(unknown):
+    with sources(2) as source:
+        del getattr(source.offers[0], unknown)()[1]
+        with pytest.raises(LoadFailed, match="does not say yet what all of its ranks have"):
+            take(source.addresses[:1], Model())
+
+
+@pytest.mark.parametrize(
+    ("change", "most", "ranks"),
+    [
+        ({"tp": 2, "pp": 2, "dp": 2}, 8, {0, 1, 2, 3, 4, 5, 6, 7}),
+        ({"tp": 2, "pp": 2, "dp": 2, "group": DRAFT_GROUP}, 8, {2, 3, 6, 7}),
+        ({"tp": 2, "pcp": 2, "ep": 4}, 9, {0, 1, 2, 3}),
+        ({"tp": 1 << 40}, 8, set()),
+    ],
+)
+def test_the_ranks_of_an_instance_are_those_of_its_sizes(change, most, ranks):
+    assert view_module._world_of(identity(**change), most) == ranks
+
+
+def test_ranks_that_do_not_tell_in_time_what_they_have_are_not_waited_for(monkeypatch):
+    stalled = threading.Event()
+    monkeypatch.setattr(view_module, "_RECORDS_COME", 0.1)
+    monkeypatch.setattr(view_module, "_records_of", lambda *_: stalled.wait(60))
+    with sources(2) as source:
+        try:
+            with pytest.raises(LoadFailed, match=r"not all records came within 0\.1 s"):
+                take(source.addresses[:1], Model())
+            assert not stalled.is_set()
+        finally:
+            stalled.set()
+
+
+def test_no_further_rank_is_asked_once_one_has_failed(monkeypatch):
+    asked, stalled = [], threading.Event()
+
+    def fail(address, *_):
+        asked.append(address)
+        if len(asked) > 1:
+            stalled.wait(60)
+        raise SourceLost(f"{address}: reset")
+
+    monkeypatch.setattr(view_module, "_RECORDS_AT_ONCE", 1)
+    monkeypatch.setattr(view_module, "_records_of", fail)
+    with sources(4) as source:
+        try:
+            with pytest.raises(LoadFailed, match="reset"):
+                take(source.addresses[:1], Model())
+        finally:
+            stalled.set()
+    assert len(asked) <= 2
+
+
+def test_no_source_is_asked_for_its_view_for_ever(monkeypatch):
+    monkeypatch.setattr(view_module, "_LOOKING", -1.0)
+    with sources(1) as source, pytest.raises(LoadFailed, match="was not asked, as looking"):
+        take(source.addresses, Model())
 
 
 def changed_records(change):
@@ -446,7 +623,7 @@ def test_a_model_that_reads_other_weights_than_it_said_is_not_trusted():
 
             super().load_weights(watched())
 
-    other = "has read other weights than it said"
+    other = "loading reads other tensors the second time"
     with sources(2) as source, pytest.raises(LoadFailed, match=other):
         take(source.addresses, Fickle())
 
@@ -470,3 +647,79 @@ def test_a_model_of_which_nothing_can_be_told_before_loading_is_refused(kind):
         pytest.raises(LoadFailed, match=r"made while loading|cannot be told"),
     ):
         take(source.addresses, model)
+
+
+def flip(model, w):
+    model.p.copy_(w)
+    model.p.view(torch.int32).bitwise_xor_(1)
+
+
+def overlay(model, w):
+    model.p.copy_(w)
+    model.p[:1].copy_(w[1:2])
+
+
+def scale_rows(model, w):
+    model.p.copy_(w)
+    model.p[1:3].mul_(2)
+
+
+def overlay_bytes(model, w):
+    model.p.copy_(w)
+    model.p.view(torch.uint8)[:2].fill_(1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "load"),
+    [
+        (torch.uint8, lambda model, w: model.p[:, :2].copy_(w.view(torch.float32))),
+        (torch.uint8, lambda model, w: model.p.view(torch.uint8)[:, :8].copy_(w)),
+        (torch.float32, lambda model, w: model.p.copy_(w.view(torch.uint8)[:, :8])),
+        (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8])),
+        (torch.float32, lambda model, w: model.p.copy_(w.half().view(torch.int16)[:, :8] ^ 1)),
+        (torch.float32, lambda model, w: setattr(model, "aside", w)),
+        (torch.float32, lambda model, w: model.aside.copy_(w)),
+        (torch.float32, lambda model, w: model.outside.copy_(w)),
+        (torch.float32, lambda model, w: model.p.copy_(w.to(model.p.device))),
+        (torch.float32, lambda model, w: model.p.copy_(w.to(model.p.device, torch.float64) + 1)),
+        (torch.float32, flip),
+        (torch.float32, overlay),
+        (torch.float32, scale_rows),
+        (torch.float32, overlay_bytes),
+    ],
+)
+def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
+    """The source has the checkpoint as it is in files."""
+
+    def fill(weights):
+        for _, tensor in weights:
+            load(model, tensor)
+
+    def made():
+        made = nn.Module()
+        memory = torch.zeros(8, 8)
+        made.p = nn.Parameter(memory[:4], requires_grad=False)
+        made.outside, made.aside = memory[4:], torch.zeros(4, 8)
+        return made
+
+    checkpoint = torch.arange(1, 33).reshape(4, 8).to(dtype)
+    disk = model = made()
+    fill([("w", checkpoint.clone())])
+    model = made()
+    copy = Copy((0, 0), (4, 8), 0, 0, row_major((4, 8)))
+    there = Records(
+        (Seen("w", name_of(dtype), (4, 8), (copy,)),), (Parameter("w", name_of(dtype), 32),)
+    )
+    needs = needs_of(model, fill, catalog([there]))
+    fetch, missing = find(needs, [there], 0)
+    assert not missing
+    came = torch.zeros_like(checkpoint)
+    for part in fetch.parts[0]:
+        box_of(came, part.box).copy_(box_of(checkpoint, part.box))
+    trace, weights = Trace(), [("w", came)]
+    del came
+    with trace:
+        fill(trace.watch(weights.pop() for _ in range(1)))
+    assert same_reading(needs, trace.records(model))
+    for name in ("p", "outside", "aside"):
+        assert torch.equal(bytes_of(getattr(model, name)), bytes_of(getattr(disk, name)))

@@ -27,6 +27,8 @@ _SLOW = 1.0
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
+# Seconds for which a client looks for a run elsewhere once everything has been sent to somebody.
+_ELSEWHERE = 1.0
 # How many times longer a client takes for a run than another one that passes on little.
 _MUCH_SLOWER = 3
 # Of a client's runs, how many later others ask for one again if they cannot get it there; and how
@@ -519,9 +521,10 @@ class FirstCopy(Generic[C]):
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
         me = self._clients.setdefault(client, _Client(now))
-        if not self._unsent:
-            return True
         blocks = range(run.first, run.last + 1)
+        if not self._unsent:
+            others = any(self._sent_to[block] != client for block in blocks)
+            return not others or now - me.asked.setdefault(run.first, now) >= _ELSEWHERE
         for holder in {self._sent_to[block] for block in blocks} - {None, client}:
             assert holder is not None
             self._ask_again(holder, blocks, now)
@@ -580,6 +583,7 @@ class _Client:
     served: float = field(init=False)
     runs: int = 0
     missed: int = 0  # blocks that others have asked for again
+    asked: dict[int, float] = field(default_factory=dict)  # when first for what others have got
 
     def __post_init__(self) -> None:
         self.served = self.began

@@ -77,13 +77,6 @@ class PeerBook:
         if (known := self._known.get((peer.address, peer.instance))) is not None:
             known.peer = msgspec.structs.replace(known.peer, state="serving")
 
-    def has_complete(self, weights: str) -> bool:
-        """Return whether a peer that is named has every block."""
-        return any(
-            known.weights == weights and known.peer.state == "serving"
-            for known in self._known.values()
-        )
-
     def others(self, weights: str, client: str | None, there: Collection[str | None]) -> list[Peer]:
         """Return whom a client can ask, those that were named to fewest.
 

@@ -7,11 +7,13 @@ which tells what that is, and once with the values, which come from the ranks me
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass
+from math import prod
 
 import msgspec
+import psutil
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
@@ -22,6 +24,8 @@ from ..errors import (
     LoadFailed,
     ProtocolError,
     SourceBusy,
+    SourceError,
+    SourceLost,
     SourceRefused,
 )
 from ..executor.chunks.digests import is_one_of, of_instance
@@ -29,16 +33,18 @@ from ..executor.chunks.manifest import RAW
 from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, same_reading
-from ..executor.view.records import Copy, Records, Seen, decode, dtype_of
+from ..executor.view.records import MOST_ENTRIES, Copy, Records, Seen, decode, dtype_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Done
 from ..interaction.discovery import reached_at
 from ..utils import Address, logger, one_line, rate, shortened, size
 from .sessions import connect
-from .view_reader import Rank, Reader, Weights, connected, said_of
+from .view_reader import Rank, Reader, Weights, confirm, connected, said_of
 
 _RECORDS_AT_ONCE = 8  # ranks that are asked
+_RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
+_LOOKING = 120.0  # seconds for those of all instances, besides waiting for busy ones
 _PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
 
 
@@ -86,12 +92,13 @@ def find_instance(
     known = {process for instance in tried for process in instance.processes}
     left = [*dict.fromkeys(addresses)]
     deadline = time.monotonic() + config.source_wait
+    end = deadline + _LOOKING
     said: dict[Address, str] = {}
     while True:
         later = []
         for address in left:
             try:
-                instance = _instance_at(address, identity, config, known)
+                instance = _instance_at(address, identity, config, known, end)
                 if instance is not None:
                     return instance
             except Exception as error:  # what a source says is not to cost the start
@@ -107,9 +114,16 @@ def find_instance(
 
 
 def _instance_at(
-    address: Address, identity: ModelIdentity, config: NetLoaderConfig, known: set[str]
+    address: Address,
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    known: set[str],
+    end: float,
 ) -> Instance | None:
     """Return the instance that a rank belongs to; None: it is known."""
+    deadline = min(end, time.monotonic() + _RECORDS_COME)
+    if time.monotonic() > deadline:
+        raise SourceLost(f"{address}: was not asked, as looking for a view has taken too long")
     with connect(address, config) as client:
         status = client.status()
     model = next((one for one in status.models if one.identity.group == identity.group), None)
@@ -120,18 +134,52 @@ def _instance_at(
         return None
     if differ := api.differences(identity, model.identity, view=True):
         raise SourceRefused(f"{address}: the models differ: {'; '.join(map(str, differ))}")
-    ranks = model.ranks
-    if not ranks or not ranks.keys() <= model.endpoints.keys():
+    ranks, world = model.ranks, _world_of(model.identity, len(model.ranks))
+    if not world or not world <= ranks.keys() or not world <= model.endpoints.keys():
         raise SourceBusy(f"{address}: does not say yet what all of its ranks have")
-    ends = {rank: reached_at(address, status, model, rank) for rank in sorted(ranks)}
-    with ThreadPoolExecutor(_RECORDS_AT_ONCE, "netloader-view-records") as threads:
+    pinned, digest = config.weights_digest, of_instance(ranks)
+    for rank in sorted(world):
+        if not is_one_of(pinned, ranks[rank], ranks):
+            raise SourceRefused(
+                f"{address}: its weights are {ranks[rank]} of {digest} and WEIGHTS_DIGEST is "
+                f"{', '.join(pinned or ())}"
+            )
+    ends = {rank: reached_at(address, status, model, rank) for rank in sorted(world)}
+    threads = ThreadPoolExecutor(_RECORDS_AT_ONCE, "netloader-view-records")
+    try:
         asked = [
-            threads.submit(_records_of, ends[rank], identity, config, ranks[rank], ranks)
+            threads.submit(_records_of, ends[rank], identity, config, ranks[rank], digest, deadline)
             for rank in ends
         ]
-        found = [one.result() for one in asked]
+        came = [one.result(max(0, deadline - time.monotonic())) for one in asked]
+    except TimeoutError:
+        raise SourceLost(f"{address}: not all records came within {_RECORDS_COME:g} s") from None
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+    found: list[Rank] = []
+    left = MOST_ENTRIES
+    for rank, data in zip(ends, came, strict=True):
+        try:
+            found.append(Rank(ends[rank], ranks[rank], decode(data, left)))
+        except ProtocolError as error:
+            raise ProtocolError(f"{ends[rank]}: {error}") from None
+        left -= found[-1].records.entries
     catalog([rank.records for rank in found])
-    return Instance(of_instance(ranks), model.identity, found, processes | {status.instance})
+    return Instance(digest, model.identity, found, processes | {status.instance})
+
+
+def _world_of(identity: ModelIdentity, most: int) -> set[int]:
+    """Return the ranks that have a model; none of them if these are more than `most`."""
+    replica = identity.tp * identity.pp * identity.pcp
+    # Only the last pipeline stage has a draft.
+    first = replica - replica // identity.pp if identity.group == api.DRAFT_GROUP else 0
+    if not 0 < identity.dp * (replica - first) <= most:
+        return set()
+    return {
+        at + rank
+        for at in range(0, identity.dp * replica, replica)
+        for rank in range(first, replica)
+    }
 
 
 def _records_of(
@@ -139,21 +187,16 @@ def _records_of(
     identity: ModelIdentity,
     config: NetLoaderConfig,
     weights: str,
-    ranks: Mapping[int, str],
-) -> Rank:
-    pinned = config.weights_digest
-    if not is_one_of(pinned, weights, ranks):
-        raise SourceRefused(
-            f"{address}: its weights are {weights} of {of_instance(ranks)} and WEIGHTS_DIGEST is "
-            f"{', '.join(pinned or ())}"
-        )
-    with connected(address, identity, config, weights) as client:
+    instance: str,
+    deadline: float,
+) -> bytes:
+    with (
+        connected(address, identity, config, weights, instance) as client,
+        client.ended_after(max(0.0, deadline - time.monotonic())),
+    ):
         records = client.records(weights)
         client.done(Done(complete=False, reason=api.LOOKED))
-    try:
-        return Rank(address, weights, decode(records))
-    except ProtocolError as error:
-        raise ProtocolError(f"{address}: {error}") from None
+    return records
 
 
 def load_through_view(
@@ -187,7 +230,7 @@ def load_through_view(
     try:
         needs = needs_of(model, pretend, catalog(records))
         fetch, missing = find(needs, records, identity.rank)
-    except (LayoutUnsupported, ProtocolError, Unmapped) as error:
+    except (LayoutUnsupported, LoadFailed, ProtocolError, Unmapped) as error:
         raise LoadFailed(f"{instance}: {one_line(error)}") from None
     if missing:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -199,7 +242,7 @@ def load_through_view(
         size(fetch.nbytes),
     )
     trace = Trace()
-    reader = Reader(fetch, instance.ranks, identity, config)
+    reader = Reader(fetch, instance.ranks, instance.digest, identity, config)
     failure = ""
     try:
         with reader, trace:
@@ -215,7 +258,14 @@ def load_through_view(
     except Unmapped as error:
         raise LoadFailed(f"{instance}: {error}") from None
     if not same_reading(needs, seen):
-        raise LoadFailed(f"{instance}: the model has read other weights than it said it would")
+        raise LoadFailed(
+            f"{instance}: loading reads other tensors the second time; this model cannot load "
+            "through a view"
+        )
+    try:
+        confirm(instance.ranks, identity, config, instance.digest)
+    except SourceError as error:
+        raise LoadFailed(f"{instance}: {one_line(error)}") from None
     seconds = time.monotonic() - started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s through their view of "
@@ -232,7 +282,11 @@ def load_through_view(
 
 
 def whole_checkpoint(
-    instance: Instance, identity: ModelIdentity, config: NetLoaderConfig, worker: int
+    instance: Instance,
+    identity: ModelIdentity,
+    config: NetLoaderConfig,
+    worker: int,
+    ranks_here: int,
 ) -> Weights:
     """Return what an instance has read of a checkpoint, once all of it has come.
 
@@ -241,12 +295,13 @@ def whole_checkpoint(
         identity: of the rank that asks.
         config: deadlines, connections.
         worker: number of this process among all workers of the instance, for the log.
+        ranks_here: how many ranks share this host's memory, and do the same.
 
     Returns:
         Its tensors, in memory of their own, which is free again once the next one is asked for.
 
     Raises:
-        LoadFailed: not everything came, or not everything is to be had.
+        LoadFailed: not everything came or is to be had, or there is no memory for it.
     """
     started = time.monotonic()
     records = [rank.records for rank in instance.ranks]
@@ -258,15 +313,22 @@ def whole_checkpoint(
     }
     try:
         fetch, missing = find(Records((*read.values(),), ()), records, identity.rank)
-    except ProtocolError as error:
+    except (LoadFailed, ProtocolError) as error:
         raise LoadFailed(f"{instance}: {one_line(error)}") from None
     if missing:
         raise LoadFailed(f"{instance}: {shortened(str(missing[0]))}")
-    reader = Reader(fetch, instance.ranks, identity, config)
+    nbytes = sum(prod(seen.shape) * dtype_of(seen.dtype).itemsize for seen in read.values())
+    if nbytes * ranks_here > (available := psutil.virtual_memory().available):
+        raise LoadFailed(
+            f"{instance}: a reload through a view takes {size(nbytes)} of host memory for each of "
+            f"{ranks_here} ranks, and {size(available)} are available"
+        )
+    reader = Reader(fetch, instance.ranks, instance.digest, identity, config)
     try:
         with reader:
             came = [(name, tensor) for name, tensor in reader.tensors() if name in read]
-    except LoadFailed as error:
+        confirm(instance.ranks, identity, config, instance.digest)
+    except (LoadFailed, SourceError) as error:
         raise LoadFailed(f"{instance}: {error}") from None
     seconds = time.monotonic() - started
     logger.info(

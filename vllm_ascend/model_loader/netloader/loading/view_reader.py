@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -16,7 +16,8 @@ import torch
 
 from .. import metrics
 from ..config import NetLoaderConfig
-from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost
+from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost, SourceRefused
+from ..executor.chunks.digests import of_instance
 from ..executor.memory import host_view
 from ..executor.view.fetch import Fetch, Part, Request, requests
 from ..executor.view.rebuild import box_of, values_of
@@ -25,12 +26,15 @@ from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
 from ..interaction.client import ElasticClient
-from ..utils import Address, logger, one_line, size
+from ..utils import Address, logger, one_line, rate, size
 from .sessions import connect
 
 _ANSWER = 8 << 20  # bytes of one answer
 _AHEAD = 256 << 20  # bytes that come before they are read
 _OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes now and then
+_LOST = 3  # connections in a row that may be lost without that anything came
+_LEAST_RATE = 1_000_000  # bytes per second of a connection, over a minute of waiting for answers
+_PACE_SECONDS = 60.0
 _PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
 
 Weights: TypeAlias = Iterator[tuple[str, torch.Tensor]]
@@ -53,9 +57,16 @@ class Rank:
 
 @contextlib.contextmanager
 def connected(
-    address: Address, identity: ModelIdentity, config: NetLoaderConfig, weights: str
+    address: Address, identity: ModelIdentity, config: NetLoaderConfig, weights: str, instance: str
 ) -> Iterator[ElasticClient]:
     """Join a rank for its view of a checkpoint.
+
+    Args:
+        address: where the rank listens.
+        identity: of the rank that loads.
+        config: deadlines, credentials.
+        weights: digest of what it has to have.
+        instance: digest of what all ranks have to have.
 
     Raises:
         SourceError: it gives none, or none of these weights.
@@ -63,8 +74,53 @@ def connected(
     with connect(address, config) as client:
         now = client.join(Join(identity, view=True))
         if now.weights != weights:
-            raise SourceLost(f"{address}: its weights are {now.weights} now, and not {weights}")
+            raise SourceRefused(f"{address}: its weights are {now.weights} now, and not {weights}")
+        _compare(address, now.ranks, instance)
         yield client
+
+
+def _compare(address: Address, ranks: Mapping[int, str], instance: str) -> None:
+    """Refuse ranks of which some have the weights of before a change and some those of after."""
+    if (now := of_instance(ranks)) != instance:
+        raise SourceRefused(f"{address}: its instance has {now} now, and not {instance}")
+
+
+def confirm(
+    ranks: Sequence[Rank], identity: ModelIdentity, config: NetLoaderConfig, instance: str
+) -> None:
+    """Ask each rank once more whether all of them still have the same weights as before.
+
+    Raises:
+        SourceError: they have not, or one does not answer.
+    """
+    for rank in ranks:
+        with connect(rank.address, config) as client:
+            models = client.status().models
+        now = [model.ranks for model in models if model.identity.group == identity.group]
+        _compare(rank.address, now[0] if now else {}, instance)
+
+
+class _Pace:
+    """How fast answers come over one connection."""
+
+    def __init__(self) -> None:
+        self._nbytes, self._seconds = 0, 0.0
+
+    def came(self, address: Address, nbytes: int, seconds: float) -> None:
+        """Count an answer.
+
+        Raises:
+            SourceRefused: for a long time they have come so slowly that others may be faster.
+        """
+        self._nbytes += nbytes
+        self._seconds += seconds
+        if self._seconds < _PACE_SECONDS:
+            return
+        if self._nbytes < _LEAST_RATE * self._seconds:
+            came = rate(self._nbytes, self._seconds)
+            least = rate(_LEAST_RATE, 1)
+            raise SourceRefused(f"{address}: too slow: {came} over a minute; at least {least}")
+        self._nbytes, self._seconds = 0, 0.0
 
 
 class Reader:
@@ -73,6 +129,7 @@ class Reader:
     Args:
         fetch: what of the tensors is read.
         ranks: those that have it, as they are numbered there.
+        instance: digest of what they have.
         identity: of the rank that loads.
         config: deadlines, connections.
 
@@ -81,11 +138,17 @@ class Reader:
     """
 
     def __init__(
-        self, fetch: Fetch, ranks: Sequence[Rank], identity: ModelIdentity, config: NetLoaderConfig
+        self,
+        fetch: Fetch,
+        ranks: Sequence[Rank],
+        instance: str,
+        identity: ModelIdentity,
+        config: NetLoaderConfig,
     ) -> None:
         self.failure = ""
         self._fetch = fetch
         self._ranks = ranks
+        self._instance = instance
         self._identity = identity
         self._config = config
         self._changed = threading.Condition()
@@ -159,8 +222,8 @@ class Reader:
                 self._read += self._needed[number]
             if tensor is None:
                 tensor = _zeros(seen)
-            for kept in self._fetch.kept.get(number, ()):
-                box_of(tensor, kept.box).copy_(values_of(kept, tensor.dtype))
+            for box, kept in self._fetch.kept.get(number, {}).items():
+                box_of(tensor, box).copy_(values_of(kept, tensor.dtype))
             yield seen.name, tensor
             del tensor  # not to be kept while the next one comes
 
@@ -171,18 +234,27 @@ class Reader:
         """Fetch what one rank has to give; `further`: others do, too."""
         rank = self._ranks[number]
         staging = torch.empty(_ANSWER, dtype=torch.uint8)
+        pace = _Pace()
+        lost = 0  # connections in a row over which nothing came
         try:
             while self._waits(number, None):
                 try:
                     with self._connected(rank) as client:
                         while (request := self._next(number)) is not None:
                             further = False
-                            self._bring(client, rank, request, staging)
+                            self._bring(client, rank, request, staging, pace)
+                            lost = 0
                         complete = not self._asked[number]
                         client.done(Done(complete, "" if complete else "waits for the model"))
                 except SourceBusy as error:
                     if further or error.code != Code.BUSY.text or not self._may_wait():
                         raise
+                    time.sleep(random.uniform(*_PAUSE))
+                except SourceLost as error:
+                    lost += 1
+                    if further or error.code or lost > _LOST:
+                        raise
+                    logger.debug("NetLoader: connecting again: %s", said_of(rank.address, error))
                     time.sleep(random.uniform(*_PAUSE))
         except Exception as error:
             if not further or not isinstance(error, SourceError):
@@ -190,7 +262,8 @@ class Reader:
 
     @contextlib.contextmanager
     def _connected(self, rank: Rank) -> Iterator[ElasticClient]:
-        with connected(rank.address, self._identity, self._config, rank.weights) as client:
+        joined = connected(rank.address, self._identity, self._config, rank.weights, self._instance)
+        with joined as client:
             with self._changed:
                 self._clients.add(client)
                 if self._over:
@@ -228,7 +301,12 @@ class Reader:
         return None
 
     def _bring(
-        self, client: ElasticClient, rank: Rank, request: Request, staging: torch.Tensor
+        self,
+        client: ElasticClient,
+        rank: Rank,
+        request: Request,
+        staging: torch.Tensor,
+        pace: "_Pace",
     ) -> None:
         """Fetch parts, and put them where they belong."""
         nbytes = request.nbytes
@@ -237,8 +315,15 @@ class Reader:
             Region(part.parameter, part.offset, [*part.box.size], [*part.stride])
             for part in request.parts
         ]
-        with client.ended_after(_OVERDUE * self._config.progress_timeout):
-            client.regions(rank.weights, regions, host_view(host))
+        started = time.monotonic()
+        try:
+            with client.ended_after(_OVERDUE * self._config.progress_timeout):
+                client.regions(rank.weights, regions, host_view(host))
+        except SourceLost:
+            with self._changed:
+                self._asked[request.rank].append(request)  # for another connection
+            raise
+        pace.came(rank.address, nbytes, time.monotonic() - started)
         at = 0
         for part in request.parts:
             came = _elements(host[at : at + part.nbytes], part.through[-1])

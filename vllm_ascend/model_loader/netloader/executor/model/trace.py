@@ -7,6 +7,7 @@ a model would copy where: the model, on its own device, then keeps what it has.
 """
 
 import functools
+import gc
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -210,7 +211,12 @@ class Trace(TorchDispatchMode):
         for key, tensors in sharing.items():
             writes: dict[tuple[int, int], list[_Write]] = defaultdict(list)
             for write in self._writes.get(key, ()):
-                writes[_owner(write.bounds, tensors)].append(write)
+                low, high = write.bounds
+                touched = [one for one in tensors if one[0] < high and low < one[1]]
+                for where in touched:
+                    writes[where].append(write)
+                if not touched:  # memory that the model has in no parameter
+                    self._keep_boxes(write)
             for where, (name, tensor) in tensors.items():
                 if (span := self._span(tensor)) is not None:  # the checkpoint's own memory
                     writes[where].append(self._write_of(tensor, tensor, span))
@@ -219,9 +225,11 @@ class Trace(TorchDispatchMode):
                 number, start = len(parameters), tensor.storage_offset()
                 extent = (where[1] - where[0]) // tensor.element_size()
                 parameters.append(Parameter(name, name_of(tensor.dtype), extent))
-                last, problem = _last(writes[where], tensor)
+                last, lost, problem = _last(writes[where], tensor)
                 if problem:
                     computed[name] = problem
+                for write in lost:
+                    self._keep_boxes(write)
                 for write in last:
                     if write.is_fill:
                         where_filled = write.offset - start, write.size, write.stride
@@ -237,6 +245,11 @@ class Trace(TorchDispatchMode):
                         )
                         for piece in write.pieces
                     ]
+        for key in self._aside(sharing):
+            for span in self._spans.get(key, ()):
+                self._keep_whole(span.name)
+            for write in self._writes.get(key, ()):
+                self._keep_boxes(write)
         return Records(
             tensors=tuple(
                 Seen(
@@ -252,6 +265,18 @@ class Trace(TorchDispatchMode):
             fills=tuple(fills),
             computed=computed,
         )
+
+    def _aside(self, sharing: Mapping[int, object]) -> list[int]:
+        """Return what memory somebody still has that is of no parameter, such as an attribute."""
+
+        def found() -> list[int]:
+            known = self._known.items()
+            return [key for key, memory in known if key not in sharing and not memory.expired()]
+
+        if not found():
+            return []
+        gc.collect()  # nobody has what is only part of a cycle
+        return found()
 
     def _through(self, write: _Write) -> tuple[str, ...]:
         """Return what `Copy.through` is for what was written."""
@@ -278,6 +303,8 @@ class Trace(TorchDispatchMode):
             self._failed(func, error)
         if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]  # no values that could be copied
+        if func is _aten._to_copy.default and args[0].is_meta:
+            kwargs = {**kwargs, "device": args[0].device}  # no values, on any device
         out = func(*args, **kwargs)
         if after is not None:
             try:
@@ -294,7 +321,8 @@ class Trace(TorchDispatchMode):
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
         """Take note of an operation before it is done, and return what is to be done after it."""
-        if func is _aten.copy_.default and (span := self._span(args[1])) is not None:
+        copies = func is _aten.copy_.default and _is_plain(args[0])
+        if copies and (span := self._span(args[1])) is not None:
             self._note(args[0], self._write_of(args[0], args[1], span))
             return None
         inputs = [
@@ -350,7 +378,7 @@ class Trace(TorchDispatchMode):
         at = bisect_right(spans, low, key=lambda one: one.first) - 1
         if at < 0 or spans[at].end < high or spans[at].chain[-1].itemsize != tensor.element_size():
             return None
-        return spans[at]
+        return spans[at] if _is_plain(tensor) else None
 
     def _copied(self, tensor: torch.Tensor, span: _Span, out: torch.Tensor) -> None:
         """Take note of new memory that has the elements of a tensor."""
@@ -412,15 +440,37 @@ class Trace(TorchDispatchMode):
                 for piece in span.find(tensor.storage_offset(), [dim for dim in dims if dim[1]]):
                     at = tensor.storage_offset() + piece.offset
                     self._keep(span.name, piece.box, tensor, at, piece.stride, chain)
+                return
             except Unmapped:
-                pass  # nothing that could be kept
-            return
+                pass  # all of it, then
         low, high = _bounds_of(tensor)
-        for write in self._writes.get(tensor.untyped_storage()._cdata, ()):
+        key = tensor.untyped_storage()._cdata
+        for one in self._spans.get(key, ()):
+            if one.first < high and low < one.end:
+                self._keep_whole(one.name)
+        for write in self._writes.get(key, ()):
             first, end = write.bounds
-            if write.dtype == tensor.dtype and first < high and low < end:
+            if first < high and low < end:
                 for piece in write.pieces:
-                    self._keep_rows(write, piece, tensor)
+                    if write.dtype == tensor.dtype:
+                        self._keep_rows(write, piece, tensor)
+                    else:
+                        self._keep_box(write.source, piece.box)
+
+    def _keep_whole(self, name: str) -> None:
+        """Note that a checkpoint tensor is read, but not which part of it."""
+        shape = self._catalog[name][1]
+        self._keep_box(name, Box((0,) * len(shape), shape))
+
+    def _keep_boxes(self, write: _Write) -> None:
+        """Note that what was copied is read, but is not where it was written."""
+        for piece in write.pieces:
+            self._keep_box(write.source, piece.box)
+
+    def _keep_box(self, name: str, box: Box) -> None:
+        """Note that a box is read, without its values."""
+        if 0 not in box.size:
+            self._kept[name].setdefault(box, Kept(*box))
 
     def _keep_rows(self, write: _Write, piece: Piece, tensor: torch.Tensor) -> None:
         """Keep the rows of a copy that a tensor has something of."""
@@ -492,6 +542,11 @@ def _looks_at_nothing(func: Any) -> bool:
     return bool(not schema.is_mutable and returns and all(one.alias_info for one in returns))
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's elements are those in its memory."""
+    return not tensor.is_neg() and not tensor.is_conj()
+
+
 def _few_rows(rows: torch.Tensor) -> bool:
     whole = not rows.dtype.is_floating_point and rows.dtype not in (torch.bool, torch.uint8)
     return whole and not rows.is_meta and rows.numel() <= _MOST_ROWS and bool((rows >= 0).all())
@@ -519,8 +574,13 @@ def _owner(bounds: tuple[int, int], tensors: Iterable[tuple[int, int]]) -> tuple
     return next(around, next(iter(tensors)))
 
 
-def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write], str]:
-    """Return what is still there of what was written, in order, and what cannot be told."""
+def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write], list[_Write], str]:
+    """Return what is still there of what was written, in order.
+
+    Returns:
+        The writes, those of which something may be there as well, and what cannot be told.
+    """
+    lost: list[_Write] = []
     last: dict[int, _Write] = {}
     lows: list[tuple[int, int]] = []  # first byte, number
     longest, problem = 0, ""
@@ -529,28 +589,37 @@ def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write],
         first, end = write.bounds
         if first == end:
             continue
+        strange = ""
         if first < low or high < end or write.dtype.itemsize != tensor.element_size():
-            problem = f"written as {write.dtype} {write.size}"
-            continue
+            strange = f"written as {write.dtype} {write.size}"
         around = lows[bisect_left(lows, (first - longest, 0)) : bisect_left(lows, (end, 0))]
         for place in around:
-            fate = _fate(last[place[1]], write, tensor)
+            old = last[place[1]]
+            fate = _fate(old, write, tensor, strange)
             if fate is not None:
                 del last[place[1]]
                 lows.remove(place)
-                problem = fate or problem
+                if fate:
+                    lost.append(old)
+                    problem = fate
+        if strange:
+            lost.append(write)
+            problem = strange
+            continue
         insort(lows, (first, number))
         last[number] = write
         longest = max(longest, end - first)
     for write in last.values():
         problem = write.operation or problem
-    return [*last.values()], problem
+    return [*last.values()], lost, problem
 
 
-def _fate(old: _Write, new: _Write, tensor: torch.Tensor) -> str | None:
+def _fate(old: _Write, new: _Write, tensor: torch.Tensor, strange: str) -> str | None:
     """Return None if an earlier write stays, empty if it is replaced, or what is wrong."""
     if old.bounds[1] <= new.bounds[0] or new.bounds[1] <= old.bounds[0]:
         return None
+    if strange:
+        return strange
     if (old.offset, old.size, old.stride) == (new.offset, new.size, new.stride):
         return ""
     try:

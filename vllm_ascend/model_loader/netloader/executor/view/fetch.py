@@ -4,22 +4,26 @@ Pure: equal records give equal requests. A checkpoint tensor is made anew of the
 reads, and of nothing else. Each box is fetched once, from one rank.
 """
 
+import time
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ...errors import ProtocolError
+from ...errors import LoadFailed, ProtocolError
 from .boxes import Box, without
 from .plan import Missing, gives, keeps
 from .records import Copy, Kept, Records, Seen, chain_of, dtype_of
 
 # A tensor that is read in more boxes is fetched as the box around them.
 _MOST_BOXES = 1024
+
+_FEW = 8  # boxes that are looked at one by one
 
 
 class Part(NamedTuple):
@@ -73,17 +77,24 @@ class Fetch:
     Attributes:
         tensors: what they are, in the order in which they are loaded; without copies.
         parts: what each rank of the source has to give, in the order of the tensors.
-        kept: number of a tensor -> boxes whose values came along with the records.
+        kept: number of a tensor -> its boxes whose values came along with the records.
     """
 
     tensors: Sequence[Seen]
-    parts: Sequence[Sequence[Part]]
-    kept: Mapping[int, Sequence[Kept]]
+    parts: Sequence[list[Part]]
+    kept: dict[int, dict[Box, Kept]]
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel."""
         return sum(part.nbytes for parts in self.parts for part in parts)
+
+
+class _Offer(NamedTuple):
+    box: Box
+    through: tuple[str, ...]
+    rank: int
+    copy: Copy
 
 
 class _Wanted(NamedTuple):
@@ -110,66 +121,160 @@ def catalog(ranks: Sequence[Records]) -> list[Seen]:
     return [*found.values()]
 
 
-def find(needs: Records, ranks: Sequence[Records], prefer: int) -> tuple[Fetch, list[Missing]]:
+def find(
+    needs: Records, ranks: Sequence[Records], prefer: int, seconds: float = 30.0
+) -> tuple[Fetch, list[Missing]]:
     """Find what a rank reads of a checkpoint in what the ranks of a source have.
 
     Args:
         needs: the records of a load that was only pretended here.
         ranks: the records of the source's ranks.
         prefer: the rank to take from what several have.
+        seconds: it may take.
 
     Returns:
         What to fetch, and what no rank can give.
 
     Raises:
         ProtocolError: see `catalog`.
+        LoadFailed: it takes longer.
     """
+    deadline = time.monotonic() + seconds
     tensors = catalog(ranks)
     wanted = {seen.name: _wanted(seen) for seen in needs.tensors}
     order = sorted(range(len(ranks)), key=lambda rank: (rank != prefer % len(ranks), rank))
-    copies: dict[str, list[tuple[int, Copy, tuple[str, ...]]]] = defaultdict(list)
-    kept: dict[str, list[Kept]] = defaultdict(list)
+    # What several have is taken from the first one.
+    copies: dict[str, dict[tuple[Box, tuple[str, ...]], _Offer]] = defaultdict(dict)
+    kept: dict[str, dict[Box, Kept]] = defaultdict(dict)
     for rank in order:
         for seen in ranks[rank].tensors:
-            copies[seen.name] += [(rank, copy, chain_of(copy, seen)) for copy in seen.copies]
-            kept[seen.name] += [one for one in seen.kept if one.values is not None]
-    parts: list[list[Part]] = [[] for _ in ranks]
-    values: dict[int, list[Kept]] = {}
+            if not wanted.get(seen.name):
+                continue
+            offers, values = copies[seen.name], kept[seen.name]
+            for copy in _joined(seen.copies):
+                box, through = copy.box, chain_of(copy, seen)
+                offers.setdefault((box, through), _Offer(box, through, rank, copy))
+            for one in seen.kept:
+                if one.values is not None:
+                    values.setdefault(one.box, one)
+    found = Fetch(tensors, [[] for _ in ranks], {})
     missing: list[Missing] = []
     for number, seen in enumerate(tensors):
-        done: list[Box] = []
-        for want in wanted.get(seen.name, ()):
-            left = [want.box]
-            for box in done:
-                left = without(left, box)
-            for one in kept[seen.name] if left else ():
-                if (smaller := without(left, one.box)) != left:
-                    left = smaller
-                    values.setdefault(number, []).append(one)
-            why = "no rank of the source has it"
-            for rank, copy, through in copies[seen.name] if left else ():
-                if not any(box.meet(copy.box) for box in left):
-                    continue
-                if not gives(through, want.through):
-                    why = f"the source has it as {' -> '.join(through)}"
-                    continue
-                for box in left:
-                    if (common := box.meet(copy.box)) is not None:
-                        at = copy.at(common.start)
-                        part = Part(number, common, copy.parameter, at, copy.stride, through)
-                        parts[rank].append(part)
-                left = without(left, copy.box)
-                if not left:
-                    break
-            missing += [Missing(seen.name, box, why) for box in left]
-            done.append(want.box)
-    return Fetch(tensors, parts, values), missing
+        if wants := wanted.get(seen.name):
+            offered = [*copies[seen.name].values()]
+            missing += _find_one(number, found, wants, offered, kept[seen.name], deadline)
+    return found, missing
+
+
+def _find_one(
+    number: int,
+    found: Fetch,
+    wants: Sequence[_Wanted],
+    offered: Sequence[_Offer],
+    kept: Mapping[Box, Kept],
+    deadline: float,
+) -> Iterator[Missing]:
+    """Add to a fetch what of one tensor is to be had; yield what is not."""
+    here, near_wants = [*kept], _near([want.box for want in wants])
+    near_kept, near_offered = _near(here), _near([offer.box for offer in offered])
+    for index, want in enumerate(wants):
+        left = [want.box]
+        for other in near_wants(want.box):
+            if other < index:
+                left = without(left, wants[other].box)
+        for other in near_kept(want.box) if left else ():
+            if (smaller := without(left, here[other])) != left:
+                left = smaller
+                found.kept.setdefault(number, {})[here[other]] = kept[here[other]]
+        why = "no rank of the source has it"
+        for other in near_offered(want.box) if left else ():
+            if time.monotonic() > deadline:
+                raise LoadFailed(f"what {found.tensors[number].name} is made of takes too long")
+            box, through, rank, copy = offered[other]
+            common = [both for one in left if (both := one.meet(box)) is not None]
+            if not common:
+                continue
+            if not gives(through, want.through):
+                why = f"the source has it as {' -> '.join(through)}"
+                continue
+            found.parts[rank].extend(
+                Part(number, both, copy.parameter, copy.at(both.start), copy.stride, through)
+                for both in common
+            )
+            left = without(left, box)
+            if not left:
+                break
+        for box in left:
+            yield Missing(found.tensors[number].name, box, why)
+
+
+def _near(boxes: Sequence[Box]) -> Callable[[Box], Sequence[int]]:
+    """Return what gives the numbers of the boxes that may have something of another one."""
+    every = range(len(boxes))
+    if len(boxes) <= _FEW or not boxes[0].start:
+        return lambda _: every
+    axis = _main_axis(boxes)
+    order = sorted(every, key=lambda number: boxes[number].start[axis])
+    lows = [boxes[number].start[axis] for number in order]
+    longest = max(box.size[axis] for box in boxes)
+
+    def near(box: Box) -> Sequence[int]:
+        low = box.start[axis]
+        first = bisect_right(lows, low - longest)
+        return sorted(order[first : bisect_left(lows, low + box.size[axis])])
+
+    return near
+
+
+def _main_axis(boxes: Sequence[Box | Copy]) -> int:
+    """Return the axis along which boxes differ, as those of experts and of columns do."""
+    axes = range(len(boxes[0].start))
+    return max(axes, key=lambda axis: len({box.start[axis] for box in boxes}))
+
+
+def _joined(copies: Sequence[Copy]) -> Sequence[Copy]:
+    """Join copies that follow each other at equal steps, such as those of a tensor's experts."""
+    if len(copies) <= _FEW or not copies[0].start:
+        return copies
+    axis = _main_axis(copies)
+
+    def line(copy: Copy) -> tuple[Any, ...]:
+        others = copy.start[:axis], copy.start[axis + 1 :]
+        return copy.parameter, copy.through, copy.size, copy.stride, others
+
+    lines = defaultdict(list)
+    for copy in copies:
+        lines[line(copy)].append(copy)
+    return [one for of_line in lines.values() for one in _joined_line(of_line, axis)]
+
+
+def _joined_line(copies: list[Copy], axis: int) -> Iterator[Copy]:
+    copies.sort(key=lambda copy: (copy.start[axis], copy.offset))
+    width = copies[0].size[axis]
+    first = 0
+    while first < len(copies):
+        copy, end = copies[first], first + 1
+        step = copies[end].offset - copy.offset if end < len(copies) else 0
+        if step >= 0 and (width == 1 or step == width * copy.stride[axis]):
+            start, offset = copy.start[axis], copy.offset
+            while end < len(copies) and (copies[end].start[axis], copies[end].offset) == (
+                start + (end - first) * width,
+                offset + (end - first) * step,
+            ):
+                end += 1
+        if end - first > 1:
+            size, stride = [*copy.size], [*copy.stride]
+            size[axis] *= end - first
+            stride[axis] = step if width == 1 else stride[axis]
+            copy = msgspec.structs.replace(copy, size=tuple(size), stride=tuple(stride))
+        yield copy
+        first = end
 
 
 def _wanted(seen: Seen) -> list[_Wanted]:
     """Return the boxes of a tensor that loading reads."""
     wanted = {_Wanted(kept.box, ()) for kept in seen.kept}
-    for copy in seen.copies:
+    for copy in _joined(seen.copies):
         through = chain_of(copy, seen)
         exact = all(keeps(dtype_of(a), dtype_of(b)) for a, b in pairwise(through))
         wanted.add(_Wanted(copy.box, () if exact else through))

@@ -1,5 +1,6 @@
 """What a source offers of a checkpoint: its records, and elements of the parameters they name."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -8,7 +9,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
-from ...errors import ProtocolError
+from ...errors import ProtocolError, Withdrawn
 from ..memory import bytes_of
 from .boxes import last_of
 from .records import Parameter, Records, encode, name_of
@@ -86,14 +87,18 @@ class Viewed:
         if piece:
             yield piece
 
-    def gather(self, regions: Sequence[Region], into: torch.Tensor) -> None:
+    def gather(
+        self, regions: Sequence[Region], into: torch.Tensor, stop: threading.Event | None = None
+    ) -> None:
         """Copy the elements of regions, each in row-major order, one after the other.
 
         Args:
             regions: which elements; none of them is read if one is not inside of its parameter.
             into: uint8 without gaps, of `nbytes_of` these regions.
+            stop: once set no further region is copied.
 
         Raises:
+            Withdrawn: `stop` was set.
             ProtocolError: one is not inside of a parameter; says which.
         """
         ends, end = [], 0
@@ -102,6 +107,8 @@ class Viewed:
             ends.append(end)
         at = 0
         for region, end in zip(regions, ends, strict=True):
+            if stop is not None and stop.is_set():  # many small regions take seconds
+                raise Withdrawn("the weights were withdrawn while regions were copied")
             memory = self.parameters[region.parameter].detach()
             first = memory.storage_offset() + region.offset
             elements = memory.as_strided([*region.size], [*region.stride], first)
@@ -160,22 +167,24 @@ def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
 
     Args:
         records: how the checkpoint's tensors came into parameters.
-        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out.
+        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out,
+            and so is one that is not made of copies alone.
     """
     numbers: dict[int, int] = {}
     parameters: list[Parameter] = []
     memory: list[torch.Tensor] = []
-    computed = dict(records.computed)
+    why_not = dict(records.computed)
     for number, parameter in enumerate(records.parameters):
         tensor = tensors.get(parameter.name)
         if tensor is None or _kind(tensor) != (parameter.dtype, parameter.extent):
-            computed.setdefault(parameter.name, "not kept as it was loaded")
+            why_not.setdefault(parameter.name, "not kept as it was loaded")
+        if tensor is None or parameter.name in why_not:
             continue
         numbers[number] = len(parameters)
         parameters.append(parameter)
         memory.append(tensor)
     if len(parameters) < len(records.parameters):
-        records = _renumbered(records, numbers, tuple(parameters), computed)
+        records = _renumbered(records, numbers, tuple(parameters), why_not)
     return Viewed(encode(records), memory)
 
 

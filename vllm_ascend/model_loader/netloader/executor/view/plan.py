@@ -149,10 +149,12 @@ def _place(names: list[str], copy: Copy, seen: Seen, box: Box) -> Place:
 def gives(there: tuple[str, ...], here: tuple[str, ...]) -> bool:
     """Return whether elements that went through some dtypes can stand for what others would be.
 
-    They can if both went the same way, or if nothing was lost on the way there, but for which of
-    the values that are no number a value that is no number is.
+    They can if nothing was lost on the way there, but for which of the values that are no number a
+    value that is no number is, or if both went the same way and one step lost something: what has
+    been rounded once is rounded to itself, which is not so for two roundings.
     """
-    return there == here or all(keeps(dtype_of(a), dtype_of(b)) for a, b in pairwise(there))
+    losses = sum(not keeps(dtype_of(a), dtype_of(b)) for a, b in pairwise(there))
+    return losses == 0 or (there == here and losses == 1)
 
 
 def shortest(chain: Sequence[torch.dtype]) -> list[torch.dtype]:

@@ -3,9 +3,11 @@
 They are what travels, so they hold numbers and names only, and are looked at before they are used.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator
 from math import prod
+from typing import Annotated
 
 import msgspec
 import torch
@@ -15,8 +17,18 @@ from .boxes import Box, last_of
 
 VERSION = 1
 
-# What a peer's records may take once unpacked: 50 times those of DeepSeek-V3.
-_MOST_BYTES = 64 << 20
+# What a peer's records may take once unpacked: 4 times those of a rank of DeepSeek-V3 at TP=8.
+_MOST_BYTES = 40 << 20
+_MOST_TENSORS = 400_000
+# Copies and the like that those of all ranks of an instance may have, also 4 times as many.
+MOST_ENTRIES = 3_000_000
+_MOST_AXES = 16
+# Which tensors of a checkpoint can be made of their elements.
+_DTYPES = {
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+}
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -137,21 +149,45 @@ class Records(msgspec.Struct, frozen=True):
     fills: tuple[Fill, ...] = ()
     computed: dict[str, str] = {}
 
+    @property
+    def entries(self) -> int:
+        """Number of copies, kept boxes, parameters and fills."""
+        boxes = sum(len(seen.copies) + len(seen.kept) for seen in self.tensors)
+        return boxes + len(self.parameters) + len(self.fills)
+
+
+_NONE = msgspec.Raw(b"\x90")
+
+
+class _SeenUnread(msgspec.Struct, array_like=True, gc=False):
+    name: msgspec.Raw
+    dtype: msgspec.Raw
+    shape: msgspec.Raw
+    copies: msgspec.Raw = _NONE
+    kept: msgspec.Raw = _NONE
+
+
+class _Unread(msgspec.Struct):
+    tensors: Annotated[tuple[_SeenUnread, ...], msgspec.Meta(max_length=_MOST_TENSORS)]
+    parameters: msgspec.Raw
+    fills: msgspec.Raw = _NONE
+
 
 def chain_of(copy: Copy, seen: Seen) -> tuple[str, ...]:
     """Return the dtypes that a copy's elements went through, from the first to that in memory."""
     return copy.through or (seen.dtype,)
 
 
+@functools.lru_cache(maxsize=256)
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of a name such as `bfloat16`.
 
     Raises:
-        ProtocolError: there is none of that name.
+        ProtocolError: there is none of that name that a view can have.
     """
-    dtype = getattr(torch, name, None)
+    dtype = getattr(torch, name) if name in _DTYPES else None
     if not isinstance(dtype, torch.dtype):
-        raise ProtocolError(f"unknown dtype {name!r}")
+        raise ProtocolError(f"unknown dtype {name!r} (supported: {', '.join(sorted(_DTYPES))})")
     return dtype
 
 
@@ -165,8 +201,12 @@ def encode(records: Records) -> bytes:
     return bytes([VERSION]) + zlib.compress(msgspec.msgpack.encode(records))
 
 
-def decode(data: bytes) -> Records:
+def decode(data: bytes, most: int = MOST_ENTRIES) -> Records:
     """Return the records that a peer sent, looked at as `check` does.
+
+    Args:
+        data: as they travelled.
+        most: entries that they may have.
 
     Raises:
         ProtocolError: these are no records, or wrong ones; says what is wrong.
@@ -178,11 +218,27 @@ def decode(data: bytes) -> Records:
         plain = unpack.decompress(data[1:], _MOST_BYTES)
         if not unpack.eof:
             raise ProtocolError(f"records of more than {_MOST_BYTES} bytes, or cut short")
+        # Counted first: a few bytes unpack to one object each, which takes far more.
+        if (entries := _entries(msgspec.msgpack.decode(plain, type=_Unread))) > most:
+            raise ProtocolError(f"records of {entries} entries; allowed: {most}")
         records = msgspec.msgpack.decode(plain, type=Records)
     except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not records: {error}") from None
     check(records)
     return records
+
+
+def _entries(records: _Unread) -> int:
+    boxes = sum(_length(seen.copies) + _length(seen.kept) for seen in records.tensors)
+    return boxes + _length(records.parameters) + _length(records.fills)
+
+
+def _length(array: msgspec.Raw) -> int:
+    """Return how many elements a MessagePack array says it has."""
+    head = bytes(memoryview(array)[:5])
+    if 0x90 <= head[0] <= 0x9F:
+        return head[0] & 0xF
+    return int.from_bytes(head[1:3] if head[0] == 0xDC else head[1:5], "big")
 
 
 def check(records: Records) -> None:
@@ -200,6 +256,8 @@ def _problems(records: Records) -> Iterator[str]:
     widths = [dtype_of(parameter.dtype).itemsize for parameter in parameters]
     for seen in records.tensors:
         width = dtype_of(seen.dtype).itemsize
+        if len(seen.shape) > _MOST_AXES or min(seen.shape, default=0) < 0:
+            yield f"{seen.name} cannot have the shape {seen.shape[: _MOST_AXES + 1]}"
         for box in (*(copy.box for copy in seen.copies), *(kept.box for kept in seen.kept)):
             if not _inside(box, seen.shape):
                 yield f"{seen.name} of shape {seen.shape} has no box {box.start} + {box.size}"

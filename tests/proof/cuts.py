@@ -1,0 +1,142 @@
+"""Proves, model by model, that a source fills instances that are cut in another way than it is.
+
+``python -m tests.proof.cuts [NAME ...]``: ranks without engines, as vLLM cannot run pipelines on a
+CPU. Instances of one rank run in this process, those of two in two others. Each line is a source
+and a client, which has no weight files. What the client's ranks then offer has the digests of an
+instance that was cut in the same way and loaded from disk, or it refused the source and says why.
+"""
+
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import vllm
+
+from tests.e2e.loading import load, make_config
+from tests.e2e.ranks import Pair, status_at
+from tools.make_model import copy_without_weights
+from tools.netloader_view import read_address
+
+from .rows import ROWS, Row
+
+CUTS: dict[str, dict[str, Any]] = {
+    "TP 1": {},
+    "TP 2": {"tp": 2},
+    "PP 2": {"pp": 2},
+    "EP 2": {"tp": 2, "engine": {"enable_expert_parallel": True}},
+}
+WAYS = [("TP 1", "TP 2"), ("TP 2", "TP 1"), ("TP 1", "PP 2")]
+WAYS_OF_EXPERTS = [("TP 2", "EP 2"), ("EP 2", "TP 2")]
+EXPERTS = ("Qwen3-MoE", "Mixtral", "DeepSeek-V2, MLA")
+
+
+class Refused(Exception):
+    """An instance got no weights."""
+
+
+class Proof:
+    """One model, and the instances that have it.
+
+    Args:
+        row: the model.
+        folder: an empty folder.
+        pair: the processes of instances of two ranks.
+    """
+
+    def __init__(self, row: Row, folder: Path, pair: Pair) -> None:
+        self._row = row
+        self._folder = folder
+        self._pair = pair
+        self._alive: list[Any] = []
+        self._from_disk: dict[str, tuple[str, Mapping[int, str]]] = {}
+        row.make(folder / "full", 0)
+        copy_without_weights(folder / "full", folder / "bare")
+
+    def prove(self, there: str, here: str) -> str:
+        """Return what has come of a load by an instance cut in one way from one cut in another.
+
+        Raises:
+            AssertionError: it has got something else than from disk.
+        """
+        try:
+            address, _ = self._disk(there)
+            _, expected = self._disk(here)
+        except Refused as error:
+            return f"not from disk either: {error}"
+        try:
+            _, got = self._load("bare", here, SOURCE=[address], FALLBACK=False)
+        except Refused as error:
+            assert str(error).startswith("LoadFailed"), error
+            return f"refused: {error}"
+        assert got == expected, f"the weights are {got}, and {expected} from disk"
+        return "equal"
+
+    def _disk(self, cut: str) -> tuple[str, Mapping[int, str]]:
+        if cut not in self._from_disk:
+            self._from_disk[cut] = self._load("full", cut)
+        return self._from_disk[cut]
+
+    def _load(self, name: str, cut: str, **extra: Any) -> tuple[str, Mapping[int, str]]:
+        """Load an instance; return the address of its first rank and the digests of all."""
+        path = self._folder / name
+        how = {**CUTS[cut], **extra}
+        how["engine"] = {**self._row.engine, **how.get("engine", {})}
+        if cut == "TP 1":
+            prefix = self._folder / f"one{len(self._alive)}-"
+            try:
+                config = make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), **how)
+                self._alive.append(load(config))
+            except Exception as error:
+                raise Refused(f"{type(error).__name__}: {error}") from None
+            address = read_address(prefix)
+        else:
+            outcome = self._pair.load(path, **how)
+            if failed := [error for error in outcome.errors if error]:
+                raise Refused(failed[0])
+            address = outcome.address(0)
+        status = status_at(address)
+        assert status.weights, status.reason
+        return address, status.ranks or {0: status.weights}
+
+
+def main(names: list[str]) -> int:
+    """Prove the rows of these names, or all, and print a table."""
+    print(f"vLLM {vllm.__version__}", flush=True)
+    print(
+        f"| {'model':16} | there -> here | {'s':>5} | load |\n| --- | --- | --- | --- |", flush=True
+    )
+    wrong = 0
+    with tempfile.TemporaryDirectory() as place:
+        pair = Pair(Path(place))
+        try:
+            for number, row in enumerate(row for row in ROWS if row.name in names or not names):
+                if row.runs:
+                    wrong += prove(row, Path(place, f"row{number}"), pair)
+        finally:
+            pair.close()
+    return 1 if wrong else 0
+
+
+def prove(row: Row, folder: Path, pair: Pair) -> int:
+    """Print the lines of a row; return how many of them are wrong."""
+    proof, wrong = Proof(row, folder, pair), 0
+    for there, here in WAYS + (WAYS_OF_EXPERTS if row.name in EXPERTS else []):
+        started = time.monotonic()
+        try:
+            said = proof.prove(there, here)
+        except Exception as error:
+            traceback.print_exc()
+            said = f"FAILED: {type(error).__name__}: {error}"
+            wrong += 1
+        seconds = time.monotonic() - started
+        said = " ".join(said.split())
+        print(f"| {row.name:16} | {there} -> {here}  | {seconds:5.1f} | {said} |", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
