@@ -217,7 +217,8 @@ def pretend(checkpoint):
 def load(rank, checkpoint):
     trace = Trace()
     with trace:
-        rank.load_weights(trace.watch(checkpoint.items()))
+        # Copies, so that what nobody keeps is gone when loading is over.
+        rank.load_weights(trace.watch((name, checkpoint[name].clone()) for name in checkpoint))
     records = decode(encode(trace.records(rank)))
     return records, dict(rank.named_parameters())
 

@@ -7,7 +7,6 @@ a model would copy where: the model, on its own device, then keeps what it has.
 """
 
 import functools
-import gc
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -268,15 +267,8 @@ class Trace(TorchDispatchMode):
 
     def _aside(self, sharing: Mapping[int, object]) -> list[int]:
         """Return what memory somebody still has that is of no parameter, such as an attribute."""
-
-        def found() -> list[int]:
-            known = self._known.items()
-            return [key for key, memory in known if key not in sharing and not memory.expired()]
-
-        if not found():
-            return []
-        gc.collect()  # nobody has what is only part of a cycle
-        return found()
+        known = self._known.items()
+        return [key for key, memory in known if key not in sharing and not memory.expired()]
 
     def _through(self, write: _Write) -> tuple[str, ...]:
         """Return what `Copy.through` is for what was written."""
@@ -566,12 +558,6 @@ def _bounds_of(tensor: torch.Tensor) -> tuple[int, int]:
         first = tensor.storage_offset() * tensor.element_size()
         return first, first + tensor.nbytes
     return _bounds(tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.element_size())
-
-
-def _owner(bounds: tuple[int, int], tensors: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return which of the tensors of a storage has some bytes, the first one if none has."""
-    around = (one for one in tensors if one[0] <= bounds[0] and bounds[1] <= one[1])
-    return next(around, next(iter(tensors)))
 
 
 def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write], list[_Write], str]:
