@@ -49,6 +49,11 @@ from vllm_ascend.model_loader.netloader.executor.model.processed import processe
 from vllm_ascend.model_loader.netloader.interaction.api import TARGET_GROUP
 
 pytestmark = pytest.mark.core
+# The proof shows how older ones refuse it.
+LORA_LOADS = pytest.mark.skipif(
+    not hasattr(RowParallelLinearWithLoRA, "load_weights"),
+    reason="this vLLM cannot load layers with LoRA from a checkpoint",
+)
 
 NO_SERVER = {"LISTEN_PORT": 1}
 
@@ -490,6 +495,7 @@ def test_a_reload_takes_the_new_dense_module_of_the_source(models: Path, tmp_pat
     assert_same(renewed.model, model)
 
 
+@LORA_LOADS
 def test_a_model_with_lora_layers_is_reloaded_with_the_checkpoint_of_the_source(
     models: Path, tmp_path: Path, log: list[str]
 ) -> None:
@@ -519,6 +525,7 @@ def test_a_reload_takes_the_checkpoint_of_a_folder_that_is_held(
     assert_same(load(make_config(path, load_format="auto")), model)
 
 
+@LORA_LOADS
 def test_a_reload_with_lora_layers_from_a_source_without_a_view_says_why_and_changes_nothing(
     models: Path, tmp_path: Path
 ) -> None:

@@ -538,6 +538,18 @@ def why_no_reload(model: nn.Module, device: torch.device) -> str:
     return ""
 
 
+def why_no_checkpoint(model: nn.Module) -> str:
+    """Name a layer that keeps a model from loading a checkpoint while it is in use, if one does.
+
+    Older vLLM finds no layer behind that of a LoRA adapter (seen with 0.27.1).
+    """
+    for path, layer in model.named_modules():
+        wrapped = isinstance(getattr(layer, "base_layer", None), nn.Module)
+        if wrapped and not hasattr(type(layer), "load_weights"):
+            return f"this vLLM cannot load {path} ({type(layer).__name__}) from a checkpoint"
+    return ""
+
+
 def _views(layer: nn.Module) -> list[str]:
     """Return the buffers that were views of parameters when a layer was made.
 

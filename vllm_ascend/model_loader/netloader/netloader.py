@@ -46,6 +46,7 @@ from .compat import (
     take_over_load,
     watch,
     why_experts_move,
+    why_no_checkpoint,
     why_no_reload,
     why_no_reload_from_sources,
     why_weights_move,
@@ -450,6 +451,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     except LoadFailed as error:
                         if order != AS_CONFIGURED:
                             raise
+                        if unable := why_no_checkpoint(model):
+                            raise LoadFailed(f"{error}; {unable}") from None
                         seen = self._seen_through(sources, identity, error)
                         return Attempt(seen, seen.source, view=seen.instance)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
