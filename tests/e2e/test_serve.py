@@ -121,11 +121,10 @@ def test_wedged_source_is_passed_over_for_one_without_vllm(
 
 @pytest.fixture(scope="module")
 def pair(folder, llama, seed):
-    """Has two ranks, and its weights from disk."""
-    # The source has one rank: no rank of two can use it.
-    alone = {0: [seed.address()], 1: [seed.address()]}
-    config = {"MODEL": "llama", "SOURCE": source_list(alone)}
-    with running(folder / "pair", llama.full, config, arguments=TP2) as pair:
+    """Has two ranks, no weight files, and its weights from a source of one rank."""
+    config = {"MODEL": "llama", "SOURCE": seed.address()}
+    with running(folder / "pair", llama.bare, config, arguments=TP2) as pair:
+        assert len(find_views(pair, "TP 1 there, TP 2 here")) == 2
         yield pair
 
 
@@ -184,10 +183,26 @@ def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_pat
 
 
 @pytest.mark.core
-def test_ranks_pull_from_their_like(tmp_path, llama, pair, pair_said):
-    assert not pair.loads()
-    assert "tp" in pair.why_from_disk()
+def find_views(instance, cut):
+    """Returns the lines of the ranks that have loaded from a source that is cut in another way."""
+    through = rf"NetLoader rank \d: loaded .* through their view of the checkpoint \({cut}\)"
+    return re.findall(through, instance.server.read_log())
 
+
+def test_with_another_number_of_ranks_it_says_what_a_load_from_disk_says(
+    tmp_path, llama, pair, pair_said, said
+):
+    config = {"MODEL": "llama", "SOURCE": pair.address(1), "FALLBACK": False}
+    with (
+        running(tmp_path / "disk", llama.full, {"MODEL": "llama"}, arguments=TP2) as disk,
+        running(tmp_path / "one", llama.bare, config) as one,
+    ):
+        assert disk.say() == pair_said
+        assert one.say() == said
+        assert find_views(one, "TP 2 there, TP 1 here")
+
+
+def test_ranks_pull_from_their_like(tmp_path, llama, pair, pair_said):
     # One name for both ranks: either rank of the source says where both listen.
     config = {"MODEL": "llama", "SOURCE": pair.address(1)}
     with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:

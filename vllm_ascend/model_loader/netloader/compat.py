@@ -755,6 +755,10 @@ def register_weight_transfer(
         def finish_weight_update(self) -> None:
             pass
 
+        @staticmethod  # vLLM before 0.28 asks for it
+        def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+            raise NotImplementedError("instances pull: a trainer only names sources")
+
         def shutdown(self) -> None:
             pass
 
