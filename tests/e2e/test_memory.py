@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import LinearBase
@@ -20,8 +21,13 @@ from vllm.model_executor.layers.linear import LinearBase
 from tests.e2e.loading import load, make_config, reload_from, store_of, worker
 from tools.make_model import copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import netloader, registry
+from vllm_ascend.model_loader.netloader.checkpoint import identity_of
+from vllm_ascend.model_loader.netloader.config import parse_config
+from vllm_ascend.model_loader.netloader.copies import holding_checkpoint
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
 from vllm_ascend.model_loader.netloader.executor.model.raw import _SMALL
+from vllm_ascend.model_loader.netloader.interaction.api import TARGET_GROUP
+from vllm_ascend.model_loader.netloader.loading import view_reader
 
 PAGE = Path(__file__).parents[2] / "docs/source/user_guide/feature_guide/netloader_operations.md"
 SECTION = PAGE.read_text().partition("\n## Memory\n")[2].partition("\n## ")[0]
@@ -230,6 +236,41 @@ def test_a_reload_takes_new_tensors_until_they_are_in_the_model(
     others = {n: one for n, one in client.named_buffers() if n not in store.manifest.names}
     assert [one - before for one in during] == [store.blocks.nbytes + total(others)]
     assert live() == before
+
+
+def test_a_reload_through_a_view_takes_the_checkpoint_until_it_is_in_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how_much = row("the checkpoint in a reload through a view")[1]
+    assert how_much == "the size of the whole checkpoint, at each rank, until it is in the model"
+    _seed, _ = serving(tmp_path / "seed", folder / "llama-0")
+    client, config = serving(tmp_path / "one", folder / "llama-bare", address(tmp_path / "seed"))
+    whole_checkpoint, during = netloader.whole_checkpoint, []
+
+    def look(*arguments: Any) -> Any:
+        before = live()
+        weights = whole_checkpoint(*arguments)
+        during.append(live() - before)
+        return weights
+
+    monkeypatch.setattr(netloader, "whole_checkpoint", look)
+    known = parse_config({"MODEL": "m"})
+    path = folder / "llama-1"
+    who = identity_of(path, known.model, TARGET_GROUP)
+    with holding_checkpoint(path, who, known, "127.0.0.1", lambda *_: None) as (there, *_):
+        before = live()
+        reload_from(config, client, str(there))
+        registry.wait_for_renewal()
+        assert live() == before
+    [file] = path.glob("*.safetensors")
+    assert during == [sum(tensor.nbytes for tensor in load_file(file).values())]
+
+
+def test_what_is_on_its_way_through_a_view_is_as_much_as_the_table_says() -> None:
+    """That the reader keeps to it is shown without an engine."""
+    assert row("tensors on their way through a view")[1].startswith(
+        f"up to {view_reader._AHEAD >> 20} MiB"
+    )
 
 
 def test_a_reload_from_disk_leaves_memory_as_before(folder: Path, tmp_path: Path) -> None:
