@@ -224,7 +224,7 @@ def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
 
 
 def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weights(monkeypatch):
-    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
+    monkeypatch.setattr(view_reader, "PAUSE", (0.0, 0.0))
     monkeypatch.setattr(view_reader, "_ANSWER", 40)
     with sources(2) as lost, sources(2) as other:
         addresses = [*lost.addresses, *other.addresses]
@@ -294,7 +294,7 @@ def test_weights_that_change_on_the_way_end_the_load(monkeypatch):
 
 
 def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
-    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
+    monkeypatch.setattr(view_reader, "PAUSE", (0.0, 0.0))
     stalled = threading.Event()
 
     def stall(view):
@@ -332,7 +332,7 @@ def test_an_instance_without_room_is_waited_for():
 
 
 def test_ranks_that_a_small_source_has_no_room_for_at_once_all_get_their_weights(monkeypatch):
-    monkeypatch.setattr(view_reader, "_PAUSE", (0.01, 0.02))
+    monkeypatch.setattr(view_reader, "PAUSE", (0.01, 0.02))
     with sources(2, max_sessions=1) as source:
         models = [Model(rank, 4) for rank in range(4)]
         threads = [
@@ -399,7 +399,7 @@ def losing(monkeypatch, times):
             raise SourceLost(f"{client.address}: reset")
         regions(client, *rest)
 
-    monkeypatch.setattr(view_reader, "_PAUSE", (0.0, 0.0))
+    monkeypatch.setattr(view_reader, "PAUSE", (0.0, 0.0))
     monkeypatch.setattr(ElasticClient, "regions", lost)
     return asked
 

@@ -8,7 +8,8 @@ import torch
 
 from .chunks.blocks import Span
 
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# As which elements of any dtype are copied: every operator knows these.
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def _boxes(span: Span, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     Sessions fill different spans of one tensor at the same time. Indexing would do for one of them:
     a device may do it on a copy of the tensor, which loses what others have written meanwhile.
     """
-    dtype = _INTEGER.get(tensor.element_size())  # which every operator knows
+    dtype = INTEGER.get(tensor.element_size())  # which every operator knows
     whole = tensor.detach() if dtype is None else tensor.detach().view(dtype)
     first, size = span.offset // whole.itemsize, span.nbytes // whole.itemsize
     return _within(whole, first, first + size)

@@ -40,12 +40,11 @@ from ..interaction.api import Done
 from ..interaction.discovery import reached_at
 from ..utils import Address, logger, one_line, rate, shortened, size
 from .sessions import connect
-from .view_reader import Rank, Reader, Weights, confirm, connected, said_of
+from .view_reader import PAUSE, Rank, Reader, Weights, confirm, connected, said_of
 
 _RECORDS_AT_ONCE = 8  # ranks that are asked
 _RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
 _LOOKING = 120.0  # seconds for those of all instances, besides waiting for busy ones
-_PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def find_instance(
         left = later
         if not left or time.monotonic() > deadline:
             raise LoadFailed("; ".join(said.values()) or "there are no further instances")
-        time.sleep(random.uniform(*_PAUSE))
+        time.sleep(random.uniform(*PAUSE))
 
 
 def _instance_at(

@@ -35,7 +35,7 @@ _OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes no
 _LOST = 3  # connections in a row that may be lost without that anything came
 _LEAST_RATE = 1_000_000  # bytes per second of a connection, over a minute of waiting for answers
 _PACE_SECONDS = 60.0
-_PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
+PAUSE = 0.5, 1.0  # seconds until a source that is busy is asked again
 
 Weights: TypeAlias = Iterator[tuple[str, torch.Tensor]]
 
@@ -249,13 +249,13 @@ class Reader:
                 except SourceBusy as error:
                     if further or error.code != Code.BUSY.text or not self._may_wait():
                         raise
-                    time.sleep(random.uniform(*_PAUSE))
+                    time.sleep(random.uniform(*PAUSE))
                 except SourceLost as error:
                     lost += 1
                     if further or error.code or lost > _LOST:
                         raise
                     logger.debug("NetLoader: connecting again: %s", said_of(rank.address, error))
-                    time.sleep(random.uniform(*_PAUSE))
+                    time.sleep(random.uniform(*PAUSE))
         except Exception as error:
             if not further or not isinstance(error, SourceError):
                 self._fail(said_of(rank.address, error))

@@ -10,12 +10,9 @@ import msgspec
 import torch
 
 from ...errors import ProtocolError, Withdrawn
-from ..memory import bytes_of
+from ..memory import INTEGER, bytes_of
 from .boxes import last_of
 from .records import Parameter, Records, encode, name_of
-
-# As which elements are copied: every operator knows these.
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Region(Protocol):
@@ -112,7 +109,7 @@ class Viewed:
             memory = self.parameters[region.parameter].detach()
             first = memory.storage_offset() + region.offset
             elements = memory.as_strided([*region.size], [*region.stride], first)
-            elements = elements.view(_INTEGER.get(memory.element_size(), memory.dtype))
+            elements = elements.view(INTEGER.get(memory.element_size(), memory.dtype))
             place = into[at:end]
             if place.storage_offset() % memory.element_size():  # not where such elements can be
                 place.copy_(bytes_of(elements.contiguous()))
