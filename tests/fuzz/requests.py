@@ -20,6 +20,7 @@ from .sources import FILE, HOST, PLAIN, content, tls_client
 SECONDS = 10.0  # for any answer, also of a machine that is busy
 BYTES = "application/octet-stream"
 _RUN = re.compile(rb"/blocks/([0-9]{1,20})-([0-9]{1,20})(?![0-9/])")
+_SEND = re.compile(rb"^POST \S*/groups/[0-9]+/send")
 _STATUSES = {(code.text, code.status) for code in api.Code}
 _CONTENT = content()
 _METHODS = ["GET", "POST", "HEAD", "PUT", "get", "X" * 20]
@@ -148,7 +149,8 @@ class Requests:
         with self._connected() as sock, sock.makefile("rb") as stream:
             try:
                 sock.sendall(said)
-                socket.socket.shutdown(sock, socket.SHUT_WR)  # of TLS, too, without its farewell
+                with contextlib.suppress(OSError):  # the source may have closed it already
+                    socket.socket.shutdown(sock, socket.SHUT_WR)  # of TLS, without its farewell
                 return self._answers(stream, said)
             except (ConnectionError, ssl.SSLError):  # it may end before all was sent
                 return False
@@ -169,6 +171,13 @@ class Requests:
 
     def _ask(self, method, said):
         """Say something that is one request; it gets one answer."""
+        try:
+            return self._asked(method, said)
+        except Exception:
+            self.close()  # what is left of the answer is no answer to the next request
+            raise
+
+    def _asked(self, method, said):
         for again in (True, False):
             fresh = self._sock is None
             if fresh:
@@ -199,8 +208,14 @@ class Requests:
         with contextlib.suppress(OSError):  # it may be closed already
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
         with contextlib.suppress(ConnectionError, ssl.SSLError):
+            line = self._stream.readline(1000)
+            if line and _SEND.search(said):  # sending through the group has failed since
+                status, keep = self._answer(self._stream, line, "", said)
+                if status == 200 or keep:
+                    raise Fault(f"a second answer that is not a last one: {said[:300]!r}")
+                line = self._stream.readline(1000)
             # Where the first line is refused, HEAD is nothing that the source has read.
-            if self._stream.read(1) and not said.startswith(b"HEAD"):
+            if line and not said.startswith(b"HEAD"):
                 raise Fault(f"something came after the last answer: {said[:300]!r}")
         self.close()
 
