@@ -687,6 +687,22 @@ def test_who_passes_on_nothing_gets_next_to_nothing():
     assert not first.sends("b", Run(901, 901))
 
 
+def test_who_takes_much_and_passes_on_nothing_makes_nobody_slow():
+    clock, numbers = Ticks(), itertools.count()
+    first, got = FirstCopy(1000, clock), []
+    for second in range(61):
+        clock.now = float(second)
+        for client in "abc" if second % 5 == 0 else "a":
+            number = next(numbers)
+            if first.sends(client, Run(number, number)) and client == "a":
+                got.append(number)
+    number = next(numbers)
+    assert not first.sends("b", Run(number, number))  # it looks slow beside a
+    for old in got[:8]:
+        first.sends("c", Run(old, old))
+    assert first.sends("b", Run(number, number))
+
+
 def test_nobody_can_say_of_most_clients_that_they_pass_on_nothing():
     first, _, after = a_copy_to_two(20, 1)
     first.sends("liar", Run(after, after))
