@@ -154,19 +154,18 @@ class Scheduler:
             if complete:
                 self._forget(peer)
                 peer.complete = True
-            else:
-                blocks = peer._blocks = peer._blocks or bytearray(self._blocks.count)
-                news = []
-                for first, last in runs:  # which may be any numbers
-                    at, end = first, min(last + 1, len(blocks))
-                    while (at := blocks.find(0, at, end)) >= 0:
-                        blocks[at] = 1
-                        news.append(at)
-                if peer in self._sessions:
-                    numbers = dict.fromkeys(self._number_of[block] for block in news)
-                    if self._count(peer, numbers) & self._wanted:
-                        peer._since = self._clock()
-            self._changed.notify_all()
+                self._changed.notify_all()
+                return
+            blocks = peer._blocks = peer._blocks or bytearray(self._blocks.count)
+            numbers = set()
+            for first, last in runs:  # which may be any numbers
+                at, end = first, min(last + 1, len(blocks))
+                while (at := blocks.find(0, at, end)) >= 0:
+                    blocks[at] = 1
+                    numbers.add(self._number_of[at])
+            if numbers and peer in self._sessions and self._count(peer, numbers) & self._wanted:
+                peer._since = self._clock()
+                self._changed.notify_all()
 
     def lost(self, peer: Peer, failure: Exception) -> None:
         """Record why there is no more news of a session's source."""
