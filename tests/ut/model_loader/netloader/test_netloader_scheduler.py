@@ -347,6 +347,26 @@ def test_what_the_fewest_have_comes_first():
     assert taken(scheduler, other) == [0]
 
 
+@given(
+    st.lists(
+        st.tuples(st.sets(st.integers(0, 7)), st.sampled_from(["stays", "goes", "gets all"])),
+        max_size=9,
+    )
+)
+def test_of_any_sources_that_come_and_go_those_that_have_a_run_are_counted(sources):
+    scheduler, peers = of_relays(8, *(blocks for blocks, _ in sources))
+    counts = [0] * 8
+    for peer, (blocks, then) in zip(peers, sources, strict=True):
+        if then == "goes":
+            scheduler.end(peer)
+        elif then == "gets all":
+            scheduler.heard(peer, [], complete=True)
+        for block in blocks if then == "stays" else ():
+            counts[block] += 1
+    order = [block for [block] in iter(lambda: taken(scheduler), [])]
+    assert order == sorted(range(8), key=counts.__getitem__)
+
+
 def test_a_source_that_is_gone_makes_what_it_has_rare_again():
     scheduler, _ = of_relays(3, [0])
     going = Peer(complete=False)
