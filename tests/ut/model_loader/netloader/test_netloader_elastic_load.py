@@ -162,7 +162,7 @@ def test_after_a_failure_what_was_asked_for_can_be_given_to_another_session(ther
     assert outstanding[0] == Run(5, 5)
     done = client.load.bytes_received // MIB
     client.scheduler.give_back(outstanding)
-    left = client.scheduler.take(100)
+    left = client.scheduler.take(Peer(), 100)
     assert done + len(left) == COUNT
     assert len({*left}) == len(left)
 
@@ -185,7 +185,7 @@ def test_runs_over_the_sources_limit_are_not_asked_for():
 
 def test_a_session_with_nothing_to_fetch_says_that_it_is_there_until_it_has(there):
     client = Client(there)
-    elsewhere = client.scheduler.take(COUNT)
+    elsewhere = client.scheduler.take(Peer(), COUNT)
     thread = threading.Thread(target=client.load.run, daemon=True)
     thread.start()
     assert until(lambda: client.receiver.requests[:3] == [[], [], []])
@@ -196,7 +196,7 @@ def test_a_session_with_nothing_to_fetch_says_that_it_is_there_until_it_has(ther
 
 def test_a_session_ends_when_others_have_brought_all_of_it(there):
     client = Client(there, keep_alive=10 * PATIENCE)
-    elsewhere = client.scheduler.take(COUNT)
+    elsewhere = client.scheduler.take(Peer(), COUNT)
     thread = threading.Thread(target=client.load.run, daemon=True)
     thread.start()
     for run in elsewhere:
@@ -267,7 +267,6 @@ def test_a_source_that_names_others_for_all_that_is_wanted_is_left(there, monkey
     with pytest.raises(SourceBusy, match="names others for all that is wanted"):
         client.load.run()
     assert client.load.bytes_received == MIB
-    assert client.scheduler._anybody is None  # nothing is kept of what nobody asks for
 
 
 def test_a_source_that_is_not_trusted_sends_wrong_bytes_once(there):

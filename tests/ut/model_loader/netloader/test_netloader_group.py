@@ -11,7 +11,7 @@ from vllm_ascend.model_loader.netloader.executor import scheduler
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad
 from vllm_ascend.model_loader.netloader.executor.model.match import match
-from vllm_ascend.model_loader.netloader.executor.scheduler import Scheduler
+from vllm_ascend.model_loader.netloader.executor.scheduler import Peer, Scheduler
 from vllm_ascend.model_loader.netloader.executor.transport.group import (
     AHEAD,
     BATCH,
@@ -387,7 +387,7 @@ def test_sizes_that_are_not_those_of_the_runs_end_the_session_before_anything_is
 
 def test_a_session_with_nothing_to_fetch_says_that_it_is_there(pair):
     session = Session(pair, {"t": random_tensor(0, torch.uint8, 100)})
-    [elsewhere] = session.scheduler.take(1)
+    [elsewhere] = session.scheduler.take(Peer(), 1)
     thread = threading.Thread(target=session.load.run, daemon=True)
     thread.start()
     assert until(lambda: len(session.control.batches) >= 3)
@@ -415,7 +415,7 @@ def test_a_source_that_fails_on_the_way_costs_the_session(pair):
     here, outstanding = session.load.bytes_received, session.load.outstanding
     assert here >= 2 * MIB
     session.scheduler.give_back(outstanding)
-    left = session.scheduler.take(100)
+    left = session.scheduler.take(Peer(), 100)
     assert here + MIB * len(left) == 20 * MIB
 
 

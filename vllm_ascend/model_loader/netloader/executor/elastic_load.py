@@ -177,7 +177,7 @@ class P2PLoad:
         if not peer.makes_room and self._scheduler.brings_least(peer):
             peer.makes_room = self._others()
         if not peer.makes_room and (
-            runs := self._scheduler.take(receiver.batch, held, receiver.max_bytes, peer)
+            runs := self._scheduler.take(peer, receiver.batch, held, receiver.max_bytes)
         ):
             self._requested.extend(runs)
             receiver.request(runs)
@@ -215,7 +215,7 @@ class P2PLoad:
             raise MakesRoom("another source may bring more")
         # Clients that wait for each other's blocks must not keep each other from the source.
         patience = self._keep_alive if self._peer.complete else min(self._keep_alive, _TRY_ANOTHER)
-        self._scheduler.wait(patience, self._peer)
+        self._scheduler.wait(self._peer, patience)
         if self._peer.failure is not None:
             raise self._peer.failure
         if (cut := self._scheduler.slow(self._peer)) is not None:

@@ -10,9 +10,8 @@ import threading
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 from .chunks.blocks import Blocks, Run
@@ -34,9 +33,6 @@ _MUCH_SLOWER = 3
 # Of a client's runs, how many later others ask for one again if they cannot get it there; and how
 # many blocks they ask for again at least before this is said of the client.
 _LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 8
-# In an entry of a heap the number of a run stands below its priority.
-_BITS = 32
-_MASK = (1 << _BITS) - 1
 
 C = TypeVar("C")
 
@@ -66,11 +62,9 @@ class Peer:
         self._got = 0.0  # when a run came last
         self._began = 0.0
         self._brought = 0  # runs since the last review
-        self._has: bytearray | None = None
-        # Runs by priority. An entry whose run has become less urgent since is put back when it
-        # comes to the top, one whose run is not wanted any more is dropped there.
-        self._open: list[int] = []
-        self._declined: set[int] = set()
+        self._blocks = bytearray()  # of an incomplete one: 1 for each block that it has
+        self._runs = 0  # of an incomplete one, by number, a bit for each, while it has a session
+        self._declined = 0  # by number
         self._ask_again = 0.0
 
 
@@ -78,8 +72,8 @@ class Scheduler:
     """Hands every run out once, and again when it comes back.
 
     Of the runs that a session's source has, those come first that the fewest incomplete sources
-    have, as these can be passed on to most others. A decision costs the logarithm of the number of
-    runs, whatever that number and the number of sources are.
+    have, as these can be passed on to most others. Sets of runs are integers with a bit for each
+    run, so that a decision costs a few operations on such integers.
 
     Args:
         blocks: what is to be fetched.
@@ -104,19 +98,20 @@ class Scheduler:
         self._changed = threading.Condition()
         # A run's number says in which order runs come that are equally urgent.
         self._runs = runs
-        self._wanted = bytearray(b"\1") * len(runs)
-        self._urgency = array("q", [1]) * len(runs)  # 0: at once; else 1 and who has it
+        self._wanted = (1 << len(runs)) - 1
+        self._urgent = 0  # that come at once when they are wanted
+        # How many incomplete sources have a run: bit by bit, that of the least value first.
+        self._having: list[int] = []
         self._number_of = array("q", [0]) * blocks.count  # by block
         for number, run in enumerate(self._runs):
             self._renumber(run, number)
         self._wanting = len(runs)
         self._left = len(runs)
-        self._held: dict[Run, tuple[Peer | None, float]] = {}  # by whom, and since when
+        self._held: dict[Run, tuple[Peer, float]] = {}  # by whom, and since when
         self._sessions: Counter[Peer] = Counter()
         self._began = self._reviewed = clock()
         self._came = 0
         self._least: Peer | None = None  # of the incomplete sources, at the last review
-        self._anybody: Peer | None = None  # in the place of a peer that is not named
 
     @property
     def finished(self) -> bool:
@@ -125,13 +120,8 @@ class Scheduler:
             return self._left == 0
 
     @contextlib.contextmanager
-    def session(self, peer: Peer | None = None) -> Iterator[Peer]:
-        """Count as one of those that share what is left.
-
-        Args:
-            peer: the session's source; None: one that has every block.
-        """
-        peer = peer or Peer()
+    def session(self, peer: Peer) -> Iterator[Peer]:
+        """Count as one of those that share what is left, with a session's source."""
         self.begin(peer)
         try:
             yield peer
@@ -145,7 +135,8 @@ class Scheduler:
             peer._since = peer._got = self._clock()
             if self._sessions[peer] == 1:
                 peer._began = peer._since
-                self._welcome(peer)
+                if not peer.complete and 1 in peer._blocks:
+                    self._count(peer, range(len(self._runs)))
 
     def end(self, peer: Peer) -> None:
         """Count a session no more."""
@@ -160,29 +151,21 @@ class Scheduler:
         with self._changed:
             if peer.complete:
                 return
-            begun = peer in self._sessions
             if complete:
-                if begun:
-                    self._forget(peer)
+                self._forget(peer)
                 peer.complete = True
-                if begun:
-                    self._welcome(peer)
-            else:
-                if peer._has is None:
-                    peer._has = bytearray(self._blocks.count)
-                has = peer._has
-                news = []
-                for first, last in runs:  # which may be any numbers
-                    at, end = first, min(last + 1, len(has))
-                    while (at := has.find(0, at, end)) >= 0:
-                        has[at] = 1
-                        news.append(at)
-                numbers = dict.fromkeys(self._number_of[block] for block in news)
-                if any(self._wanted[number] and self._has(peer, number) for number in numbers):
-                    peer._since = self._clock()
-                if begun:
-                    self._count(peer, numbers)
-            self._changed.notify_all()
+                self._changed.notify_all()
+                return
+            blocks = peer._blocks = peer._blocks or bytearray(self._blocks.count)
+            numbers = set()
+            for first, last in runs:  # which may be any numbers
+                at, end = first, min(last + 1, len(blocks))
+                while (at := blocks.find(0, at, end)) >= 0:
+                    blocks[at] = 1
+                    numbers.add(self._number_of[at])
+            if numbers and peer in self._sessions and self._count(peer, numbers) & self._wanted:
+                peer._since = self._clock()
+                self._changed.notify_all()
 
     def lost(self, peer: Peer, failure: Exception) -> None:
         """Record why there is no more news of a session's source."""
@@ -195,13 +178,13 @@ class Scheduler:
         with self._changed:
             self._held.pop(run, None)
             number = self._number_of[run.first]
-            peer._declined.add(number)
+            peer._declined |= 1 << number
             peer._ask_again = self._clock() + _ASK_AGAIN
             self._want(number)
             self._changed.notify_all()
 
     def take(
-        self, limit: int, held: int = 0, max_bytes: int = sys.maxsize, peer: Peer | None = None
+        self, peer: Peer, limit: int, held: int = 0, max_bytes: int = sys.maxsize
     ) -> list[Run]:
         """Return runs to fetch, none if none is wanted at the moment.
 
@@ -211,36 +194,33 @@ class Scheduler:
         come from others, and would be passed on from there sooner.
 
         Args:
+            peer: the session's source.
             limit: number of runs not to exceed.
             held: number of runs that the session has taken and that have not come yet.
             max_bytes: size of a run that the session's source sends at most; larger ones are split.
-            peer: the session's source; None: one that has every block.
         """
         with self._changed:
             count, sessions = min(limit, self._wanting), self._sessions.total()
             if sessions > 1:
                 share = -(-self._wanting // (2 * sessions))
                 count = min(count, max(share - held, _LEAST_HELD - held, 0))
-                if sessions > _LEAST_HELD and peer is not None and not peer.complete:
+                if sessions > _LEAST_HELD and not peer.complete:
                     count = min(count, max(1 - held, 0))
             taken: list[Run] = []
             while len(taken) < count and (number := self._best(peer)) is not None:
                 taken.append(self._take(number, max_bytes))
             if taken:
-                now = self._clock()
-                self._held.update(dict.fromkeys(taken, (peer, now)))
-                if peer is not None:
-                    peer._since = now
+                peer._since = self._clock()
+                self._held.update(dict.fromkeys(taken, (peer, peer._since)))
             return taken
 
     def done(self, run: Run) -> None:
         """Record that a run that was taken is in place."""
         with self._changed:
             holder, since = self._held.pop(run)
-            if holder is not None:
-                holder._got = self._clock()
-                holder._brought += 1
-                holder.seconds = max(holder._got - since, sys.float_info.min)
+            holder._got = self._clock()
+            holder._brought += 1
+            holder.seconds = max(holder._got - since, sys.float_info.min)
             self._came += 1
             self._left -= 1
             if self._left == 0:
@@ -249,7 +229,7 @@ class Scheduler:
     def skip(self, run: Run) -> None:
         """Record that a run is in place which nobody has taken."""
         with self._changed:
-            self._wanted[self._number_of[run.first]] = 0
+            self._wanted &= ~(1 << self._number_of[run.first])
             self._wanting -= 1
             self._left -= 1
 
@@ -257,7 +237,8 @@ class Scheduler:
     def wanted(self) -> list[Run]:
         """The runs that nobody has taken."""
         with self._changed:
-            return [run for run, wanted in zip(self._runs, self._wanted, strict=True) if wanted]
+            bits = reversed(f"{self._wanted:b}")
+            return [run for run, bit in zip(self._runs, bits, strict=False) if bit == "1"]
 
     def give_back(self, runs: Iterable[Run]) -> None:
         """Want runs again that were taken and did not arrive."""
@@ -265,21 +246,20 @@ class Scheduler:
             for run in runs:
                 self._held.pop(run, None)
                 number = self._number_of[run.first]
-                self._urgency[number] = 0
+                self._urgent |= 1 << number
                 self._want(number)
             self._changed.notify_all()
 
-    def wait(self, timeout: float, peer: Peer | None = None) -> None:
+    def wait(self, peer: Peer, timeout: float) -> None:
         """Return when the source has a run that is wanted, or no more news, or all are done.
 
         Args:
+            peer: the session's source.
             timeout: seconds after which it returns in any case.
-            peer: the session's source; None: one that has every block.
         """
 
         def over() -> bool:
-            failed = peer is not None and peer.failure is not None
-            return self._left == 0 or failed or self._best(peer) is not None
+            return self._left == 0 or peer.failure is not None or self._best(peer) is not None
 
         with self._changed:
             now = self._clock()
@@ -338,17 +318,17 @@ class Scheduler:
         with self._changed:
             return self._clock() - peer._got
 
-    def _elsewhere(self, peer: Peer | None) -> Iterator[tuple[float, Peer]]:
+    def _elsewhere(self, peer: Peer) -> Iterator[tuple[float, Peer]]:
         """Yield who holds what this source has, too, and from when on that is to be given up."""
-        if peer is None or not peer.seconds:
+        if not peer.seconds:
             return
         now = self._clock()
         spared: dict[Peer, bool] = {}
         for run, (holder, since) in self._held.items():
-            if holder is None or holder is peer or holder.cut is None:
+            if holder is peer or holder.cut is None:
                 continue
             number = self._number_of[run.first]
-            if number not in peer._declined if peer.complete else self._has(peer, number):
+            if self._has(peer, number) and not peer._declined >> number & 1:
                 due = since + max(_SLOW, 4 * peer.seconds)
                 if due <= now:
                     if holder not in spared:
@@ -362,44 +342,34 @@ class Scheduler:
         others = [other for other in self._sessions if other is not peer]
         if not peer.complete or any(other.complete for other in others):
             return False
-        held = {self._number_of[run.first] for run, (by, _) in self._held.items() if by is peer}
-        return not all(
-            any(self._has(other, number) for other in others)
-            for number, wanted in enumerate(self._wanted)
-            if wanted or number in held
-        )
+        lacking = self._wanted
+        for run, (by, _) in self._held.items():
+            if by is peer:
+                lacking |= 1 << self._number_of[run.first]
+        for other in others:
+            lacking &= ~other._runs
+        return lacking != 0
 
-    def asks_again(self, peer: Peer | None) -> float | None:
+    def asks_again(self, peer: Peer) -> float | None:
         """Return when a source is asked again for what it declined; None: it may be asked now."""
-        if peer is None or not peer._declined or self._clock() >= peer._ask_again:
+        if not peer._declined or self._clock() >= peer._ask_again:
             return None
         return peer._ask_again
 
-    def _best(self, peer: Peer | None) -> int | None:
-        if peer is None:
-            if self._anybody is None:
-                self._anybody = Peer()
-                self._welcome(self._anybody)
-            peer = self._anybody
-        while True:
-            entries = peer._open
-            if not entries:  # what was declined comes last
-                if not peer._declined or self._clock() < peer._ask_again:
-                    return None
-                again = [number for number in peer._declined if self._wanted[number]]
-                peer._declined.clear()
-                for number in again:
-                    self._push(peer, number)
-                if not again:
-                    return None
-            number = entries[0] & _MASK
-            if not self._wanted[number] or number in peer._declined:
-                heappop(entries)
-            elif entries[0] >> _BITS < self._urgency[number]:
-                heappop(entries)
-                self._push(peer, number)
+    def _best(self, peer: Peer) -> int | None:
+        there = self._wanted if peer.complete else self._wanted & peer._runs
+        if peer._declined:  # what was declined comes last
+            if accepted := there & ~peer._declined:
+                there = accepted
+            elif self._clock() < peer._ask_again:
+                return None
             else:
-                return None if self._comes_sooner(peer, number) else number
+                peer._declined = 0
+        if not there:
+            return None
+        there = there & self._urgent or _least(self._having, there)
+        number = (there & -there).bit_length() - 1
+        return None if self._comes_sooner(peer, number) else number
 
     def _comes_sooner(self, peer: Peer, number: int) -> bool:
         """Return whether all that is left will have come from others before a run from a source."""
@@ -412,86 +382,62 @@ class Scheduler:
         )
 
     def _take(self, number: int, max_bytes: int) -> Run:
-        self._wanted[number] = 0
+        self._wanted ^= 1 << number
         self._wanting -= 1
         first, *others = self._blocks.split(self._runs[number], max_bytes)
-        self._runs[number] = first
-        for run in others:
-            other = len(self._runs)
-            self._runs.append(run)
-            self._wanted.append(0)
-            self._urgency.append(0)
-            self._renumber(run, other)
-            self._want(other)
-        self._left += len(others)
+        if others:
+            self._runs[number] = first
+            parts = range(len(self._runs), len(self._runs) + len(others))
+            self._runs += others
+            for part, run in zip(parts, others, strict=True):
+                self._renumber(run, part)
+                self._urgent |= 1 << part
+                self._want(part)
+            self._left += len(others)
+            for peer in self._sessions:
+                if peer._blocks and not peer.complete:
+                    self._count(peer, [number, *parts])
         return first
 
     def _want(self, number: int) -> None:
-        self._wanted[number] = 1
+        self._wanted |= 1 << number
         self._wanting += 1
-        if self._urgency[number]:
-            self._urgency[number] = 1 + sum(
-                not peer.complete and self._has(peer, number) for peer in self._sessions
-            )
-        for peer in self._peers():
-            if self._has(peer, number):
-                self._push(peer, number)
-
-    def _peers(self) -> Iterable[Peer]:
-        return self._sessions if self._anybody is None else (self._anybody, *self._sessions)
-
-    def _push(self, peer: Peer, number: int) -> None:
-        heappush(peer._open, self._urgency[number] << _BITS | number)
-        # Runs that are put in again and again, as sources come and go, are in it several times.
-        if len(peer._open) > 4 * len(self._runs):
-            self._fill(peer)
-
-    def _fill(self, peer: Peer) -> None:
-        peer._open = [
-            urgency << _BITS | number
-            for number, urgency in enumerate(self._urgency)
-            if self._wanted[number] and self._has(peer, number)
-        ]
-        heapify(peer._open)
 
     def _has(self, peer: Peer, number: int) -> bool:
-        run = self._runs[number]
-        return peer._has is None or peer._has.find(0, run.first, run.last + 1) < 0
+        return peer.complete or bool(peer._runs >> number & 1)
 
     def _renumber(self, run: Run, number: int) -> None:
         numbers = array("q", [number]) * (run.last - run.first + 1)
         self._number_of[run.first : run.last + 1] = numbers
 
-    def _count(self, peer: Peer, numbers: Iterable[int]) -> None:
-        """Let an incomplete source count for those runs that it has."""
+    def _count(self, peer: Peer, numbers: Iterable[int]) -> int:
+        """Let an incomplete source count for those runs that it has; return which are new."""
+        news = 0
         for number in numbers:
-            if self._has(peer, number):
-                if self._urgency[number]:
-                    self._urgency[number] += 1
-                self._push(peer, number)
-
-    def _welcome(self, peer: Peer) -> None:
-        """Let a source count."""
-        if not peer.complete:
-            peer._open.clear()
-            if peer._has is None:
-                peer._has = bytearray(self._blocks.count)
-            elif 1 in peer._has:
-                self._count(peer, (n for n, wanted in enumerate(self._wanted) if wanted))
-            return
-        peer._has = None
-        self._fill(peer)
+            run = self._runs[number]
+            if peer._blocks.find(0, run.first, run.last + 1) < 0:
+                news |= 1 << number
+        news &= ~peer._runs
+        peer._runs |= news
+        carried = news
+        for place, bits in enumerate(self._having):
+            self._having[place], carried = bits ^ carried, bits & carried
+        if carried:
+            self._having.append(carried)
+        return news
 
     def _forget(self, peer: Peer) -> None:
         """Let an incomplete source count no more."""
-        if peer.complete:
-            return
-        for number, wanted in enumerate(self._wanted):
-            if wanted and self._urgency[number] and self._has(peer, number):
-                self._urgency[number] -= 1
-                for other in self._peers():
-                    if other is not peer and self._has(other, number):
-                        self._push(other, number)
+        borrowed, peer._runs = peer._runs, 0
+        for place, bits in enumerate(self._having):
+            self._having[place], borrowed = bits ^ borrowed, ~bits & borrowed
+
+
+def _least(counts: Sequence[int], among: int) -> int:
+    """Return those of a set whose counts, given bit by bit, are least."""
+    for bits in reversed(counts):
+        among = among & ~bits or among
+    return among
 
 
 class FirstCopy(Generic[C]):
@@ -513,7 +459,6 @@ class FirstCopy(Generic[C]):
     def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._sent_to: list[C | None] = [None] * count
-        self._sent_at = array("d", [0.0]) * count
         self._unsent = count
         self._clients: dict[C, _Client] = {}
 
@@ -537,14 +482,15 @@ class FirstCopy(Generic[C]):
         if passes_on:
             for block in blocks:
                 if self._sent_to[block] is None:
-                    self._sent_to[block], self._sent_at[block] = client, now
+                    self._sent_to[block], me.sent[block] = client, now
                     self._unsent -= 1
         return True
 
     def gone(self, client: C, *, complete: bool = False) -> None:
         """Record that a client asks no more; unless `complete`, it passes on nothing either."""
-        if self._clients.pop(client, None) is not None and not complete:
-            self._release(client)
+        one = self._clients.pop(client, None)
+        if one is not None and not complete:
+            self._release(one)
 
     def _ask_again(self, holder: C, blocks: Iterable[int], now: float) -> None:
         """Take note that another client asks for what a client has got."""
@@ -553,12 +499,13 @@ class FirstCopy(Generic[C]):
             return
         long_ago = now - _LONG_AGO * (now - one.began) / max(one.runs, 1)
         for block in blocks:
-            if self._sent_to[block] == holder and self._sent_at[block] < long_ago:
+            if one.sent.get(block, now) < long_ago:
+                del one.sent[block]
                 self._sent_to[block] = None
                 self._unsent += 1
                 one.missed += 1
         if not self._passes_on(holder, now):
-            self._release(holder)
+            self._release(one)
 
     def _passes_on(self, client: C, now: float) -> bool:
         one = self._clients[client]
@@ -572,9 +519,11 @@ class FirstCopy(Generic[C]):
         asked = fastest * (now - one.began) / _MUCH_SLOWER
         return one.runs < _LEAST_HELD or one.runs > asked
 
-    def _release(self, client: C) -> None:
-        self._unsent += self._sent_to.count(client)
-        self._sent_to = [None if holder == client else holder for holder in self._sent_to]
+    def _release(self, one: "_Client") -> None:
+        for block in one.sent:
+            self._sent_to[block] = None
+        self._unsent += len(one.sent)
+        one.sent.clear()
 
 
 @dataclass
@@ -585,6 +534,7 @@ class _Client:
     served: float = field(init=False)
     runs: int = 0
     missed: int = 0  # blocks that others have asked for again
+    sent: dict[int, float] = field(default_factory=dict)  # blocks that it was the first to get
     asked: dict[int, float] = field(default_factory=dict)  # when first for what others have got
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
@@ -56,7 +57,7 @@ class _Source:
     hearsay: bool = False
     lied: bool = False
     cut_otherwise: bool = False
-    turn: float = 0.0  # of those that others have named
+    turn: float = 0.0  # among those that were given, or among those that others have named
     revivals: int = 0
     graces: int = 0
     until: float = 0.0  # asked again at least so long
@@ -91,7 +92,11 @@ class SourceQueue:
         self._clock = clock
         self._spread = spread
         self._listed = [*dict.fromkeys(addresses)]
-        self._sources = [_Source(address) for address in self._listed]
+        self._sources = [_Source(one, turn=turn) for turn, one in enumerate(self._listed)]
+        # Those in each state, in the order of `_turn`.
+        self._in_state: dict[_State, list[_Source]] = {state: [] for state in _State}
+        self._in_state[_State.NEW] += self._sources
+        self._heard = 0
         self._known = {source.address: source for source in self._sources}
         self._deadline = clock() + seconds
         self._changed = threading.Condition()
@@ -119,7 +124,7 @@ class SourceQueue:
             now = self._polled = self._clock()
             source = self._due(now)
             if source is not None and not self._is_one_too_many(source):
-                source.state = _State.ASKED
+                self._put(source, _State.ASKED)
                 source.attempts += 1
                 return source.address
             if not self._may_go_on(now):
@@ -186,17 +191,16 @@ class SourceQueue:
         with self._changed:
             known = self._known.get(address)
             if known is None:
-                if sum(source.hearsay for source in self._sources) >= MAX_HEARD:
+                if self._heard >= MAX_HEARD:
                     return
+                self._heard += 1
             elif known.instance != instance:
                 if not known.hearsay or known.lied or known.revivals >= _REVIVALS:
                     return
                 known.revivals += known.state is not _State.ASKED
             # Clients that were told of the same peers in the same order must not all ask the same
             # ones: the rest would hear of blocks through these only.
-            self._add(address, instance, self._spread(0.5, 1.5))
-            if known is None:
-                self._known[address].hearsay = True
+            self._add(address, instance, hearsay=True, turn=self._spread(0.5, 1.5))
             self._changed.notify_all()
 
     def lacks_threads(self, idle: int | None = None) -> bool:
@@ -221,13 +225,23 @@ class SourceQueue:
         with self._changed:
             return self._known[address].hearsay
 
-    def _add(self, address: Address, instance: str, turn: float = 0.0) -> None:
+    def _add(
+        self, address: Address, instance: str, *, hearsay: bool = False, turn: float = 0.0
+    ) -> None:
         if (source := self._known.get(address)) is None:
-            source = self._known[address] = _Source(address, instance=instance, turn=turn)
+            source = _Source(address, instance=instance, hearsay=hearsay, turn=turn)
+            self._known[address] = source
             self._sources.append(source)
+            insort(self._in_state[_State.NEW], source, key=_turn)
         elif source.instance != instance and source.state is not _State.ASKED:
-            source.state, source.attempts, source.due = _State.NEW, 0, 0.0
+            self._put(source, _State.NEW)
+            source.attempts, source.due = 0, 0.0
             source.instance = instance
+
+    def _put(self, source: _Source, state: _State) -> None:
+        self._in_state[source.state].remove(source)
+        source.state = state
+        insort(self._in_state[state], source, key=_turn)
 
     def found(
         self, endpoints: Sequence[tuple[Address, str]], problems: Mapping[str, SourceError]
@@ -246,10 +260,15 @@ class SourceQueue:
         with self._changed:
             for address, instance in endpoints:
                 self._add(address, instance)
+                self._heard -= self._known[address].hearsay
                 self._known[address].hearsay = False
             order = [*self._listed, *(address for address, _ in endpoints)]
             rank = {address: -index for index, address in enumerate(reversed(order))}
             self._sources.sort(key=lambda source: rank.get(source.address, 1))
+            for turn, source in enumerate(self._sources):
+                source.turn = source.turn if source.hearsay else turn
+            for sources in self._in_state.values():
+                sources.sort(key=_turn)
             news = [
                 error
                 for name, error in problems.items()
@@ -282,12 +301,12 @@ class SourceQueue:
             news = source.reason != reason and not isinstance(error, MakesRoom)
             if news:
                 source.reason = reason
-            source.state = _State.FAILED
+            state = _State.FAILED
             source.lied = isinstance(error, TransferCorrupt)
             source.cut_otherwise = isinstance(error, OtherPlacement)
             if isinstance(error, SourceBusy | SourceUnreachable):
                 later = isinstance(error, SourceBusy)
-                source.state = _State.LATER if later else _State.UNREACHABLE
+                state = _State.LATER if later else _State.UNREACHABLE
                 if later and soon and not (source.hearsay and source.graces >= _GRACES):
                     source.graces += 1
                     source.until = self._clock() + _GRACE
@@ -296,6 +315,7 @@ class SourceQueue:
                 asked_for = error.retry_after if isinstance(error, SourceError) else 0.0
                 # Jitter keeps clients that were refused together from coming back together.
                 source.due = self._clock() + max(pause, asked_for) * self._spread(0.75, 1.25)
+            self._put(source, state)
             self._changed.notify_all()
             return news
 
@@ -303,7 +323,8 @@ class SourceQueue:
         """Ask a source again when nobody is left who has the weights that are being loaded."""
         with self._changed:
             source = self._known[address]
-            source.state, source.reason = _State.OTHER, reason
+            self._put(source, _State.OTHER)
+            source.reason = reason
             self._changed.notify_all()
 
     def waits(self, address: Address) -> bool:
@@ -334,13 +355,13 @@ class SourceQueue:
         self._changed.notify_all()
 
     def _in(self, *states: _State) -> list[_Source]:
-        return [source for source in self._sources if source.state in states]
+        return [source for state in states for source in self._in_state[state]]
 
     def _due(self, now: float) -> _Source | None:
         due = [
             source
-            for source in self._in(_State.NEW, _State.LATER, _State.UNREACHABLE)
-            if source.due <= now and self._may_ask(source, now)
+            for state in (_State.NEW, _State.LATER, _State.UNREACHABLE)
+            for source in self._first_due(state, now)
         ]
         if due:
             return min(due, key=lambda one: (one.hearsay, one.state is not _State.NEW, one.turn))
@@ -348,6 +369,12 @@ class SourceQueue:
         if not self._in(_State.ASKED) and (other := self._in(_State.OTHER)):
             return other[0]
         return None
+
+    def _first_due(self, state: _State, now: float) -> list[_Source]:
+        for source in self._in_state[state]:
+            if source.due <= now and self._may_ask(source, now):
+                return [source]
+        return []
 
     def _is_one_too_many(self, source: _Source) -> bool:
         asked = sum(one.hearsay for one in self._in(_State.ASKED))
@@ -377,3 +404,7 @@ class SourceQueue:
         unreached = [problem for problem in problems if isinstance(problem, SourceUnreachable)]
         failed = self._in(_State.FAILED) or len(unreached) < len(problems)
         return bool(self._in(_State.UNREACHABLE) or unreached) and not failed
+
+
+def _turn(source: _Source) -> tuple[bool, float]:
+    return source.hearsay, source.turn
