@@ -66,7 +66,7 @@ class Answers:
         self._listener = socket.create_server((HOST, 0), backlog=128)
         self._address = Address(*self._listener.getsockname())
         secret = secret_file(Path(tempfile.mkdtemp(dir=target.folder)), SECRET)
-        self._credentials = Credentials(Files(secret))
+        self._credentials = Credentials(Files(secret_file=secret))
         self._answers, self._stall = [], False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)

@@ -15,7 +15,7 @@ import ssl
 import stat
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 
 from .errors import ConfigError
@@ -28,7 +28,7 @@ _AGAIN = 10.0  # seconds until files that could not be read are read again, unle
 _HOW = "make one with: netloader secret {}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Files:
     """What an operator has chosen. Each field is the configuration key of its name in capitals.
 
@@ -78,6 +78,16 @@ class Files:
         """Return the paths that are given."""
         every = (self.secret_file, self.tls_cert, self.tls_key, self.tls_ca, self.token_file)
         return [path for path in every if path is not None]
+
+    @property
+    def credentials(self) -> "Credentials | None":
+        """Who may pull, and by what sources know this instance; None: everybody, without TLS.
+
+        Raises:
+            ConfigError: a file is not as it should be.
+        """
+        mine = {each.name: getattr(self, each.name) for each in fields(Files)}
+        return _credentials_of(Files(**mine))
 
 
 @dataclass(frozen=True)
@@ -289,13 +299,8 @@ class Credentials:
             return self._read
 
 
-@functools.cache
-def credentials_of(files: Files) -> Credentials | None:
-    """Return this process's credentials of these files; None: no files are given.
-
-    Raises:
-        ConfigError: see `Credentials`.
-    """
+@functools.cache  # one for each choice in this process
+def _credentials_of(files: Files) -> Credentials | None:
     return Credentials(files) if files.paths() else None
 
 

@@ -253,17 +253,20 @@ def test_instances_are_asked_for_their_status_at_the_same_time(monkeypatch):
 
 
 def test_of_what_a_rank_names_only_ip_addresses_are_asked():
-    ends = {
-        0: api.Endpoint("somewhere.example:80", "a"),
-        1: api.Endpoint("10.0.0.1:80", "b"),
-        2: api.Endpoint("[::1]:80", "c"),
-        3: api.Endpoint("10.0.0.2:80", "known"),
-    }
     with source({"w": torch.ones(3)}) as there:
         status = copies.status_of(there.address, settings())
+    ends = {
+        0: api.Endpoint("10.0.0.9:80", status.instance),
+        1: api.Endpoint("somewhere.example:80", "a"),
+        2: api.Endpoint("10.0.0.1:80", "b"),
+        3: api.Endpoint("[::1]:80", "c"),
+        4: api.Endpoint("10.0.0.2:80", "known"),
+        5: api.Endpoint("10.0.0.9:81", "on the same host, whatever that is called here"),
+    }
     model = msgspec.structs.replace(status.models[0], endpoints=ends)
     status = msgspec.structs.replace(status, models=[model])
-    assert [*copies._named(status, {"known"})] == [Address("10.0.0.1", 80), Address("::1", 80)]
+    named = copies._named(Address("node", 80), status, {status.instance, "known"})
+    assert [*map(str, named)] == ["10.0.0.1:80", "[::1]:80", "node:81"]
 
 
 # What a source hears

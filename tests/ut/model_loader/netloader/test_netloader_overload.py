@@ -29,7 +29,7 @@ RESET = struct.pack("ii", 1, 0)  # closing sends what a killed process's machine
 
 @pytest.fixture(params=["plain", "tls"])
 def credentials(request, tmp_path):
-    return Credentials(Files(secret_file(tmp_path, SECRET))) if request.param == "tls" else None
+    return Credentials(Files(secret_file=secret_file(tmp_path, SECRET))) if request.param == "tls" else None
 
 
 def killed_reader(source, credentials):
