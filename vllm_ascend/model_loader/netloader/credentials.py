@@ -92,7 +92,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Derived:
-    """What belongs to a secret: the same wherever the secret is the same, but for what is shown.
+    """What belongs to a secret: the same wherever the secret is the same.
 
     Attributes:
         key: the private key, PEM.
@@ -165,13 +165,15 @@ def derived_from(secret: str) -> Derived:
     )
     pem = serialization.Encoding.PEM
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    # Browsers do not know Ed25519.
-    own = ec.generate_private_key(ec.SECP256R1())
+    # Browsers do not know Ed25519. They remember the certificate that a user has accepted, so it is
+    # the same after a restart. Any number of 255 bits is a private key.
+    number = int.from_bytes(_labelled(root, b"shown")) >> 1
+    own = ec.derive_private_key(number, ec.SECP256R1())
     subject = x509.NameAttribute(x509.NameOID.COMMON_NAME, "netloader source")
     signed = (
         anything.subject_name(x509.Name([subject]))
         .public_key(own.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(2)
         .sign(key, None)
     )
     return Derived(

@@ -46,6 +46,11 @@ def test_both_sides_derive_the_same_whatever_version_they_are():
     assert digests == ["76b8475b9ffbac16", "94dfb3053d05e65d", "fbc40ff5a7ce706c"]
 
 
+def test_a_browser_that_was_told_to_trust_a_source_does_so_after_a_restart(tmp_path):
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET)))
+    assert hashlib.sha256(presented(known)).hexdigest()[:16] == "8c0d8a26c27a6e49"
+
+
 def test_other_secrets_have_nothing_in_common():
     one, other = derived_from(SECRET), derived_from(OTHER_SECRET)
     assert one.key != other.key
