@@ -18,7 +18,7 @@ from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import Address
 
-from .mutations import Fault, body, damaged_bytes
+from .mutations import Fault, Late, body, damaged_bytes
 from .sources import HOST
 
 DIGEST = "xxh3_128:" + "0" * 32
@@ -74,6 +74,8 @@ class Answers:
         self._before = _memory()
 
     def close(self):
+        if not self._thread.is_alive():
+            raise Fault("what answers has ended")
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
@@ -105,7 +107,7 @@ class Answers:
             self._over.set()
         if time.monotonic() - started > _IN_TIME:
             late = time.monotonic() - started
-            raise Fault(f"{asked}: {late:.1f} s for {self._answers!r:.500}")
+            raise Late(f"{asked}: {late:.1f} s for {self._answers!r:.500}")
         if taken and credentials is not None:
             raise Fault(f"{asked}: an answer without TLS was taken")
         return taken
