@@ -35,7 +35,7 @@ from .interaction.discovery import reached_at
 from .load import elastic_load
 from .loading.sessions import connect, status_of
 from .serve import Offer, WeightServer
-from .utils import Address, one_line, shortened
+from .utils import Address, one_line, shortened, size
 
 _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
@@ -266,7 +266,10 @@ def _memory(description: Description, path: Path | None, part: Path | None) -> l
     for index in order:
         places[index], at = at, at + sizes[index]
     if path is None or part is None:
-        return [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+        try:
+            return [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+        except RuntimeError:  # torch's, where there is no memory
+            raise NetLoaderError(f"out of memory: the weights have {size(at)}") from None
     head = _head(description, [(index, places[index]) for index in order])
     part.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():

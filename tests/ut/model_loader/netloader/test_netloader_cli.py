@@ -9,6 +9,7 @@ import stat
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -20,6 +21,7 @@ from tests.identity import IDENTITY
 from tests.ut.model_loader.netloader.support import HOST, PATIENCE, settings, source
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
 from vllm_ascend.model_loader.netloader.errors import (
+    NetLoaderError,
     ProtocolError,
     SourceLost,
     SourceUnreachable,
@@ -250,6 +252,15 @@ def test_instances_are_asked_for_their_status_at_the_same_time(monkeypatch):
     monkeypatch.setattr(copies, "status_of", status_of)
     found, problems = copies.statuses([Address("10.0.0.1", 1), Address("10.0.0.2", 1)], settings())
     assert not found and [str(one) for one in problems] == ["10.0.0.1:1", "10.0.0.2:1"]
+
+
+def test_weights_that_do_not_fit_into_memory_are_an_error():
+    large = types.SimpleNamespace(
+        blocks=types.SimpleNamespace(sizes=[1 << 60]),
+        entries=[TensorEntry("w", "torch.uint8", (1 << 60,))],
+    )
+    with pytest.raises(NetLoaderError, match=r"out of memory: the weights have 1152921504\.61 GB"):
+        copies._memory(large, None, None)
 
 
 def test_of_what_a_rank_names_only_ip_addresses_are_asked():
