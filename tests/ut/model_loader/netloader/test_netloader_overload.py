@@ -119,8 +119,7 @@ def test_after_readers_that_are_killed_the_next_one_joins_at_once(secret, creden
             threading.active_count(),
             me.num_fds(),
         )
-    assert min(seconds) < 0.05, sorted(seconds)[:5]
-    assert statistics.median(seconds) < 1, seconds
+    assert statistics.median(seconds) < 0.05, sorted(seconds)  # one may be late on a busy machine
 
 
 # Holds connections that say nothing, and dials again where one is cut.
