@@ -25,7 +25,7 @@ help:
 	@echo "               and the tests on simulated NPUs"
 	@echo "make test-ut   unit tests"
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
-	@echo "make fuzz      damaged requests, handshakes, answers and bodies (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
+	@echo "make fuzz      damaged requests, handshakes, answers, bodies, groups (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
 	@echo "make proof     for each kind of model: what a peer gives is what it has, bit by bit, also to an"
 	@echo "               instance that is cut in another way"

@@ -1,6 +1,7 @@
 """Loads between instances that let in only those with their secret or their certificates."""
 
 import contextlib
+import functools
 
 import pytest
 
@@ -8,6 +9,7 @@ from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from vllm_ascend.model_loader.netloader.errors import SourceRefused
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.interaction.discovery import NOBODY, Discovery
+from vllm_ascend.model_loader.netloader.loading.sessions import status_of
 from vllm_ascend.model_loader.netloader.utils import parse_name
 
 from . import models
@@ -97,8 +99,8 @@ def test_instances_are_found_by_names_inside_tls(way, secret, other):
     with source(way, **secret) as running:
         name = parse_name(f"dns+{HOST}:{running.address.port}")
         for given, reason in ((secret, ""), (other, "SECRET_FILE"), ({}, "uses TLS")):
-            known = settings(way, **given).credentials
-            found, problems = Discovery([name], identity(way), NOBODY, 5.0, 5.0, known).look_up()
+            ask = functools.partial(status_of, config=settings(way, **given))
+            found, problems = Discovery([name], identity(way), NOBODY, 5.0, ask).look_up()
             if reason:
                 assert found == []
                 assert reason in str(problems[str(running.address)])

@@ -18,7 +18,7 @@ from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
 from vllm_ascend.model_loader.netloader.utils import Address
 
-from .mutations import Fault, body, damaged_bytes
+from .mutations import Fault, Late, body, damaged_bytes
 from .sources import HOST
 
 DIGEST = "xxh3_128:" + "0" * 32
@@ -66,7 +66,7 @@ class Answers:
         self._listener = socket.create_server((HOST, 0), backlog=128)
         self._address = Address(*self._listener.getsockname())
         secret = secret_file(Path(tempfile.mkdtemp(dir=target.folder)), SECRET)
-        self._credentials = Credentials(Files(secret))
+        self._credentials = Credentials(Files(secret_file=secret))
         self._answers, self._stall = [], False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -74,6 +74,8 @@ class Answers:
         self._before = _memory()
 
     def close(self):
+        if not self._thread.is_alive():
+            raise Fault("what answers has ended")
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
@@ -105,7 +107,7 @@ class Answers:
             self._over.set()
         if time.monotonic() - started > _IN_TIME:
             late = time.monotonic() - started
-            raise Fault(f"{asked}: {late:.1f} s for {self._answers!r:.500}")
+            raise Late(f"{asked}: {late:.1f} s for {self._answers!r:.500}")
         if taken and credentials is not None:
             raise Fault(f"{asked}: an answer without TLS was taken")
         return taken

@@ -6,10 +6,11 @@ import multiprocessing
 import random
 import threading
 
-from .mutations import Fault
+from .mutations import Fault, Late
 from .sources import PLAIN, WITH_CERTIFICATES, WITH_SECRET, SourceProcess
 
-_SHOWN = 5  # faults of each kind of case
+_SHOWN = 5  # faults of each kind of case, after which there are no more cases of it
+_TRIES = 3  # of a case that is late: what never comes is late each time
 _WARM = 0.1  # of the cases, after which memory that is kept for more of them is there
 
 
@@ -40,6 +41,7 @@ KINDS = {
     "certificates": Kind("first bytes and handshakes, certificates", "Door", WITH_CERTIFICATES, 25),
     "answers": Kind("answers to clients", "Answers", PLAIN, 100, threads=1),
     "bodies": Kind("bodies", "Bodies", PLAIN, 200, threads=1),
+    "groups": Kind("groups", "Groups", PLAIN, 20, threads=1),
 }
 
 
@@ -57,6 +59,19 @@ def made(seed, name, number):
     return random.Random(f"{seed} {name} {number}")
 
 
+def _tried(stage, seed, name, number):
+    """Try a case; returns whether it was accepted, and its fault."""
+    fault = ""
+    for _ in range(_TRIES):
+        try:
+            return stage.try_one(made(seed, name, number)), ""
+        except Exception as error:  # of a client's, it is one
+            fault = f"{type(error).__name__}: {error}"
+            if not isinstance(error, (Late, TimeoutError)):
+                break
+    return False, fault
+
+
 def work(orders, name, seed, first, count, target):
     """Try cases of one kind; says so when a part of them was tried, and goes on when told to."""
     kind, tally, lock = KINDS[name], Tally(), threading.Lock()
@@ -65,10 +80,9 @@ def work(orders, name, seed, first, count, target):
     def some(numbers):
         mine = stage(target)
         for number in numbers:
-            try:
-                accepted, fault = mine.try_one(made(seed, name, number)), ""
-            except Exception as error:  # of a client's, it is one
-                accepted, fault = False, f"{type(error).__name__}: {error}"
+            if len(tally.faults) >= _SHOWN:
+                break
+            accepted, fault = _tried(mine, seed, name, number)
             with lock:
                 tally.tried += 1
                 tally.accepted += accepted

@@ -12,10 +12,9 @@ from tests.certificates import OTHER_SECRET, SECRET, Authority, forged
 from vllm_ascend.model_loader.netloader.credentials import derived_from
 from vllm_ascend.model_loader.netloader.interaction import api
 
-from .mutations import Fault, damaged_bytes
-from .sources import HOST, WITH_SECRET, tls_client
+from .mutations import Fault, Late, damaged_bytes
+from .sources import WITH_SECRET, dial, tls_client
 
-SECONDS = 10.0
 _SHIPPED = {
     "label": "JOIN",
     "content": {
@@ -103,8 +102,9 @@ class Door:
             said = b"\x16\x03\x01" + chance.randbytes(chance.choice([1, 2, 50, 600]))
         else:
             said = damaged_bytes(chance, self._hello()) + chance.choice([b"", *self._asked])
-        with self._connected() as sock:
-            sock.sendall(said)
+        with dial(self._target.port) as sock:
+            with contextlib.suppress(ConnectionError):  # it may have answered before
+                sock.sendall(said)
             answered = _rest(sock, f"first bytes {said[:200]!r}")
         # A hello whose damage does no harm is answered; nothing has been asked inside TLS.
         for kind, content in _records(answered):
@@ -116,11 +116,11 @@ class Door:
     def _handshake(self, chance, context, who, damaged=False):
         """Agree with the source as far as it goes, and ask what is for peers."""
         tls, asked = _Tls(context), chance.choice(self._asked)
-        with self._connected() as sock:
+        with dial(self._target.port) as sock:
             # Which flight; where the last one is, what was asked is damaged and not the handshake.
             at = chance.choice([0, 1]) if damaged else -1
             came, number = b"", 0
-            with contextlib.suppress(ssl.SSLError, OSError):
+            try:
                 while True:
                     done = tls.step()
                     if done:
@@ -140,6 +140,10 @@ class Door:
                     if not (data := sock.recv(1 << 16)):
                         break
                     tls.incoming.write(data)
+            except TimeoutError:
+                raise Late(f"neither a handshake nor an end: {who}") from None
+            except OSError:  # of TLS, too
+                pass
             if tls.tls.version() is not None:
                 with contextlib.suppress(OSError):
                     tls.incoming.write(_rest(sock, who))
@@ -151,9 +155,6 @@ class Door:
         if came and who != "no certificate" and who != "an older TLS":
             raise Fault(f"{who} got {came[:200]!r}")
         return False
-
-    def _connected(self):
-        return socket.create_connection((HOST, self._target.port), timeout=SECONDS)
 
 
 class _Tls:
@@ -184,7 +185,7 @@ def _rest(sock, who):
         while data := sock.recv(1 << 16):
             came += data
     except TimeoutError:
-        raise Fault(f"neither an answer nor an end: {who}") from None
+        raise Late(f"neither an answer nor an end: {who}") from None
     except OSError:
         pass
     return came

@@ -25,6 +25,10 @@ class Fault(Exception):
     """Something that must not be."""
 
 
+class Late(Fault):
+    """Something that has not come in time, which may be due to a machine that is busy."""
+
+
 def value(chance, depth=0):
     """Any JSON value."""
     kind = chance.randrange(10 if depth < 3 else 7)

@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import socket
 import ssl
 import tempfile
 import threading
@@ -15,13 +16,16 @@ from pathlib import Path
 
 from tests.certificates import SECRET, Authority, secret_file
 
+from .mutations import Late
+
 HOST = "127.0.0.1"
+SECONDS = 10.0  # for any answer; the source's own deadlines are later, so that none hides a stall
 PLAIN, WITH_SECRET, WITH_CERTIFICATES = "plain", "secret", "certificates"
 FILE = b'{"hidden_size": 4}\n'
 # Sizes of the tensors, each of which is one block.
 SIZES = [0, 1, 7, *range(300, 2700, 60)]
 _MOST_GROWTH = 24  # MiB, of a process that does the same again and again
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 
 
 def content():
@@ -118,6 +122,19 @@ def files(kind, folder):
     return authority.files(who="source")
 
 
+def dial(port):
+    """A connection to a source."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        try:
+            return socket.create_connection((HOST, port), timeout=SECONDS)
+        except OSError as error:
+            # Of connections in a row, the system keeps the ports of the last ones for a while.
+            if time.monotonic() > deadline:
+                raise Late(f"cannot connect: {error}") from None
+            time.sleep(0.05)
+
+
 def tls_client(given=None, key=None):
     """TLS by somebody with these files, or with what belongs to a secret, who checks nobody."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -160,7 +177,8 @@ def _serve(orders, kind, folder):
     model = Path(folder) / f"model of {kind}"
     model.mkdir()
     (model / "config.json").write_bytes(FILE)
-    config = sides.settings(Way.STREAM, max_sessions=64, **files(kind, folder))
+    deadlines = {"handshake_timeout": 6 * SECONDS, "progress_timeout": 6 * SECONDS}
+    config = sides.settings(Way.STREAM, max_sessions=64, **deadlines, **files(kind, folder))
     server = WeightServer(config, 0, HOST)
     port = server.start(0).port
     server.offer(Offer(sides.identity(Way.STREAM), store, folder=model))

@@ -30,7 +30,7 @@ from .errors import (
 from .interaction import api
 from .interaction.api import DRAFT_GROUP, TARGET_GROUP, Status
 from .interaction.discovery import addresses_of
-from .loading.sessions import connect
+from .loading.sessions import connect, status_of
 from .utils import (
     Address,
     Name,
@@ -283,7 +283,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _probe(options: argparse.Namespace) -> int:
     config, address = client_config(options), options.address
-    status = copies.status_of(address, config)
+    status = status_of(address, config)
     model = copies.model_of(address, status, _group(options))
     with connect(address, config) as client:
         description = copies.describe(client, model.identity)
@@ -438,7 +438,7 @@ def _stopped() -> threading.Event:
 def _diff(options: argparse.Namespace) -> int:
     config, group = client_config(options), _group(options)
     sides = [options.one, options.other]
-    models = [copies.model_of(one, copies.status_of(one, config), group) for one in sides]
+    models = [copies.model_of(one, status_of(one, config), group) for one in sides]
     here, there = models
     if here.weights == there.weights:
         _say(options, {"equal": True, "weights": here.weights}, f"equal, digest {here.weights}")

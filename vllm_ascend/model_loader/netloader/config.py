@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from .credentials import Credentials, Files, credentials_of
+from .credentials import Files
 from .errors import ConfigError
 from .utils import MAX_PORT, MIN_PORT, Address, Name, parse_address, parse_name
 
@@ -75,7 +75,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class NetLoaderConfig:
+class NetLoaderConfig(Files):
     """What an operator chose. Each field but `disk` is the JSON key of its name in capitals.
 
     Attributes:
@@ -105,14 +105,8 @@ class NetLoaderConfig:
         handshake_timeout: seconds for the answer to a join, for a request to arrive, and for
             forming a group.
         progress_timeout: seconds without progress after which a peer counts as lost.
-        secret_file: shared secrets, from which peers know each other; see `credentials.Files`, also
-            for the next five.
-        tls_cert: this instance's certificate.
-        tls_key: its private key.
-        tls_ca: whose certificates peers have.
-        tls_server_name: what the certificates of sources are for; None: their addresses.
-        token_file: tokens that let see the status; None: those that are derived from the secrets.
         disk: the keys of vLLM's default loader, for loading from disk.
+        secret_file: and five more: see `credentials.Files`.
     """
 
     source: Mapping[int | None, Sources]
@@ -136,12 +130,6 @@ class NetLoaderConfig:
     connect_timeout: float = 5.0
     handshake_timeout: float = 10.0
     progress_timeout: float = 10.0
-    secret_file: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    tls_ca: str | None = None
-    tls_server_name: str | None = None
-    token_file: str | None = None
     disk: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -159,17 +147,6 @@ class NetLoaderConfig:
     def _least_send_rate(self) -> float:
         """Bytes per second at which messages of 1 MiB still come in time."""
         return 2 * self.max_sessions * MIB / self.progress_timeout
-
-    @property
-    def credentials(self) -> Credentials | None:
-        """Who may pull, and by what sources know this instance; None: everybody, without TLS.
-
-        Raises:
-            ConfigError: a file is not as it should be, or the keys do not go together.
-        """
-        return credentials_of(
-            Files(**{each.name: getattr(self, each.name) for each in fields(Files)})
-        )
 
     @property
     def announced_host(self) -> str | None:

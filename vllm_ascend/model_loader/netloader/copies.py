@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import ipaddress
 import json
 import math
 import os
@@ -32,10 +31,11 @@ from .interaction import api
 from .interaction.api import Done, Join, ModelStatus, Status
 from .interaction.client import ElasticClient
 from .interaction.cold_start import Phase
+from .interaction.discovery import reached_at
 from .load import elastic_load
-from .loading.sessions import connect
+from .loading.sessions import connect, status_of
 from .serve import Offer, WeightServer
-from .utils import Address, one_line, parse_address, shortened
+from .utils import Address, one_line, shortened, size
 
 _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
@@ -108,16 +108,6 @@ class _Host(CpuDevice):
         return super().digests(parts)
 
 
-def status_of(address: Address, config: NetLoaderConfig) -> Status:
-    """Ask a rank for its status.
-
-    Raises:
-        SourceError: it does not answer.
-    """
-    with connect(address, config) as client:
-        return client.status()
-
-
 def statuses(
     addresses: Sequence[Address], config: NetLoaderConfig
 ) -> tuple[dict[Address, Status], list[SourceError]]:
@@ -148,20 +138,18 @@ def statuses(
                 elif answer.instance not in instances:
                     instances.add(answer.instance)
                     found[address] = answer
-                    named |= dict.fromkeys(_named(answer, instances))
+                    named |= dict.fromkeys(_named(address, answer, instances))
             left = [address for address in named if address not in asked]
     return found, problems
 
 
-def _named(status: Status, known: Container[str]) -> Iterator[Address]:
-    """Return where the other ranks are that a rank names, by IP address as ranks do."""
+def _named(asked: Address, status: Status, known: Container[str]) -> Iterator[Address]:
+    """Return where the other ranks are that a rank names."""
     for model in status.models:
-        for _, end in sorted(model.endpoints.items()):
-            with contextlib.suppress(ValueError):  # no address
-                address = parse_address(end.address)
-                ipaddress.ip_address(address.host)
-                if end.instance not in known:
-                    yield address
+        for rank, end in sorted(model.endpoints.items()):
+            if end.instance not in known:
+                with contextlib.suppress(SourceRefused):  # no address
+                    yield reached_at(asked, status, model, rank)
 
 
 def model_of(address: Address, status: Status, group: str) -> ModelStatus:
@@ -278,7 +266,10 @@ def _memory(description: Description, path: Path | None, part: Path | None) -> l
     for index in order:
         places[index], at = at, at + sizes[index]
     if path is None or part is None:
-        return [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+        try:
+            return [torch.empty(nbytes, dtype=torch.uint8) for nbytes in sizes]
+        except RuntimeError:  # torch's, where there is no memory
+            raise NetLoaderError(f"out of memory: the weights have {size(at)}") from None
     head = _head(description, [(index, places[index]) for index in order])
     part.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():

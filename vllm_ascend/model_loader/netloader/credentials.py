@@ -15,7 +15,7 @@ import ssl
 import stat
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 
 from .errors import ConfigError
@@ -28,7 +28,7 @@ _AGAIN = 10.0  # seconds until files that could not be read are read again, unle
 _HOW = "make one with: netloader secret {}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Files:
     """What an operator has chosen. Each field is the configuration key of its name in capitals.
 
@@ -79,10 +79,20 @@ class Files:
         every = (self.secret_file, self.tls_cert, self.tls_key, self.tls_ca, self.token_file)
         return [path for path in every if path is not None]
 
+    @property
+    def credentials(self) -> "Credentials | None":
+        """Who may pull, and by what sources know this instance; None: everybody, without TLS.
+
+        Raises:
+            ConfigError: a file is not as it should be.
+        """
+        mine = {each.name: getattr(self, each.name) for each in fields(Files)}
+        return _credentials_of(Files(**mine))
+
 
 @dataclass(frozen=True)
 class Derived:
-    """What belongs to a secret: the same wherever the secret is the same, but for what is shown.
+    """What belongs to a secret: the same wherever the secret is the same.
 
     Attributes:
         key: the private key, PEM.
@@ -155,13 +165,15 @@ def derived_from(secret: str) -> Derived:
     )
     pem = serialization.Encoding.PEM
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    # Browsers do not know Ed25519.
-    own = ec.generate_private_key(ec.SECP256R1())
+    # Browsers do not know Ed25519. They remember the certificate that a user has accepted, so it is
+    # the same after a restart. Any number of 255 bits is a private key.
+    number = int.from_bytes(_labelled(root, b"shown")) >> 1
+    own = ec.derive_private_key(number, ec.SECP256R1())
     subject = x509.NameAttribute(x509.NameOID.COMMON_NAME, "netloader source")
     signed = (
         anything.subject_name(x509.Name([subject]))
         .public_key(own.public_key())
-        .serial_number(x509.random_serial_number())
+        .serial_number(2)
         .sign(key, None)
     )
     return Derived(
@@ -289,13 +301,8 @@ class Credentials:
             return self._read
 
 
-@functools.cache
-def credentials_of(files: Files) -> Credentials | None:
-    """Return this process's credentials of these files; None: no files are given.
-
-    Raises:
-        ConfigError: see `Credentials`.
-    """
+@functools.cache  # one for each choice in this process
+def _credentials_of(files: Files) -> Credentials | None:
     return Credentials(files) if files.paths() else None
 
 

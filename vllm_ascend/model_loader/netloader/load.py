@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .identity import ModelIdentity
 from .interaction.discovery import NOBODY, Discovery, Own
 from .interaction.source_queue import SourceQueue
 from .loading.search import Search
-from .loading.sessions import Sessions
+from .loading.sessions import Sessions, status_of
 from .loading.target import ColdStart, Relay, Target, in_groups
 from .utils import Address, Name, logger, one_line, rate, size
 
@@ -120,8 +121,7 @@ def elastic_load(
             identity,
             own,
             config.connect_timeout,
-            config.handshake_timeout,
-            config.credentials,
+            partial(status_of, config=config),
             electing=cold is not None and cold.told is None,
         )
         search = Search(discovery, sessions, target, queue, cold, own.process, worker)

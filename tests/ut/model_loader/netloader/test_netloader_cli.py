@@ -9,6 +9,7 @@ import stat
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -20,6 +21,7 @@ from tests.identity import IDENTITY
 from tests.ut.model_loader.netloader.support import HOST, PATIENCE, settings, source
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
 from vllm_ascend.model_loader.netloader.errors import (
+    NetLoaderError,
     ProtocolError,
     SourceLost,
     SourceUnreachable,
@@ -252,18 +254,30 @@ def test_instances_are_asked_for_their_status_at_the_same_time(monkeypatch):
     assert not found and [str(one) for one in problems] == ["10.0.0.1:1", "10.0.0.2:1"]
 
 
+def test_weights_that_do_not_fit_into_memory_are_an_error():
+    large = types.SimpleNamespace(
+        blocks=types.SimpleNamespace(sizes=[1 << 60]),
+        entries=[TensorEntry("w", "torch.uint8", (1 << 60,))],
+    )
+    with pytest.raises(NetLoaderError, match=r"out of memory: the weights have 1152921504\.61 GB"):
+        copies._memory(large, None, None)
+
+
 def test_of_what_a_rank_names_only_ip_addresses_are_asked():
-    ends = {
-        0: api.Endpoint("somewhere.example:80", "a"),
-        1: api.Endpoint("10.0.0.1:80", "b"),
-        2: api.Endpoint("[::1]:80", "c"),
-        3: api.Endpoint("10.0.0.2:80", "known"),
-    }
     with source({"w": torch.ones(3)}) as there:
         status = copies.status_of(there.address, settings())
+    ends = {
+        0: api.Endpoint("10.0.0.9:80", status.instance),
+        1: api.Endpoint("somewhere.example:80", "a"),
+        2: api.Endpoint("10.0.0.1:80", "b"),
+        3: api.Endpoint("[::1]:80", "c"),
+        4: api.Endpoint("10.0.0.2:80", "known"),
+        5: api.Endpoint("10.0.0.9:81", "on the same host, whatever that is called here"),
+    }
     model = msgspec.structs.replace(status.models[0], endpoints=ends)
     status = msgspec.structs.replace(status, models=[model])
-    assert [*copies._named(status, {"known"})] == [Address("10.0.0.1", 80), Address("::1", 80)]
+    named = copies._named(Address("node", 80), status, {status.instance, "known"})
+    assert [*map(str, named)] == ["10.0.0.1:80", "[::1]:80", "node:81"]
 
 
 # What a source hears

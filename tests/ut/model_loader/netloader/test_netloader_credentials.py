@@ -12,7 +12,6 @@ from vllm_ascend.model_loader.netloader import credentials
 from vllm_ascend.model_loader.netloader.credentials import (
     Credentials,
     Files,
-    credentials_of,
     derived_from,
     is_loopback,
     read_secrets,
@@ -45,6 +44,11 @@ def test_both_sides_derive_the_same_whatever_version_they_are():
         for part in (derived.key, derived.certificate, derived.token.encode())
     ]
     assert digests == ["76b8475b9ffbac16", "94dfb3053d05e65d", "fbc40ff5a7ce706c"]
+
+
+def test_a_browser_that_was_told_to_trust_a_source_does_so_after_a_restart(tmp_path):
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET)))
+    assert hashlib.sha256(presented(known)).hexdigest()[:16] == "8c0d8a26c27a6e49"
 
 
 def test_other_secrets_have_nothing_in_common():
@@ -127,12 +131,12 @@ def test_keys_that_do_not_go_together_are_an_error(given, said):
 
 
 def test_without_files_there_are_no_credentials():
-    assert credentials_of(Files()) is None
+    assert Files().credentials is None
 
 
 def test_the_same_files_give_the_same_credentials(tmp_path):
     path = secret_file(tmp_path, SECRET)
-    assert credentials_of(Files(path)) is credentials_of(Files(path))
+    assert Files(secret_file=path).credentials is Files(secret_file=path).credentials
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_the_key_of_another_certificate_is_an_error(tmp_path):
 
 
 def test_the_tokens_are_those_of_the_secrets(tmp_path):
-    known = Credentials(Files(secret_file(tmp_path, SECRET, OTHER_SECRET)))
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET, OTHER_SECRET)))
     assert known.is_token(derived_from(SECRET).token)
     assert known.is_token(derived_from(OTHER_SECRET).token)
     assert not known.is_token(SECRET)
@@ -178,7 +182,7 @@ def test_the_tokens_are_those_of_the_secrets(tmp_path):
 def test_a_file_of_tokens_takes_their_place(tmp_path):
     token = "a-token-" * 4
     path = secret_file(tmp_path, token, name="token")
-    known = Credentials(Files(secret_file(tmp_path, SECRET), token_file=path))
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET), token_file=path))
     assert known.is_token(token)
     assert not known.is_token(derived_from(SECRET).token)
     assert Credentials(Files(**Authority(tmp_path).files(), token_file=path)).is_token(token)
@@ -197,14 +201,14 @@ def test_every_token_is_compared_and_in_constant_time(tmp_path, monkeypatch):
         return said == token
 
     monkeypatch.setattr(credentials.hmac, "compare_digest", compare)
-    known = Credentials(Files(secret_file(tmp_path, SECRET, OTHER_SECRET)))
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET, OTHER_SECRET)))
     assert known.is_token(derived_from(SECRET).token)
     assert len(compared) == 2
 
 
 def test_a_bad_file_of_tokens_is_an_error_that_names_it(tmp_path):
     path = secret_file(tmp_path, "short", name="token")
-    files = Files(secret_file(tmp_path, SECRET), token_file=path)
+    files = Files(secret_file=secret_file(tmp_path, SECRET), token_file=path)
     with pytest.raises(ConfigError, match=r"TOKEN_FILE .* has a token of 5 characters"):
         Credentials(files)
 
@@ -213,7 +217,7 @@ def test_a_bad_file_of_tokens_is_an_error_that_names_it(tmp_path):
 
 
 def test_another_secret_counts_from_when_the_file_has_it(tmp_path, log):
-    known = Credentials(Files(path := secret_file(tmp_path, SECRET)))
+    known = Credentials(Files(secret_file=(path := secret_file(tmp_path, SECRET))))
     before = presented(known)
     secret_file(tmp_path, OTHER_SECRET)
     assert known.is_token(derived_from(OTHER_SECRET).token)
@@ -223,7 +227,7 @@ def test_another_secret_counts_from_when_the_file_has_it(tmp_path, log):
 
 
 def test_a_file_that_is_wrong_for_a_while_leaves_all_as_it_was(tmp_path, log):
-    known = Credentials(Files(path := secret_file(tmp_path, SECRET)))
+    known = Credentials(Files(secret_file=(path := secret_file(tmp_path, SECRET))))
     os.remove(path)
     for _ in range(3):
         assert known.is_token(derived_from(SECRET).token)
@@ -237,7 +241,7 @@ def test_a_failure_that_passes_loses_no_new_secret(tmp_path, log, monkeypatch):
     def fails(*arguments):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    known = Credentials(Files(secret_file(tmp_path, SECRET)))
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET)))
     secret_file(tmp_path, OTHER_SECRET)
     with monkeypatch.context() as without_descriptors:
         without_descriptors.setattr(os, "memfd_create", fails)
@@ -281,7 +285,7 @@ def test_addresses_that_only_this_machine_reaches(host, loopback):
 
 def test_what_shows_credentials_shows_no_key_and_no_token(tmp_path):
     derived = derived_from(SECRET)
-    known = Credentials(Files(secret_file(tmp_path, SECRET)))
+    known = Credentials(Files(secret_file=secret_file(tmp_path, SECRET)))
     for shown in (repr(derived), repr(known._read)):
         assert derived.token not in shown
         assert "PRIVATE KEY" not in shown

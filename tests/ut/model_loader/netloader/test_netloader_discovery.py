@@ -24,6 +24,7 @@ from vllm_ascend.model_loader.netloader.interaction import discovery
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Endpoint, ModelStatus, Status
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase, Seen
 from vllm_ascend.model_loader.netloader.interaction.discovery import Discovery, Own
+from vllm_ascend.model_loader.netloader.loading.sessions import status_of
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
 
@@ -37,7 +38,10 @@ def discover(*names, rank=0, own=None, connect=5.0, handshake=5.0, electing=Fals
     names = [parse_name(name) for name in names]
     own = own or Own("this process")
     who = identity(rank=rank, **who)
-    return Discovery(names, who, own, connect, handshake, electing=electing)
+    config = settings(connect_timeout=connect, handshake_timeout=handshake)
+    return Discovery(
+        names, who, own, connect, lambda address: status_of(address, config), electing=electing
+    )
 
 
 def look_up(*names, **options):
@@ -318,10 +322,10 @@ class Statuses:
 
     def __init__(self, monkeypatch, local=()):
         self.asked, self.said = [], {}
-        monkeypatch.setattr(Discovery, "_status", self._status)
+        monkeypatch.setattr(f"{__name__}.status_of", self._status_of)
         monkeypatch.setattr(discovery, "_is_local", lambda host: host in local)
 
-    def _status(self, address):
+    def _status_of(self, address, config):
         self.asked.append(address.host)
         taken, state = self.said.get(address.host, (0, "serving"))
         endpoint = Endpoint(str(address), f"at {address}")
@@ -419,11 +423,11 @@ class Waiting(Statuses):
         super().__init__(monkeypatch, **options)
         self.of_model, self.can_read = {}, {}
 
-    def _status(self, address):
+    def _status_of(self, address, config):
         said = self.said.get(address.host)
         if isinstance(said, Exception):
             raise said
-        status = super()._status(address)
+        status = super()._status_of(address, config)
         [model] = status.models
         who = identity(**self.of_model.get(address.host, {}))
         can_read = self.can_read.get(address.host, False)

@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
+import os
+import signal
 import socket
 import statistics
-import struct
 import subprocess
 import sys
 import threading
 import time
 
+import msgspec
 import psutil
 import pytest
 
@@ -19,28 +21,71 @@ from vllm_ascend.model_loader.netloader.errors import SourceBusy, SourceError
 from vllm_ascend.model_loader.netloader.interaction import server
 from vllm_ascend.model_loader.netloader.interaction.api import Join
 
+from .support import end, python
 from .test_netloader_api import IDENTITY
 from .test_netloader_http import BLOCK, CONTENT, DIGEST, HOST, read, running, until
 from .test_netloader_tls import dial
 
 READERS, SILENT = 100, 1000
-RESET = struct.pack("ii", 1, 0)  # closing sends what a killed process's machine sends
+
+# Forks a process for each line, which begins to read and says who it is.
+_READ = """
+import os, signal, sys
+import msgspec
+from vllm_ascend.model_loader.netloader.credentials import Credentials, Files
+from vllm_ascend.model_loader.netloader.errors import SourceBusy
+from vllm_ascend.model_loader.netloader.interaction.api import Join
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.utils import Address
+port, secret, join, weights = sys.argv[1:]
+address, join = Address("127.0.0.1", int(port)), msgspec.json.decode(join, type=Join)
+seconds = dict.fromkeys(("connect", "handshake", "progress"), 20)
+credentials = Credentials(Files(secret_file=secret)) if secret else None
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for _ in sys.stdin:
+    if os.fork():
+        continue
+    signal.alarm(60)
+    client = ElasticClient.connect(address, credentials=credentials, **seconds)
+    while True:
+        try:
+            client.join(join)
+            break
+        except SourceBusy:
+            pass
+    client.ask_blocks(weights, 0, 4999)
+    assert client._wire._sock.recv(1 << 16)
+    print(os.getpid(), flush=True)
+    signal.pause()
+"""
 
 
 @pytest.fixture(params=["plain", "tls"])
-def credentials(request, tmp_path):
-    return Credentials(Files(secret_file(tmp_path, SECRET))) if request.param == "tls" else None
+def secret(request, tmp_path):
+    return secret_file(tmp_path, SECRET) if request.param == "tls" else ""
 
 
-def killed_reader(source, credentials):
-    """Begin to read, and end as a process that is killed does."""
-    client = dial(source, credentials)
-    joined_in_turn(client)
-    client.ask_blocks(DIGEST, 0, 4999)
-    sock = client._wire._sock
-    assert sock.recv(1 << 16)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    sock.close()
+@pytest.fixture
+def credentials(secret):
+    return Credentials(Files(secret_file=secret)) if secret else None
+
+
+@contextlib.contextmanager
+def readers(port, secret):
+    """Gives what starts a process that has begun to read, and returns its number."""
+    join = msgspec.json.encode(Join(IDENTITY)).decode()
+    process = python("-c", _READ, port, secret, join, DIGEST, stdin=subprocess.PIPE)
+
+    def start():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
+
+    try:
+        yield start
+    finally:
+        process.stdin.close()
+        end(process)
 
 
 def joined_in_turn(client):
@@ -54,16 +99,19 @@ def joined_in_turn(client):
             assert time.monotonic() - began < 20
 
 
-def test_after_readers_that_are_killed_the_next_one_joins_at_once(credentials):
+def test_after_readers_that_are_killed_the_next_one_joins_at_once(secret, credentials):
     me = psutil.Process()
-    with running(credentials=credentials, max_sessions=1) as source:
-        killed_reader(source, credentials)
+    with (
+        running(credentials=credentials, max_sessions=1) as source,
+        readers(source.port, secret) as start,
+    ):
+        os.kill(start(), signal.SIGKILL)
         assert until(lambda: not source.server.sessions)
         before = threading.active_count(), me.num_fds()
         seconds = []
         for _ in range(READERS):
             with dial(source, credentials) as client:
-                killed_reader(source, credentials)
+                os.kill(start(), signal.SIGKILL)
                 seconds.append(joined_in_turn(client))
         assert until(lambda: not source.server._waiting and not source.server.sessions)
         assert until(lambda: threading.active_count() <= before[0] and me.num_fds() <= before[1]), (
@@ -71,8 +119,7 @@ def test_after_readers_that_are_killed_the_next_one_joins_at_once(credentials):
             threading.active_count(),
             me.num_fds(),
         )
-    assert min(seconds) < 0.05, sorted(seconds)[:5]
-    assert statistics.median(seconds) < 1, seconds
+    assert statistics.median(seconds) < 0.05, sorted(seconds)  # one may be late on a busy machine
 
 
 # Holds connections that say nothing, and dials again where one is cut.

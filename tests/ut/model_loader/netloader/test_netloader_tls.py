@@ -57,7 +57,7 @@ PEER_PATHS = [
 
 @pytest.fixture
 def secret(tmp_path):
-    return Credentials(Files(secret_file(tmp_path, SECRET)))
+    return Credentials(Files(secret_file=secret_file(tmp_path, SECRET)))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def authority(tmp_path):
 
 def of_secrets(folder, *secrets):
     folder.mkdir(exist_ok=True)
-    return Credentials(Files(secret_file(folder, *secrets)))
+    return Credentials(Files(secret_file=secret_file(folder, *secrets)))
 
 
 def dial(source, credentials, **deadlines):

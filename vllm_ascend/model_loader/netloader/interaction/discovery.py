@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import psutil
 
-from ..credentials import Credentials
 from ..errors import (
     OtherPlacement,
     SourceBusy,
@@ -38,7 +37,6 @@ from ..utils import (
 )
 from . import api
 from .api import Code, ModelStatus, Status
-from .client import ElasticClient
 from .cold_start import Phase, Replica, Seen, has_weights
 
 MAX_ASKED = 32  # instances that are asked for their status in one look-up
@@ -102,9 +100,8 @@ class Discovery:
         names: what to look up.
         identity: of the rank that loads.
         own: what is left out.
-        connect: seconds for each name, and again to reach an instance.
-        handshake: seconds for the answer to a status request.
-        credentials: of this instance; None: there is no TLS.
+        seconds: for each name.
+        ask: returns the status of the instance at an address; may be called in several threads.
         electing: whether to ask some instances each time, the same ones as all others that elect.
 
     Attributes:
@@ -116,18 +113,16 @@ class Discovery:
         names: Sequence[Name],
         identity: ModelIdentity,
         own: Own,
-        connect: float,
-        handshake: float,
-        credentials: Credentials | None = None,
+        seconds: float,
+        ask: Callable[[Address], Status],
         *,
         electing: bool = False,
     ) -> None:
-        self._credentials = credentials
         self._names = names
         self._identity = identity
         self._own = own
-        self._connect = connect
-        self._handshake = handshake
+        self._seconds = seconds
+        self._ask = ask
         self._asked: Counter[Address] = Counter()
         self._electing = electing
         self._listed = False
@@ -149,7 +144,7 @@ class Discovery:
         self._own_addresses.clear()
         # In threads, as nothing else bounds the time that finding a name or reading files takes.
         looking = {name: _in_thread(self._addresses, name) for name in self._names}
-        wait(looking.values(), self._connect)
+        wait(looking.values(), self._seconds)
         for name, future in looking.items():
             try:
                 found |= future.result(0)
@@ -209,7 +204,7 @@ class Discovery:
         """Return the addresses that a name stands for, but for those of this instance."""
         own = {ip for host in {*self._own.hosts()} for ip in _ips(host)}
         found: dict[Address, _Place] = {}
-        for address, priority, weight in _LOOKUPS[name.lookup](name, self._connect):
+        for address, priority, weight in _LOOKUPS[name.lookup](name, self._seconds):
             local = _is_local(address.host)
             # Nobody listens there yet, so only the address tells that it is this instance's own.
             if address.port in self._own.ports and (local or own & _ips(address.host)):
@@ -220,7 +215,7 @@ class Discovery:
 
     def _answers(self, addresses: Iterable[Address]) -> Mapping[Address, "Future[Status]"]:
         """Ask instances for their status; one that takes longer than others is not waited for."""
-        asked = {address: _in_thread(self._status, address) for address in addresses}
+        asked = {address: _in_thread(self._ask, address) for address in addresses}
         left = {*asked.values()}
         seconds = None
         while left:
@@ -230,16 +225,6 @@ class Discovery:
             if any(future.exception() is None for future in done):
                 seconds = _OTHERS
         return asked
-
-    def _status(self, address: Address) -> Status:
-        with ElasticClient.connect(
-            address,
-            connect=self._connect,
-            handshake=self._handshake,
-            progress=self._handshake,
-            credentials=self._credentials,
-        ) as client:
-            return client.status()
 
     def _note_replica(
         self, asked: Address, status: Status, replicas: dict[str, Replica], elector: bool

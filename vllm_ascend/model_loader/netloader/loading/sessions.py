@@ -31,7 +31,7 @@ from ..executor.transport.group import CLIENT, GroupReceiver, TransferGroup, for
 from ..executor.transport.http import HttpReceiver
 from ..identity import ModelIdentity, Revision
 from ..interaction import api
-from ..interaction.api import Code, Done, Join, Joined
+from ..interaction.api import Code, Done, Join, Joined, Status
 from ..interaction.elastic import ElasticClient, GroupControl
 from ..interaction.source_queue import SourceQueue
 from ..utils import Address, logger, one_line, parse_address, shortened, size
@@ -76,6 +76,16 @@ def connect(address: Address, config: NetLoaderConfig) -> ElasticClient:
         progress=config.progress_timeout,
         credentials=config.credentials,
     )
+
+
+def status_of(address: Address, config: NetLoaderConfig) -> Status:
+    """Ask a rank for its status.
+
+    Raises:
+        SourceError: it does not answer.
+    """
+    with connect(address, config) as client:
+        return client.status()
 
 
 class Sessions:
