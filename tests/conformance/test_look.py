@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import urllib.request
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -78,6 +79,19 @@ def test_a_status_tells_how_far_a_load_is_and_who_feeds_it(way):
         model = status_of(replica.address).models[0]
         assert (model.state, model.blocks_here, model.feeds) == ("serving", ALL, [])
         assert model.map == "9" * ALL
+
+
+def listening():
+    """The ports of this process."""
+    connections = psutil.Process().net_connections("tcp")
+    return {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+
+
+def test_an_instance_that_loads_and_one_that_sends_listen_on_one_port_each(way):
+    before = listening()
+    with half_loaded(way) as (seed, replica, finish):
+        assert listening() - before == {seed.address.port, replica.address.port}
+        finish()
 
 
 def test_bytes_blocks_and_sessions_are_counted_on_both_sides(way):

@@ -32,16 +32,8 @@ config = SimpleNamespace(
     compilation_config=SimpleNamespace(static_forward_context={}),
 )
 watched = compat.watch(config, model, registry.changing, registry.processing)
-registry.put_in_use(
-    model,
-    "path",
-    parse_config({}),
-    "127.0.0.1",
-    Offer(identity, store),
-    [],
-    instance=compat.instance_of(config),
-    watched=watched,
-)
+member = registry.Member(parse_config({}), "127.0.0.1", instance=compat.instance_of(config))
+registry.put_in_use(model, "path", member, Offer(identity, store), watched)
 
 
 def tell(step: str) -> None:

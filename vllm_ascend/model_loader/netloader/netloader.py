@@ -324,8 +324,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if load.serving and vllm_config is not None:
             phase = Phase.WAITING if names else Phase.LOADING if sources else Phase.READING
             self._relay = registry.begin_load(
-                self._config,
-                self._host(),
+                self._member(load, ranks),
                 Offer(
                     identity,
                     None,
@@ -335,10 +334,6 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     phase=phase,
                     can_read=all_can_read,
                 ),
-                groups_to_come(vllm_config, identity),
-                worker=load.worker,
-                instance=instance_of(vllm_config),
-                ranks=ranks,
             )
         if self._relay is not None and names:  # else nobody sees what this instance does
             told = None if ranks.chooses else ranks.choice
@@ -823,17 +818,18 @@ class ModelNetLoaderElastic(BaseModelLoader):
             registry.offer_again(model, offer, watched)
             return
         ranks.publish(agreed.get(load.identity.rank))
-        registry.put_in_use(
-            model,
-            model_config.model,
+        member = self._member(load, ranks)
+        registry.put_in_use(model, model_config.model, member, offer, watched)
+
+    def _member(self, load: _Load, ranks: Ranks) -> registry.Member:
+        vllm_config = self._vllm_config or get_current_vllm_config()
+        return registry.Member(
             self._config,
             self._host(),
-            offer,
             groups_to_come(vllm_config, load.identity),
-            worker=load.worker,
-            instance=instance_of(vllm_config),
-            watched=watched,
-            ranks=ranks,
+            load.worker,
+            instance_of(vllm_config),
+            ranks,
         )
 
     def _own(self, load: _Load) -> Own:

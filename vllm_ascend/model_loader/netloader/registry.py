@@ -9,7 +9,7 @@ import gc
 import threading
 import uuid
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from queue import SimpleQueue
@@ -26,6 +26,27 @@ from .identity import ModelIdentity, Revision
 from .interaction.api import Code
 from .serve import Offer, Relay, WeightServer
 from .utils import logger, one_line
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank of an instance, as others get its models from it.
+
+    Attributes:
+        config: of its loader.
+        host: the address of this machine that others reach.
+        to_come: groups of the models that this process loads next.
+        worker: number of this process among all workers of the instance, which decides its port.
+        instance: see `InUse`.
+        ranks: see `InUse`.
+    """
+
+    config: NetLoaderConfig
+    host: str
+    to_come: Collection[str] = ()
+    worker: int = 0
+    instance: str | None = None
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)
@@ -104,41 +125,27 @@ def process_of(instance: str | None) -> str:
     return next(servers, uuid.uuid4().hex)
 
 
-def begin_load(
-    config: NetLoaderConfig,
-    host: str,
-    offer: Offer,
-    to_come: Iterable[str],
-    *,
-    worker: int = 0,
-    instance: str | None = None,
-    ranks: Ranks | None = None,
-) -> Relay | None:
+def begin_load(member: Member, offer: Offer) -> Relay | None:
     """Listen before a model is there, so that others can get what has come of it.
 
     Args:
-        config: of its loader.
-        host: the address of this machine that others reach.
+        member: this rank.
         offer: the model, without a store.
-        to_come: see `put_in_use`.
-        worker: see `put_in_use`.
-        instance: see `InUse`.
-        ranks: see `InUse`.
 
     Returns:
         What passes weights on while they come; None: nobody can ask for them.
     """
-    if config.port_for(worker) is None:
+    if member.config.port_for(member.worker) is None:
         return None
-    server = _server_for(config, host, offer.identity.group, worker, instance)
+    server = _server_for(member, offer.identity.group)
     server.announce(offer)
-    for group in to_come:
+    for group in member.to_come:
         server.expect(group)
-    if not _open(server, instance, final=False):
+    if not _open(server, member.instance, final=False):
         if all(known.server is not server for known in _in_use.values()):
             _servers.remove(server)
         return None
-    _publish_endpoint(server, ranks)
+    _publish_endpoint(server, member.ranks)
     return Relay(server, offer)
 
 
@@ -155,34 +162,23 @@ def give_up_load(relay: Relay) -> None:
 def put_in_use(
     model: nn.Module,
     path: str,
-    config: NetLoaderConfig,
-    host: str,
+    member: Member,
     offer: Offer,
-    to_come: Iterable[str],
-    *,
-    worker: int = 0,
-    instance: str | None = None,
     watched: Collection[nn.Module] = (),
-    ranks: Ranks | None = None,
 ) -> None:
     """Take note of a model that was loaded, and let others pull it.
 
     Args:
         model: ready for inference.
         path: see `InUse`.
-        config: of its loader.
-        host: the address of this machine that others reach.
+        member: this rank.
         offer: what others get.
-        to_come: groups of the models that this process loads next.
-        worker: number of this process among all workers of the instance, which decides its port.
-        instance: see `InUse`.
         watched: the layers of which `processing` is told.
-        ranks: see `InUse`.
     """
-    server = _serve(config, host, offer, to_come, worker, instance)
-    _publish_endpoint(server, ranks)
+    server, instance = _serve(member, offer), member.instance
+    _publish_endpoint(server, member.ranks)
     with _comes_or_goes:
-        _in_use[model] = InUse(server, offer.identity, path, instance, ranks)
+        _in_use[model] = InUse(server, offer.identity, path, instance, member.ranks)
     if server is None:
         return
     _note(model, offer, watched)
@@ -352,49 +348,40 @@ def _changed_without_notice(server: WeightServer, group: str) -> None:
                 instance.changed_without_notice()
 
 
-def _serve(
-    config: NetLoaderConfig,
-    host: str,
-    offer: Offer,
-    to_come: Iterable[str],
-    worker: int,
-    instance: str | None,
-) -> WeightServer | None:
+def _serve(member: Member, offer: Offer) -> WeightServer | None:
     """Offer a model on a server of this process, which is started if need be.
 
     With nothing to give it is not started. The offer is kept for its reason: a draft that comes
     later, or a reload, may start the server.
     """
-    identity = offer.identity
-    if config.port_for(worker) is None:
+    if member.config.port_for(member.worker) is None:
         logger.info(
             "NetLoader rank %d: this instance is no source, as LISTEN_PORT is %s",
-            worker,
-            config.listen_port,
+            member.worker,
+            member.config.listen_port,
         )
         return None
-    server = _server_for(config, host, identity.group, worker, instance)
+    server = _server_for(member, offer.identity.group)
     server.offer(offer)  # before anybody can ask for it
-    for group in to_come:
+    for group in member.to_come:
         server.expect(group)
-    if offer.store is None or _open(server, instance):
+    if offer.store is None or _open(server, member.instance):
         return server
     _servers.remove(server)
     return None
 
 
-def _server_for(
-    config: NetLoaderConfig, host: str, group: str, worker: int, instance: str | None
-) -> WeightServer:
+def _server_for(member: Member, group: str) -> WeightServer:
     """Return the instance's server of the same configuration that has no model of this group."""
     wait_until_retired()
+    config = member.config
     for server in _servers:
         same = all(getattr(server.config, name) == getattr(config, name) for name in _OF_SERVER)
         users = [known for known in _in_use.values() if known.server is server]
-        free = all(one.instance == instance and one.identity.group != group for one in users)
-        if same and server.rank == worker and free:
+        free = all(one.instance == member.instance and one.identity.group != group for one in users)
+        if same and server.rank == member.worker and free:
             return server
-    server = WeightServer(config, worker, host)
+    server = WeightServer(config, member.worker, member.host)
     server.renew = lambda group: _changed_without_notice(server, group)
     _servers.append(server)
     return server

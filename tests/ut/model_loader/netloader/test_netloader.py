@@ -232,7 +232,7 @@ class Steps:
 
     model = "model"
 
-    def _put_in_use(self, model, path, config, host, offer, *_, **__):
+    def _put_in_use(self, model, path, member, offer, *_):
         self.offered.append(offer)
 
 
@@ -689,8 +689,8 @@ class Listening:
 
         monkeypatch.setattr(steps.loader, "_load_from_sources", load)
 
-    def _begin(self, config, host, offer, to_come, **_):
-        self.begun.append((host, offer.code.text, offer.store, offer.can_read()))
+    def _begin(self, member, offer):
+        self.begun.append((member.host, offer.code.text, offer.store, offer.can_read()))
         self.said = [offer.phase]
         return self
 
@@ -732,7 +732,7 @@ def test_an_instance_one_of_whose_ranks_cannot_read_reads_for_nobody(monkeypatch
 def test_ranks_do_not_wait_for_the_choice_of_one_that_cannot_listen(monkeypatch):
     steps, store = Steps(monkeypatch, **SOURCES), HashStore()
     Listening(monkeypatch, steps)
-    monkeypatch.setattr(netloader.registry, "begin_load", lambda *_, **__: None)
+    monkeypatch.setattr(netloader.registry, "begin_load", lambda *_: None)
     with listen(steps.loader, Ranks(0, [0, 1], "netloader", store)):
         assert Ranks(1, [0, 1], "netloader", store).choice() is Choice.LEAVE
 

@@ -57,10 +57,19 @@ def blocks_with_huge_pages(tensor):
 
 @HUGE_PAGES
 def test_large_tensors_get_huge_pages_and_keep_their_contents():
-    large = torch.arange(4 << 20, dtype=torch.int64)
+    large = torch.empty(50 << 20, dtype=torch.uint8)
+    part = large[23 << 20 : 25 << 20].random_()  # the block before and the one after are not there
+    before = part.clone()
     DEVICE.prefault([large], GO_ON)
     assert blocks_with_huge_pages(large)[0]
-    assert torch.equal(large, torch.arange(4 << 20, dtype=torch.int64))
+    assert torch.equal(part, before)
+
+
+@HUGE_PAGES
+def test_memory_that_is_there_is_left_alone():
+    large = torch.empty(50 << 20, dtype=torch.uint8).fill_(1)
+    DEVICE.prefault([large], GO_ON)
+    assert not any(blocks_with_huge_pages(large))
 
 
 @HUGE_PAGES

@@ -24,6 +24,7 @@ from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed
 from vllm_ascend.model_loader.netloader.identity import Revision
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.registry import Member
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
@@ -63,9 +64,8 @@ def put_in_use(config, offered=None, host=HOST, to_come=(), worker=None, instanc
     model = nn.Linear(1, 1)
     offered = offered or offer()
     worker = offered.identity.rank if worker is None else worker
-    registry.put_in_use(
-        model, "path", config, host, offered, to_come, worker=worker, instance=instance
-    )
+    member = Member(config, host, to_come, worker, instance)
+    registry.put_in_use(model, "path", member, offered)
     return model
 
 
@@ -104,7 +104,7 @@ def is_refused(address, group, reason):
 
 def test_a_model_in_use_is_known_with_all_that_a_reload_needs(config):
     model = nn.Linear(1, 1)
-    registry.put_in_use(model, "path", config(), HOST, offer(), ())
+    registry.put_in_use(model, "path", Member(config(), HOST), offer())
     known = registry.in_use(model)
     assert known.identity == identity()
     assert known.path == "path"
@@ -384,7 +384,7 @@ def living(config, instance, group=TARGET):
     """A model in use of an instance of its own, and its status."""
     model = Living()
     made = offer(group=group, tensors={"layer.weight": model.layer.weight.detach()})
-    registry.put_in_use(model, "path", config, HOST, made, (), instance=instance)
+    registry.put_in_use(model, "path", Member(config, HOST, instance=instance), made)
 
     def status():
         models = server_of(model).status(0).models
@@ -439,7 +439,7 @@ def test_other_weights_are_no_longer_the_revision_that_was_loaded(config):
     model, revision = Living(), Revision("0" * 40, True)
     made = offer(tensors={"layer.weight": model.layer.weight.detach()})
     made = dataclasses.replace(made, identity=identity(revision=revision))
-    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    registry.put_in_use(model, "path", Member(config(), HOST, instance="one"), made)
     for change, expected in ((0, revision), (1, Revision())):
         with registry.changing("one", RELOAD):
             model.layer.weight.data.add_(change)
@@ -453,7 +453,7 @@ def test_a_checkpoint_is_seen_through_weights_until_they_change(config):
     weight = model.layer.weight.detach()
     made = offer(tensors={"layer.weight": weight})
     made = dataclasses.replace(made, view=Viewed(b"", [weight]))
-    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    registry.put_in_use(model, "path", Member(config(), HOST, instance="one"), made)
     for change, view in ((0, made.view), (1, None), (-1, None)):
         with registry.changing("one", RELOAD):
             assert server_of(model)._offers[TARGET].view is None
@@ -513,7 +513,7 @@ def test_weights_found_changed_are_offered_anew(config):
 def test_a_model_that_is_no_source_is_not_one_after_its_weights_have_changed(config):
     model = Living()
     made = offer(declined="no copy")
-    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    registry.put_in_use(model, "path", Member(config(), HOST, instance="one"), made)
     assert not registry.is_renewable(model)
     with registry.changing("one", RELOAD):
         pass
@@ -532,9 +532,7 @@ def test_raw_tensors_are_copied_only_when_nobody_can_have_them(config):
     raw = model.layer.weight.detach()
     made = offer(tensors={"layer.weight": raw})
     model.layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    registry.put_in_use(
-        model, "path", config(), HOST, made, (), instance="one", watched=[model.layer]
-    )
+    registry.put_in_use(model, "path", Member(config(), HOST, instance="one"), made, [model.layer])
     new = torch.rand(3, 3)
     with registry.changing("one", Change("reload_weights", After.WHOLE, at_once=False)):
         model.layer.weight = nn.Parameter(new, requires_grad=False)
@@ -565,9 +563,8 @@ def test_where_a_rank_listens_is_told_to_the_others_and_to_whoever_asks(config):
     for ranks in (one, other):
         made = dataclasses.replace(offer(rank=ranks.rank), endpoints=ranks.endpoints)
         models.append(nn.Linear(1, 1))
-        registry.put_in_use(
-            models[-1], "path", config(), HOST, made, (), worker=ranks.rank, ranks=ranks
-        )
+        member = Member(config(), HOST, worker=ranks.rank, ranks=ranks)
+        registry.put_in_use(models[-1], "path", member, made)
     servers = [server_of(model) for model in models]
     endpoints = {rank: server.endpoint for rank, server in enumerate(servers)}
     for server in servers:
@@ -580,7 +577,7 @@ def test_a_rank_that_listens_only_after_a_reload_tells_where(config):
     ranks = Ranks(0, range(2), TARGET, HashStore())
     model = nn.Linear(1, 1)
     nothing = offer(declined="no copy")
-    registry.put_in_use(model, "path", config(), HOST, nothing, (), ranks=ranks)
+    registry.put_in_use(model, "path", Member(config(), HOST, ranks=ranks), nothing)
     assert ranks.endpoints() == {}
     registry.offer_again(model, offer())
     assert ranks.endpoints() == {0: server_of(model).endpoint}
@@ -590,7 +587,8 @@ def test_a_rank_that_is_no_source_tells_nothing(config):
     store = HashStore()
     ranks = Ranks(0, range(2), TARGET, store)
     model = nn.Linear(1, 1)
-    registry.put_in_use(model, "path", config(LISTEN_PORT=1), HOST, offer(), (), ranks=ranks)
+    member = Member(config(LISTEN_PORT=1), HOST, ranks=ranks)
+    registry.put_in_use(model, "path", member, offer())
     assert ranks.endpoints() == {}
 
 
@@ -609,7 +607,7 @@ def test_a_server_listens_while_its_model_is_being_loaded_and_then_serves_it(
     config, servers, tmp_path
 ):
     ranks = Ranks(0, range(2), TARGET, HashStore())
-    relay = registry.begin_load(config(), HOST, loading(), [DRAFT], ranks=ranks)
+    relay = registry.begin_load(Member(config(), HOST, [DRAFT], ranks=ranks), loading())
     [server] = servers
     address = address_of(tmp_path)
     assert str(address) == relay.peer.address == ranks.endpoints()[0].address
@@ -627,27 +625,27 @@ def test_a_server_listens_while_its_model_is_being_loaded_and_then_serves_it(
 
 def test_a_draft_is_loaded_beside_its_target_on_the_same_port(config, servers):
     target = put_in_use(config(), to_come=[DRAFT])
-    registry.begin_load(config(), HOST, loading(group=DRAFT), ())
+    registry.begin_load(Member(config(), HOST), loading(group=DRAFT))
     assert len(servers) == 1
     assert states(server_of(target)) == [("serving", 1), ("loading", 0)]
 
 
 def test_a_load_that_is_given_up_leaves_no_port_open(config, servers, tmp_path):
-    relay = registry.begin_load(config(), HOST, loading(), ())
+    relay = registry.begin_load(Member(config(), HOST), loading())
     registry.give_up_load(relay)
     assert servers == [] and [*tmp_path.iterdir()] == []
 
 
 def test_a_draft_that_is_given_up_leaves_its_target_served(config, servers, tmp_path):
     target = put_in_use(config())
-    relay = registry.begin_load(config(), HOST, loading(group=DRAFT), ())
+    relay = registry.begin_load(Member(config(), HOST), loading(group=DRAFT))
     registry.give_up_load(relay)
     assert states(server_of(target)) == [("serving", 1)]
     assert is_served(address_of(tmp_path))
 
 
 def test_without_a_port_nobody_hears_of_a_load(config, servers):
-    assert registry.begin_load(config(LISTEN_PORT=1), HOST, loading(), ()) is None
+    assert registry.begin_load(Member(config(LISTEN_PORT=1), HOST), loading()) is None
     assert servers == []
 
 
@@ -655,7 +653,7 @@ def test_a_load_whose_port_is_taken_goes_on_alone(config, servers, log, caplog):
     with source(WEIGHTS) as other:
         port = other.address.port
         del log[:]
-        assert registry.begin_load(config(LISTEN_PORT=port), HOST, loading(), ()) is None
+        assert registry.begin_load(Member(config(LISTEN_PORT=port), HOST), loading()) is None
     assert servers == []
     assert any("cannot listen" in line for line in log)
     assert "ERROR" not in {

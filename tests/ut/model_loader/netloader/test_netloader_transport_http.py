@@ -1,5 +1,7 @@
 """Runs of blocks as bodies of HTTP, from and into host memory, without the HTTP around them."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -75,6 +77,22 @@ class Session:
         scheduler = Scheduler(self.there.blocks, chunk_bytes)
         receiver = HttpReceiver(self.source, self.here)
         self.load = P2PLoad(receiver, self.here, scheduler, verify=there is here, keep_alive=0.01)
+
+
+def test_what_had_to_be_copied_stays_until_the_next_run_is_sent(monkeypatch):
+    store = store_of({"t": random_tensor(0, torch.int32, 8, 8).t()})
+    parts, copies = store.parts, []
+
+    def noting(run):
+        [copy] = parts(run)
+        copies.append(weakref.ref(copy))
+        return [copy]
+
+    monkeypatch.setattr(store, "parts", noting)
+    sender = HttpSender(store, lambda views: None)
+    for there in ([True], [False, True]):
+        sender.send(Run(0, 0))
+        assert [copy() is not None for copy in copies] == there
 
 
 @pytest.mark.parametrize("chunk_bytes", [MIB, 16 * MIB])

@@ -29,9 +29,17 @@ def host_memory(address: int, nbytes: int) -> Array[c_ubyte]:
     return _array(nbytes).from_address(address)
 
 
+def host_buffer(tensor: torch.Tensor) -> Array[c_ubyte]:
+    """Return a contiguous tensor's memory, which is the host's, as a buffer.
+
+    The tensor has to stay while it is used: one that keeps it takes twice as long to make.
+    """
+    return _array(tensor.nbytes).from_address(tensor.data_ptr())
+
+
 def host_view(tensor: torch.Tensor) -> Array[c_ubyte]:
     """Return a contiguous tensor's memory, which is the host's, as a buffer that keeps it."""
-    memory = host_memory(tensor.data_ptr(), tensor.nbytes)
+    memory = host_buffer(tensor)
     memory.tensor = tensor  # type: ignore[attr-defined]
     return memory
 

@@ -18,7 +18,7 @@ from ..errors import (
     TransferCorrupt,
     Withdrawn,
 )
-from ..executor.chunks.blocks import Blocks
+from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
 from ..executor.chunks.manifest import Manifest, Sample
 from ..executor.devices import Device
@@ -245,7 +245,9 @@ class Target:
                 f"{address}: manifest and block digests make {digests.weights}, and the source "
                 f"says {joined.weights}"
             )
-        self._prefault(tensors)
+        # Small ones are found soon enough, and there may be a hundred thousand.
+        sized = zip(tensors, blocks.sizes, strict=True)
+        self._prefault([tensor for tensor, nbytes in sized if nbytes > BLOCK_BYTES])
         if self._cold is not None:
             self._cold.announce(Phase.LOADING)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)

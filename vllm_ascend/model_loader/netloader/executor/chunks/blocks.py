@@ -102,7 +102,7 @@ class Blocks:
         last = self.tensor_of(run.last)
         whole = [Span(at, 0, size) for at, size in enumerate(self.sizes[tensor:last], tensor)]
         whole[0] = Span(tensor, offset, self.sizes[tensor] - offset)
-        end = self._positions[run.last + 1] - self._positions[self.firsts[last]]
+        end = self._positions[run.last + 1] - self._start_of(last)
         return [*whole, Span(last, 0, end)]
 
     def whole(self, run: Run) -> range | None:
@@ -136,20 +136,22 @@ class Blocks:
         return list(self._cut(chunk_bytes))
 
     def _cut(self, chunk_bytes: int) -> Iterator[Run]:
-        step = max(1, chunk_bytes // BLOCK_BYTES)
-        first, held, tensors = 0, 0, 0  # of small tensors
-        for tensor, size in enumerate(self.sizes):
-            here, after = self.firsts[tensor], self.firsts[tensor + 1]
-            large = size * _OWN_CHUNK >= chunk_bytes
-            full = held + size > chunk_bytes or tensors == _MOST_TENSORS
-            if first < here and (large or full):
-                yield Run(first, here - 1)
-                first, held, tensors = here, 0, 0
-            if large:
-                for block in range(here, after, step):
+        step, firsts = max(1, chunk_bytes // BLOCK_BYTES), self.firsts
+        least = -(-chunk_bytes // _OWN_CHUNK)
+        large = [tensor for tensor, size in enumerate(self.sizes) if size >= least]
+        small = 0
+        for tensor in [*large, len(self.sizes)]:
+            while small < tensor:
+                full, most = self._start_of(small) + chunk_bytes, min(tensor, small + _MOST_TENSORS)
+                between = range(small + 1, most + 1)
+                after = small + bisect_right(between, full, key=self._start_of)
+                yield Run(firsts[small], firsts[after] - 1)
+                small = after
+            if tensor < len(self.sizes):
+                after = firsts[tensor + 1]
+                for block in range(firsts[tensor], after, step):
                     yield Run(block, min(block + step, after) - 1)
-                first = after
-            else:
-                held, tensors = held + size, tensors + 1
-        if first < self.count:
-            yield Run(first, self.count - 1)
+                small = tensor + 1
+
+    def _start_of(self, tensor: int) -> int:
+        return self._positions[self.firsts[tensor]]

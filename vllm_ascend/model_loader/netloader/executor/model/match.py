@@ -18,6 +18,7 @@ _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
 # How far apart two processors, or two versions of torch, may come out with the same number.
 _ROUNDING = 0.02
+_DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 
 
 def describe(
@@ -90,42 +91,48 @@ def match(
         raise LayoutUnsupported(f"tensors are not made in the same way: {_first(meant)}")
     differences: list[str] = []
     matched: list[torch.Tensor] = []
-    seen: dict[object, str] = {}
+    seen: dict[object, str] = {0: ""}  # address 0: there is no memory
     processed = manifest.layout == PROCESSED
     for entry in manifest.tensors:
-        tensor = tensors.get(entry.name)
+        name = entry.name
+        tensor = tensors.get(name)
         if tensor is None:
-            differences.append(f"{entry.name} is only there")
+            differences.append(f"{name} is only there")
             continue
-        if tensor.shape != entry.shape or _name_of(tensor.dtype) != entry.dtype:
-            here = _kind(_name_of(tensor.dtype), tensor.shape)
+        if tensor.shape != entry.shape or tensor.dtype is not _DTYPES.get(entry.dtype):
+            here = _kind(str(tensor.dtype), tensor.shape)
             there = _kind(entry.dtype, entry.shape)
-            differences.append(f"{entry.name} is {here} here and {there} there")
+            differences.append(f"{name} is {here} here and {there} there")
             continue
         stride = _stride_of(tensor) if processed else None
-        form = formats.get(entry.name)
+        form = formats.get(name) if formats else None
         if (form or stride) != (entry.format or entry.stride):
             here, there = _stored(stride, form), _stored(entry.stride, entry.format)
-            differences.append(f"{entry.name} is {here} here and {there} there")
+            differences.append(f"{name} is {here} here and {there} there")
             continue
-        alias_of = _alias_of(entry.name, tensor, tensors, seen)
+        try:
+            alone = seen.setdefault(tensor.data_ptr(), name) is name
+        except (RuntimeError, ValueError):
+            alone = False
+        # As a rule it is. A load waits for this, and a call for each of many tensors takes longer.
+        alias_of = None if alone else _alias_of(name, tensor, tensors, seen)
         if alias_of != entry.alias_of:
             differences.append(
-                f"{entry.name} shares the memory of {alias_of or 'no other'} here and of "
+                f"{name} shares the memory of {alias_of or 'no other'} here and of "
                 f"{entry.alias_of or 'no other'} there"
             )
         elif alias_of is None:
             matched.append(_as_sent(tensor) if processed else tensor)
         elif entry.format is not None and tensor is not tensors[alias_of]:
             # Such memory is replaced while it is filled, and that of one tensor object only.
-            differences.append(f"{entry.name} shares memory in {entry.format} with {alias_of}")
+            differences.append(f"{name} shares memory in {entry.format} with {alias_of}")
     known = {entry.name for entry in manifest.tensors}
     if len(known) < len(manifest.tensors):
         differences.append("a name is there twice")
     # Memory that came under one of its names came: vLLM 0.27 drops a tied head while it loads.
     differences += [
         f"{name} is only here"
-        for name in sorted(set(required) - known)
+        for name in sorted(name for name in required if name not in known)
         if _alias_of(name, tensors[name], tensors, seen) is None
     ]
     if made is not None:

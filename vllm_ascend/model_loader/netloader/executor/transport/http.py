@@ -14,7 +14,7 @@ import torch
 from ...utils import Buffer
 from ..chunks.blocks import Run
 from ..devices import Accelerator
-from ..memory import host_view, in_place, write
+from ..memory import host_buffer, host_view, in_place, write
 from ..store import BlockStore
 from .messages import from_host, to_host
 
@@ -54,17 +54,18 @@ class HttpSender:
         self._store = store
         self._write = write
         self._staging = _HostStaging()
+        self._parts: Sequence[torch.Tensor] = ()
 
     def send(self, run: Run) -> None:
-        """Send a run."""
+        """Send a run, whose memory stays until the next one is sent."""
         store = self._store
         if (accelerator := store.device.accelerator) is None:
-            parts = store.parts(run)
+            self._parts = store.parts(run)
         else:
             host = self._staging.take(store.blocks.size_of(run), accelerator)
             to_host(run, store, host, accelerator)
-            parts = [host]
-        self._write([host_view(part) for part in parts])
+            self._parts = [host]
+        self._write([host_buffer(part) for part in self._parts])
 
 
 class HttpReceiver:
@@ -108,7 +109,7 @@ class HttpReceiver:
         store = self._store
         tensors = [store.tensors[index] for index in store.blocks.whole(run) or ()]
         if tensors and all(tensor.is_contiguous() for tensor in tensors):
-            self._source.receive_blocks([host_view(tensor) for tensor in tensors])
+            self._source.receive_blocks([host_buffer(tensor) for tensor in tensors])
             return
         spans = store.blocks.spans(run)
         places = [in_place(span, store.tensors) for span in spans]
