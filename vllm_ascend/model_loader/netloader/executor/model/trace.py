@@ -7,6 +7,7 @@ a model would copy where: the model, on its own device, then keeps what it has.
 """
 
 import functools
+import gc
 import operator
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
@@ -277,8 +278,10 @@ class Trace(TorchDispatchMode):
 
     def _aside(self, sharing: Mapping[int, object]) -> list[int]:
         """Return what memory somebody still has that is of no parameter, such as an attribute."""
-        known = self._known.items()
-        return [key for key, memory in known if key not in sharing and not memory.expired()]
+        left = [key for key, memory in self._known.items() if key not in sharing]
+        if not all(self._known[key].expired() for key in left):
+            gc.collect()  # frames that refer to themselves may have kept what loading had
+        return [key for key in left if not self._known[key].expired()]
 
     def __torch_dispatch__(
         self,
