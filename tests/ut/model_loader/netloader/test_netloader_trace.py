@@ -1,10 +1,12 @@
 """What a trace notes of what loaders do with checkpoint tensors."""
 
+import contextlib
 import gc
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
@@ -321,6 +323,25 @@ def test_a_tensor_that_nobody_reads_has_no_copies():
     records, model = traced(lambda *_: None, {"w": RAMP}, p=torch.zeros(6, 4))
     assert not seen(records).copies and not records.parameters
     assert rebuilt(records, model) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_how_a_checkpoint_tensor_is_made_is_not_noted(monkeypatch, fails):
+    noted = []
+    monkeypatch.setattr(Trace, "_note", lambda *_: noted.append(1))
+
+    def weights():
+        made = torch.zeros(6, 4)
+        yield "v", made.copy_(RAMP)
+        assert not fails, "no more"
+        yield "w", made.clone().mul_(2)
+
+    model, trace = Model(lambda model, name, tensor: model.p.copy_(tensor), p=RAMP * 0), Trace()
+    ends = pytest.raises(AssertionError, match="no more") if fails else contextlib.nullcontext()
+    with ends, trace:
+        model.load_weights(trace.watch(weights()))
+    assert len(noted) == 1 + (not fails)
+    assert _get_current_dispatch_mode() is None
 
 
 def test_a_tensor_that_only_garbage_refers_to_is_read_by_nobody():

@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from ..memory import bytes_of
 from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, reach, row_major, without
@@ -186,8 +186,8 @@ class Trace(TorchDispatchMode):
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a checkpoint's tensors as they come, and take note of each."""
-        for name, tensor in weights:
+        """Yield a checkpoint's tensors as they come, and take note of each, not of its making."""
+        for name, tensor in iter(functools.partial(self._unwatched, iter(weights)), None):
             shape = tuple(tensor.shape)
             self._catalog[name] = tensor.dtype, shape
             try:
@@ -196,6 +196,18 @@ class Trace(TorchDispatchMode):
             except Exception as error:
                 self._failed(name, error)
             yield name, tensor
+
+    def _unwatched(
+        self, weights: Iterator[tuple[str, torch.Tensor]]
+    ) -> tuple[str, torch.Tensor] | None:
+        """Return the next tensor; reading files takes more operations than loading does."""
+        if _get_current_dispatch_mode() is not self:
+            return next(weights, None)
+        self.__exit__(None, None, None)
+        try:
+            return next(weights, None)
+        finally:
+            self.__enter__()
 
     def records(self, model: nn.Module) -> Records:
         """Return what the parameters and buffers of a model have of the checkpoint.
@@ -532,12 +544,15 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.T
 
 def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Return the tensors that an operation writes to."""
-    if not func._schema.is_mutable:
-        return
-    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | {**kwargs}
-    for one in func._schema.arguments:
-        if one.alias_info is not None and one.alias_info.is_write and one.name in given:
-            yield from _tensors((given[one.name],), {})
+    for number, name in _written_by(func):
+        yield from _tensors((kwargs.get(name), *args[number : number + 1]), {})
+
+
+@functools.cache  # looking at a schema takes longer than making a view
+def _written_by(func: Any) -> list[tuple[int, str]]:
+    """Return which arguments an operation writes to, by number and name."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, one.name) for i, one in arguments if one.alias_info and one.alias_info.is_write]
 
 
 @functools.lru_cache(maxsize=256)
@@ -549,7 +564,7 @@ def _through(
     return () if steps == [own] else tuple(map(name_of, steps))
 
 
-@functools.cache  # looking at a schema takes longer than making a view
+@functools.cache
 def _looks_at_nothing(func: Any) -> bool:
     """Return whether an operation only makes views, or new memory."""
     if func in _BLIND:
