@@ -7,6 +7,7 @@ that is what a client does before it knows what to fetch.
 """
 
 import contextlib
+import copy
 import json
 import re
 import statistics
@@ -29,7 +30,7 @@ from tests.e2e.ranks import Pair
 from tools.make_model import copy_without_weights, make_model
 from tools.netloader_view import read_address, source_list
 from vllm_ascend.model_loader.netloader.executor.view.fetch import find
-from vllm_ascend.model_loader.netloader.executor.view.records import Seen, encode
+from vllm_ascend.model_loader.netloader.executor.view.records import Seen, decode, encode
 from vllm_ascend.model_loader.netloader.loading.view import needs_of
 
 SIZE = "medium"  # half a GB
@@ -154,8 +155,10 @@ def plans(folder: Path) -> dict[str, Any]:
     """Trace and plan models in the shapes of large ones, all of each on one rank.
 
     Returns:
-        Model -> `names` in its checkpoint, seconds of a load of tensors without values (`trace_s`)
-        and of the plan (`plan_s`), and MB of the records (`records_mb`).
+        Model -> `names` in its checkpoint; `records_mb`: MB of the records; and seconds of one
+        core: `alone_s` of vLLM's own load of tensors without values into a model without memory,
+        `trace_s` of such a load that is watched, `decode_s` of looking at the records of a source
+        of one rank, and `plan_s` of finding there what is needed.
     """
     figures = {}
     for name, (config, shapes) in LARGE.items():
@@ -165,19 +168,32 @@ def plans(folder: Path) -> dict[str, Any]:
         vllm_config = make_config(place, load_format="auto", engine={"skip_tokenizer_init": True})
         dtype = vllm_config.model_config.dtype
         seen = [Seen(tensor, "bfloat16", shape) for tensor, shape in shapes(config)]
-        with worker(vllm_config), set_default_torch_dtype(dtype), torch.device("cpu"):
-            model = initialize_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
-        begun = time.perf_counter()
-        needs = needs_of(model, model.load_weights, seen)
-        traced = time.perf_counter()
-        _, missing = find(needs, [needs], 0)
-        planned = time.perf_counter()
+        models = {}
+        for device in ("meta", "cpu"):
+            # Anew each time, as layers register their names.
+            own = copy.deepcopy(vllm_config)
+            with worker(own), set_default_torch_dtype(dtype), torch.device(device):
+                models[device] = initialize_model(vllm_config=own, model_config=own.model_config)
+        empty = [(one.name, torch.empty(one.shape, device="meta")) for one in seen]
+        begun = time.thread_time()
+        models["meta"].load_weights(iter(empty))
+        alone = time.thread_time()
+        needs = needs_of(models["cpu"], models["cpu"].load_weights, seen)
+        traced = time.thread_time()
+        data = encode(needs)
+        encoded = time.thread_time()
+        there = decode(data)
+        decoded = time.thread_time()
+        _, missing = find(needs, [there], 0)
+        planned = time.thread_time()
         assert not missing, missing[0]
         figures[name] = {
             "names": len(seen),
-            "trace_s": traced - begun,
-            "plan_s": planned - traced,
-            "records_mb": len(encode(needs)) / 1e6,
+            "alone_s": alone - begun,
+            "trace_s": traced - alone,
+            "decode_s": decoded - encoded,
+            "plan_s": planned - decoded,
+            "records_mb": len(data) / 1e6,
         }
     return figures
 
@@ -309,10 +325,13 @@ def show(figures: dict[str, Any]) -> None:
             f"  {name:18} {one['mb']:8.1f} {one['needed']:10.2f} {one['s']:7.2f} "
             f"{one['of_equal']:9.2f}"
         )
-    print("\nseconds that a client takes until it knows what to fetch")
-    print(f"{'model':20} {'names':>8} {'traced':>7} {'plan':>6} {'records':>10}")
+    print("\nseconds of one core until a client knows what to fetch")
+    print(
+        f"{'model':20} {'names':>8} {'vLLM alone':>11} {'traced':>7} {'decoded':>8} {'plan':>6} "
+        f"{'records':>10}"
+    )
     for name, one in figures["plans"].items():
         print(
-            f"  {name:18} {one['names']:8} {one['trace_s']:7.2f} "
-            f"{one['plan_s']:6.2f} {one['records_mb']:7.2f} MB"
+            f"  {name:18} {one['names']:8} {one['alone_s']:11.2f} {one['trace_s']:7.2f} "
+            f"{one['decode_s']:8.2f} {one['plan_s']:6.2f} {one['records_mb']:7.2f} MB"
         )

@@ -9,6 +9,7 @@ from vllm_ascend.model_loader.netloader.errors import LoadFailed, ProtocolError
 from vllm_ascend.model_loader.netloader.executor.view import fetch as fetch_module
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Box
 from vllm_ascend.model_loader.netloader.executor.view.fetch import (
+    Part,
     catalog,
     find,
     requests,
@@ -112,6 +113,22 @@ def test_values_that_came_with_the_records_are_not_fetched():
     fetch, missing = find(rank_of(seen("t", kept=[Kept((0, 0), (3, 4))])), [there], 0)
     assert not missing and fetch.kept == {0: {kept.box: kept}}
     assert [part.box for (parts) in fetch.parts for part in parts] == [Box((2, 0), (1, 4))]
+
+
+def test_values_that_came_with_the_records_are_not_fetched_for_one_copy_either():
+    kept = Kept((0, 0), (2, 4), b"1234" * 8)
+    there = [rank_of(seen("t", [WHOLE])), rank_of(seen("t", kept=[kept]))]
+    fetch, missing = find(rank_of(seen("t", [WHOLE])), there, 0)
+    assert not missing and fetch.kept == {0: {kept.box: kept}} and fetch.nbytes == 32
+
+
+def test_what_is_inside_of_one_copy_of_the_preferred_rank_is_not_searched_for(monkeypatch):
+    monkeypatch.setattr(fetch_module, "_find_one", None)
+    columns = Copy((0, 1), (4, 2), 0, 0, (2, 1))
+    there = [rank_of(seen("t", [Copy((0, 0), (4, 4), 0, 8, (4, 1))])), rank_of(seen("t"))]
+    fetch, missing = find(rank_of(seen("t", [columns])), there, 0)
+    assert not missing
+    assert fetch.parts == [[Part(0, columns.box, 0, 9, (4, 1), ("float32",))], []]
 
 
 def test_a_tensor_that_is_read_twice_is_fetched_once():

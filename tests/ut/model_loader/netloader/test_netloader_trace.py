@@ -1,8 +1,12 @@
 """What a trace notes of what loaders do with checkpoint tensors."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
@@ -321,6 +325,38 @@ def test_a_tensor_that_nobody_reads_has_no_copies():
     assert rebuilt(records, model) is None
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_how_a_checkpoint_tensor_is_made_is_not_noted(monkeypatch, fails):
+    noted = []
+    monkeypatch.setattr(Trace, "_note", lambda *_: noted.append(1))
+
+    def weights():
+        made = torch.zeros(6, 4)
+        yield "v", made.copy_(RAMP)
+        assert not fails, "no more"
+        yield "w", made.clone().mul_(2)
+
+    model, trace = Model(lambda model, name, tensor: model.p.copy_(tensor), p=RAMP * 0), Trace()
+    ends = pytest.raises(AssertionError, match="no more") if fails else contextlib.nullcontext()
+    with ends, trace:
+        model.load_weights(trace.watch(weights()))
+    assert len(noted) == 1 + (not fails)
+    assert _get_current_dispatch_mode() is None
+
+
+def test_a_tensor_that_only_garbage_refers_to_is_read_by_nobody():
+    def load(model, name, tensor):
+        garbage = [tensor]
+        garbage.append(garbage)
+
+    gc.disable()
+    try:
+        records, _ = traced(load, {"w": RAMP.clone()}, p=torch.zeros(6, 4))
+    finally:
+        gc.enable()
+    assert not seen(records).kept
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tensors_of_several_dtypes_in_one_memory_are_told_apart(device):
     def load(model, name, tensor):
@@ -363,6 +399,17 @@ def test_a_load_that_is_watched_does_what_it_does_otherwise():
     alone = Model(load, p=torch.zeros(6, 4))
     alone.load_weights([("w", RAMP)])
     assert torch.equal(watched.p, alone.p)
+
+
+def test_views_that_are_made_in_a_shorter_way_are_of_the_same_memory():
+    def load(model, name, tensor):
+        rows = zip(model.p.data.unbind(), tensor.unsqueeze(0)[0].unbind(0), strict=True)
+        for row, other in rows:
+            row.select(0, 0).copy_(other.detach()[0])
+
+    records, model = traced(load, {"w": RAMP}, p=torch.zeros(6, 4))
+    assert torch.equal(model.p[:, 0], RAMP[:, 0]) and not model.p[:, 1:].any()
+    assert [copy.box.start for copy in seen(records).copies] == [(row, 0) for row in range(6)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import threading
 import time
 import types
@@ -13,7 +14,7 @@ from torch import nn
 
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
-from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost
+from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
 from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
@@ -724,3 +725,16 @@ def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
     assert same_reading(needs, trace.records(model))
     for name in ("p", "outside", "aside"):
         assert torch.equal(bytes_of(getattr(model, name)), bytes_of(getattr(disk, name)))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_cycles_are_looked_for_while_a_load_is_pretended(fails):
+    looks = []
+
+    def pretend(weights):
+        looks.append(gc.isenabled())
+        assert not fails, "no load"
+
+    with pytest.raises(LayoutUnsupported, match="no load") if fails else contextlib.nullcontext():
+        needs_of(nn.Module(), pretend, [])
+    assert looks == [False] and gc.isenabled()

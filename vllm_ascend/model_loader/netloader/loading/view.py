@@ -5,6 +5,7 @@ made anew, in memory of their own, of what it reads of them: once with tensors t
 which tells what that is, and once with the values, which come from the ranks meanwhile.
 """
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -339,8 +340,14 @@ def whole_checkpoint(
         rate(fetch.nbytes, seconds),
         reader.shares(),
     )
-    came.reverse()
-    return iter(lambda: came.pop() if came else None, None)  # keeps none that was taken
+    return _taken(came)
+
+
+def _taken(tensors: list[tuple[str, torch.Tensor]]) -> Weights:
+    """Yield what a list has, and keep none that was taken."""
+    tensors.reverse()
+    while tensors:
+        yield tensors.pop()
 
 
 def _whole(seen: Seen) -> Copy:
@@ -363,11 +370,12 @@ def needs_of(
     for name, tensor in model.named_parameters():
         if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta:
             raise LayoutUnsupported(f"{name} is made while loading, as online quantization does")
-    trace = Trace()
-    meta = ((one.name, _without_values(one)) for one in tensors)
+    trace, collects = Trace(), gc.isenabled()
+    empty = [(one.name, _without_values(one)) for one in tensors]  # unwatched
+    gc.disable()  # it would look at a model's objects again and again, and there are no cycles
     try:
         with trace:
-            pretend(trace.watch(meta))
+            pretend(trace.watch(_taken(empty)))
         needs = trace.records(model)
     except Exception as error:
         logger.debug("NetLoader: loading tensors without values", exc_info=True)
@@ -376,6 +384,9 @@ def needs_of(
         if replaced := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
             raise LayoutUnsupported(f"{replaced[0]} is replaced while loading")
         return needs
+    finally:
+        if collects:
+            gc.enable()
     raise LayoutUnsupported(f"what loading reads cannot be told: {why}")
 
 

@@ -7,25 +7,28 @@ a model would copy where: the model, on its own device, then keeps what it has.
 """
 
 import functools
+import gc
+import operator
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from ..memory import bytes_of
-from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, row_major, without
+from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, reach, row_major, without
 from ..view.plan import keeps, shortest
 from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of
 
 _aten = torch.ops.aten
+_COPY = _aten.copy_.default
 # The same elements in the same shape, in other memory.
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
 # Of one number.
@@ -44,6 +47,14 @@ _BLIND = {
     _aten.new_ones.default,
     _aten.new_full.default,
 }
+# Shorter ways to the views that are made most often.
+_SHORTER: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: torch.detach,
+    _aten.select.int: torch.select,
+    _aten.unbind.int: torch.unbind,
+    _aten.unsqueeze.default: torch.unsqueeze,
+}
+_first_of = operator.attrgetter("first")
 # Scales and the like are what is computed with: bytes kept of one box, and of all together.
 _KEPT_OF_ONE = 64 << 10
 _KEPT_OF_ALL = 1 << 20
@@ -51,14 +62,14 @@ _KEPT_OF_ALL = 1 << 20
 _MOST_ROWS = 256
 
 
-@dataclass(frozen=True)
-class _Span:
+class _Span(msgspec.Struct, frozen=True, gc=False):
     """Part of a storage that has elements of a checkpoint tensor.
 
     Attributes:
         name: the checkpoint tensor.
         shape: its shape.
         first: the storage's first byte of the span.
+        end: the byte after its last one.
         size: the span's dimensions, in which it lies in row-major order.
         base: number of its first element in the checkpoint tensor, or in the storage of `parent`.
         stride: steps there.
@@ -69,29 +80,23 @@ class _Span:
     name: str
     shape: tuple[int, ...]
     first: int
+    end: int
     size: tuple[int, ...]
     base: int
     stride: tuple[int, ...]
     parent: "_Span | None"
     chain: tuple[torch.dtype, ...]
 
-    @property
-    def end(self) -> int:
-        """The byte after the span's last one."""
-        return self.first + prod(self.size) * self.chain[-1].itemsize
-
-    @property
-    def _is_whole(self) -> bool:
-        """Whether it is all of the checkpoint tensor, as it is."""
-        own = self.parent is None and self.base == 0 and self.size == self.shape
-        return own and self.stride == row_major(self.shape)
-
-    def find(self, offset: int, dims: Iterable[Dim]) -> Iterator[Piece]:
+    def find(self, offset: int, dims: Iterable[Dim]) -> Sequence[Piece]:
         """Find elements of the storage in the checkpoint tensor."""
         pieces = boxes(self.size, offset - self.first // self.chain[-1].itemsize, dims)
-        if self._is_whole:
-            yield from pieces
-            return
+        # All of the checkpoint tensor, as it is.
+        own = self.parent is None and self.base == 0 and self.size == self.shape
+        if own and self.stride == row_major(self.shape):
+            return pieces
+        return [*self._find_above(pieces)]
+
+    def _find_above(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             steps = zip(piece.box.start, self.stride, strict=True)
             base = self.base + sum(start * step for start, step in steps)
@@ -110,8 +115,7 @@ class _Span:
         return (dtype,)
 
 
-@dataclass(frozen=True)
-class _Write:
+class _Write(msgspec.Struct, frozen=True, gc=False):
     """Memory that was written.
 
     Attributes:
@@ -119,6 +123,8 @@ class _Write:
         size: number of elements, for each dimension.
         stride: steps, for each dimension.
         dtype: as which it was seen.
+        first: its first byte in its storage.
+        end: the byte after its last one.
         source: the checkpoint tensor's name; empty: it was not copied from one.
         pieces: where its elements are in the checkpoint tensor, if they are copies.
         chain: the dtypes that they went through.
@@ -130,16 +136,13 @@ class _Write:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    first: int
+    end: int
     source: str = ""
-    pieces: tuple[Piece, ...] = ()
+    pieces: Sequence[Piece] = ()
     chain: tuple[torch.dtype, ...] = ()
     operation: str = ""
     value: bool | int | float = 0
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Its first byte in its storage, and the one after its last one."""
-        return _bounds(self.offset, self.size, self.stride, self.dtype.itemsize)
 
     @property
     def is_fill(self) -> bool:
@@ -172,13 +175,19 @@ class Trace(TorchDispatchMode):
         self._writes: dict[int, list[_Write]] = defaultdict(list)
         # These keep an address from being used again, and not the memory.
         self._known: dict[int, StorageWeakRef] = {}
+        # By the address of an operation, whose hash takes longer. What is known is never freed.
+        self._views: dict[int, Callable[..., Any]] = {}
         self._numbers: set[bool | int | float] = set()  # that were read from checkpoint tensors
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a guard for what is compiled, which takes longer than making a view
 
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a checkpoint's tensors as they come, and take note of each."""
-        for name, tensor in weights:
+        """Yield a checkpoint's tensors as they come, and take note of each, not of its making."""
+        for name, tensor in iter(functools.partial(self._unwatched, iter(weights)), None):
             shape = tuple(tensor.shape)
             self._catalog[name] = tensor.dtype, shape
             try:
@@ -187,6 +196,18 @@ class Trace(TorchDispatchMode):
             except Exception as error:
                 self._failed(name, error)
             yield name, tensor
+
+    def _unwatched(
+        self, weights: Iterator[tuple[str, torch.Tensor]]
+    ) -> tuple[str, torch.Tensor] | None:
+        """Return the next tensor; reading files takes more operations than loading does."""
+        if _get_current_dispatch_mode() is not self:
+            return next(weights, None)
+        self.__exit__(None, None, None)
+        try:
+            return next(weights, None)
+        finally:
+            self.__enter__()
 
     def records(self, model: nn.Module) -> Records:
         """Return what the parameters and buffers of a model have of the checkpoint.
@@ -210,8 +231,7 @@ class Trace(TorchDispatchMode):
         for key, tensors in sharing.items():
             writes: dict[tuple[int, int], list[_Write]] = defaultdict(list)
             for write in self._writes.get(key, ()):
-                low, high = write.bounds
-                touched = [one for one in tensors if one[0] < high and low < one[1]]
+                touched = [one for one in tensors if one[0] < write.end and write.first < one[1]]
                 for where in touched:
                     writes[where].append(write)
                 if not touched:  # memory that the model has in no parameter
@@ -233,7 +253,10 @@ class Trace(TorchDispatchMode):
                     if write.is_fill:
                         where_filled = write.offset - start, write.size, write.stride
                         fills.append(Fill(number, *where_filled, write.value))
-                    through = self._through(write)
+                    if not write.source:
+                        continue
+                    own = self._catalog[write.source][0]
+                    through = _through(write.chain, write.dtype, own)
                     copies[write.source] += [
                         Copy(
                             *piece.box,
@@ -267,15 +290,10 @@ class Trace(TorchDispatchMode):
 
     def _aside(self, sharing: Mapping[int, object]) -> list[int]:
         """Return what memory somebody still has that is of no parameter, such as an attribute."""
-        known = self._known.items()
-        return [key for key, memory in known if key not in sharing and not memory.expired()]
-
-    def _through(self, write: _Write) -> tuple[str, ...]:
-        """Return what `Copy.through` is for what was written."""
-        chain = shortest([*write.chain, write.dtype])
-        if write.source and chain == [self._catalog[write.source][0]]:
-            return ()
-        return tuple(map(name_of, chain))
+        left = [key for key, memory in self._known.items() if key not in sharing]
+        if not all(self._known[key].expired() for key in left):
+            gc.collect()  # frames that refer to themselves may have kept what loading had
+        return [key for key in left if not self._known[key].expired()]
 
     def __torch_dispatch__(
         self,
@@ -285,15 +303,18 @@ class Trace(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Take note of an operation, and do it."""
+        if not kwargs and (view := self._views.get(id(func))) is not None:
+            return view(*args)
         kwargs = kwargs or {}
-        if _looks_at_nothing(func):
+        if func is not _COPY and _looks_at_nothing(func):
+            self._views[id(func)] = _SHORTER.get(func, func)
             return func(*args, **kwargs)
         after = None
         try:
             after = self._before(func, args, kwargs)
         except Exception as error:
             self._failed(func, error)
-        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+        if func is _COPY and args[1].is_meta and not args[0].is_meta:
             return args[0]  # no values that could be copied
         if func is _aten._to_copy.default and args[0].is_meta:
             kwargs = {**kwargs, "device": args[0].device}  # no values, on any device
@@ -313,7 +334,7 @@ class Trace(TorchDispatchMode):
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
         """Take note of an operation before it is done, and return what is to be done after it."""
-        copies = func is _aten.copy_.default and _is_plain(args[0])
+        copies = func is _COPY and _is_plain(args[0])
         if copies and (span := self._span(args[1])) is not None:
             self._note(args[0], self._write_of(args[0], args[1], span))
             return None
@@ -327,9 +348,9 @@ class Trace(TorchDispatchMode):
             if not fills or self._span(one) is not None:
                 self._read(func, one, args)
         for one in _changed(func, args, kwargs):
-            view = one.storage_offset(), tuple(one.shape), one.stride(), one.dtype
             value = args[1] if len(args) > 1 and fills else 0
-            self._note(one, _Write(*view, operation="" if fills else str(func), value=value))
+            write = _Write(*_seen(one), operation="" if fills else str(func), value=value)
+            self._note(one, write)
         return self._numbers.add if func is _aten._local_scalar_dense.default and inputs else None
 
     def _hold(self, tensor: torch.Tensor) -> int:
@@ -358,8 +379,12 @@ class Trace(TorchDispatchMode):
             if not tensor.permute(order).is_contiguous():
                 return
             size, steps = (tuple(one[axis] for axis in order) for one in (size, steps))
-        span = _Span(name, shape, _bounds_of(tensor)[0], size, base, steps, parent, chain)
-        insort(self._spans.setdefault(self._hold(tensor), []), span, key=lambda one: one.first)
+        span = _Span(name, shape, *_bounds_of(tensor), size, base, steps, parent, chain)
+        spans = self._spans.setdefault(self._hold(tensor), [])
+        if spans:
+            insort(spans, span, key=_first_of)
+        else:
+            spans.append(span)
 
     def _span(self, tensor: torch.Tensor) -> _Span | None:
         """Return what a tensor has of the checkpoint, if all of it is of one checkpoint tensor."""
@@ -367,10 +392,13 @@ class Trace(TorchDispatchMode):
         if not spans or not tensor.numel():
             return None
         low, high = _bounds_of(tensor)
-        at = bisect_right(spans, low, key=lambda one: one.first) - 1
-        if at < 0 or spans[at].end < high or spans[at].chain[-1].itemsize != tensor.element_size():
+        span, many = spans[0], len(spans) > 1
+        if many and (at := bisect_right(spans, low, key=_first_of)):
+            span = spans[at - 1]
+        outside = low < span.first or span.end < high
+        if outside or span.chain[-1].itemsize != tensor.element_size():
             return None
-        return spans[at] if _is_plain(tensor) else None
+        return span if _is_plain(tensor) else None
 
     def _copied(self, tensor: torch.Tensor, span: _Span, out: torch.Tensor) -> None:
         """Take note of new memory that has the elements of a tensor."""
@@ -386,14 +414,15 @@ class Trace(TorchDispatchMode):
 
     def _write_of(self, target: torch.Tensor, tensor: torch.Tensor, span: _Span) -> _Write:
         """Return what copying a tensor that has a part of a span writes."""
-        view = target.storage_offset(), tuple(target.shape), target.stride(), target.dtype
-        spread = tensor if tensor.shape == target.shape else tensor.expand(target.shape)
-        dims = [*zip(target.shape, spread.stride(), target.stride(), strict=True)]
+        view = _seen(target)
+        size, stride = view[1:3]
+        spread = tensor if tensor.shape == size else tensor.expand(size)
+        dims = tuple(zip(size, spread.stride(), stride, strict=True))
         try:
             chain = span.chain_to(tensor.dtype)
-            pieces = tuple(span.find(tensor.storage_offset(), dims))
+            pieces = span.find(tensor.storage_offset(), dims)
         except Unmapped as error:
-            self._read(_aten.copy_.default, tensor, ())
+            self._read(_COPY, tensor, ())
             return _Write(*view, operation=f"copy of {span.name}: {error}")
         return _Write(*view, source=span.name, pieces=pieces, chain=chain)
 
@@ -402,7 +431,7 @@ class Trace(TorchDispatchMode):
         key = self._hold(target)
         self._writes[key].append(write)
         if spans := self._spans.get(key):  # a checkpoint tensor itself, or a copy of it
-            low, high = write.bounds
+            low, high = write.first, write.end
             for span in spans:
                 if span.first < high and low < span.end:
                     self._keep_all(target, span)
@@ -413,7 +442,7 @@ class Trace(TorchDispatchMode):
         itemsize = span.chain[-1].itemsize
         memory = torch.empty(0, dtype=span.chain[-1], device=target.device)
         memory.set_(target.untyped_storage(), span.first // itemsize, span.size)
-        self._read(_aten.copy_.default, memory, ())
+        self._read(_COPY, memory, ())
 
     def _read(self, func: Any, tensor: torch.Tensor, args: Sequence[Any]) -> None:
         """Keep the values of a tensor that something is computed from."""
@@ -441,8 +470,7 @@ class Trace(TorchDispatchMode):
             if one.first < high and low < one.end:
                 self._keep_whole(one.name)
         for write in self._writes.get(key, ()):
-            first, end = write.bounds
-            if first < high and low < end:
+            if write.first < high and low < write.end:
                 for piece in write.pieces:
                     if write.dtype == tensor.dtype:
                         self._keep_rows(write, piece, tensor)
@@ -516,15 +544,27 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.T
 
 def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Return the tensors that an operation writes to."""
-    if not func._schema.is_mutable:
-        return
-    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | {**kwargs}
-    for one in func._schema.arguments:
-        if one.alias_info is not None and one.alias_info.is_write and one.name in given:
-            yield from _tensors((given[one.name],), {})
+    for number, name in _written_by(func):
+        yield from _tensors((kwargs.get(name), *args[number : number + 1]), {})
 
 
 @functools.cache  # looking at a schema takes longer than making a view
+def _written_by(func: Any) -> list[tuple[int, str]]:
+    """Return which arguments an operation writes to, by number and name."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, one.name) for i, one in arguments if one.alias_info and one.alias_info.is_write]
+
+
+@functools.lru_cache(maxsize=256)
+def _through(
+    chain: tuple[torch.dtype, ...], dtype: torch.dtype, own: torch.dtype
+) -> tuple[str, ...]:
+    """Return what `Copy.through` is of what went through a chain and was written as a dtype."""
+    steps = shortest([*chain, dtype])
+    return () if steps == [own] else tuple(map(name_of, steps))
+
+
+@functools.cache
 def _looks_at_nothing(func: Any) -> bool:
     """Return whether an operation only makes views, or new memory."""
     if func in _BLIND:
@@ -544,20 +584,20 @@ def _few_rows(rows: torch.Tensor) -> bool:
     return whole and not rows.is_meta and rows.numel() <= _MOST_ROWS and bool((rows >= 0).all())
 
 
-def _bounds(
-    offset: int, size: Sequence[int], stride: Sequence[int], itemsize: int
-) -> tuple[int, int]:
-    if 0 in size:
-        return offset * itemsize, offset * itemsize
-    return offset * itemsize, (offset + 1 + last_of(size, stride)) * itemsize
+def _seen(
+    tensor: torch.Tensor,
+) -> tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, int, int]:
+    """Return the first fields of `_Write` for all that a tensor sees of its storage."""
+    offset, size, stride = tensor.storage_offset(), tensor.shape, tensor.stride()
+    itemsize = tensor.element_size()
+    end = offset + reach(size, stride)
+    return offset, tuple(size), stride, tensor.dtype, offset * itemsize, end * itemsize
 
 
 def _bounds_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Return a tensor's first byte in its storage, and the one after its last one."""
-    if tensor.is_contiguous():
-        first = tensor.storage_offset() * tensor.element_size()
-        return first, first + tensor.nbytes
-    return _bounds(tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.element_size())
+    offset, itemsize = tensor.storage_offset(), tensor.element_size()
+    return offset * itemsize, (offset + reach(tensor.shape, tensor.stride())) * itemsize
 
 
 def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write], list[_Write], str]:
@@ -571,10 +611,11 @@ def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write],
     lows: list[tuple[int, int]] = []  # first byte, number
     longest, problem = 0, ""
     low, high = _bounds_of(tensor)
+    writes = [write for write in writes if write.first < write.end]
+    if _are_apart(writes, low, high, tensor.element_size()):
+        return writes, lost, next((one.operation for one in reversed(writes) if one.operation), "")
     for number, write in enumerate(writes):
-        first, end = write.bounds
-        if first == end:
-            continue
+        first, end = write.first, write.end
         strange = ""
         if first < low or high < end or write.dtype.itemsize != tensor.element_size():
             strange = f"written as {write.dtype} {write.size}"
@@ -600,9 +641,19 @@ def _last(writes: Sequence[_Write], tensor: torch.Tensor) -> tuple[list[_Write],
     return [*last.values()], lost, problem
 
 
+def _are_apart(writes: Sequence[_Write], low: int, high: int, itemsize: int) -> bool:
+    """Return whether writes are to bytes of their own, with elements of a tensor's size."""
+    end = low
+    for write in sorted(writes, key=_first_of):
+        if write.first < end or write.dtype.itemsize != itemsize:
+            return False
+        end = write.end
+    return end <= high
+
+
 def _fate(old: _Write, new: _Write, tensor: torch.Tensor, strange: str) -> str | None:
     """Return None if an earlier write stays, empty if it is replaced, or what is wrong."""
-    if old.bounds[1] <= new.bounds[0] or new.bounds[1] <= old.bounds[0]:
+    if old.end <= new.first or new.end <= old.first:
         return None
     if strange:
         return strange

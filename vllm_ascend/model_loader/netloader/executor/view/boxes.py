@@ -1,6 +1,7 @@
 """Boxes of tensors: strided memory cut into boxes, and what two boxes have in common."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import NamedTuple, TypeAlias
@@ -70,7 +71,9 @@ class Piece(NamedTuple):
     stride: tuple[int, ...]
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+# A model's layers and experts are alike: these are asked for the same few things again and again.
+@lru_cache(maxsize=1 << 12)
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of row-major order without gaps."""
     strides, step = [], 1
     for n in reversed(shape):
@@ -84,6 +87,12 @@ def last_of(size: Sequence[int], stride: Sequence[int]) -> int:
     return sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
+@lru_cache(maxsize=1 << 12)
+def reach(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return how many elements of memory a strided region takes, with those between."""
+    return 0 if 0 in size else 1 + last_of(size, stride)
+
+
 def boxes(shape: Sequence[int], offset: int, dims: Iterable[Dim]) -> list[Piece]:
     """Cut a strided region of a tensor into boxes.
 
@@ -95,7 +104,7 @@ def boxes(shape: Sequence[int], offset: int, dims: Iterable[Dim]) -> list[Piece]
     Raises:
         Unmapped: the region goes beyond the tensor, or takes too many boxes.
     """
-    whole, dims = tuple(shape), [*dims]
+    whole, dims = tuple(shape), tuple(dims)
     if (piece := _one_box(whole, offset, dims)) is not None:
         return [piece]
     wanted = [dim for dim in dims if dim[0] != 1]
@@ -111,7 +120,8 @@ def boxes(shape: Sequence[int], offset: int, dims: Iterable[Dim]) -> list[Piece]
     return found
 
 
-def _one_box(shape: tuple[int, ...], offset: int, dims: Sequence[Dim]) -> Piece | None:
+@lru_cache(maxsize=1 << 12)
+def _one_box(shape: tuple[int, ...], offset: int, dims: tuple[Dim, ...]) -> Piece | None:
     """Return a region as one box if it has the tensor's own dimensions, as nearly all have."""
     if len(dims) != len(shape) or 0 in shape:
         return None

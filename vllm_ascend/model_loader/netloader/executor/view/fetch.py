@@ -4,6 +4,7 @@ Pure: equal records give equal requests. A checkpoint tensor is made anew of the
 reads, and of nothing else. Each box is fetched once, from one rank.
 """
 
+import functools
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -48,7 +49,7 @@ class Part(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that travel."""
-        return prod(self.box.size) * dtype_of(self.through[-1]).itemsize
+        return _nbytes(self.box.size, self.through[-1])
 
 
 class Request(NamedTuple):
@@ -102,6 +103,11 @@ class _Wanted(NamedTuple):
     through: tuple[str, ...]  # dtypes that lose something, the same at the source; empty: none may
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _nbytes(size: tuple[int, ...], dtype: str) -> int:
+    return prod(size) * dtype_of(dtype).itemsize
+
+
 def catalog(ranks: Sequence[Records]) -> list[Seen]:
     """Return the tensors of a checkpoint that any rank has seen, in the order of the first ranks.
 
@@ -111,9 +117,10 @@ def catalog(ranks: Sequence[Records]) -> list[Seen]:
     found: dict[str, Seen] = {}
     for records in ranks:
         for seen in records.tensors:
-            plain = Seen(seen.name, seen.dtype, seen.shape)
-            known = found.setdefault(seen.name, plain)
-            if known != plain:
+            known = found.get(seen.name)
+            if known is None:
+                found[seen.name] = Seen(seen.name, seen.dtype, seen.shape)
+            elif known.shape != seen.shape or known.dtype != seen.dtype:
                 raise ProtocolError(
                     f"{seen.name} is {known.dtype} {known.shape} at one rank of the source and "
                     f"{seen.dtype} {seen.shape} at another one"
@@ -141,29 +148,48 @@ def find(
     """
     deadline = time.monotonic() + seconds
     tensors = catalog(ranks)
-    wanted = {seen.name: _wanted(seen) for seen in needs.tensors}
+    wanted = {seen.name: seen for seen in needs.tensors if seen.copies or seen.kept}
     order = sorted(range(len(ranks)), key=lambda rank: (rank != prefer % len(ranks), rank))
     # What several have is taken from the first one.
-    copies: dict[str, dict[tuple[Box, tuple[str, ...]], _Offer]] = defaultdict(dict)
-    kept: dict[str, dict[Box, Kept]] = defaultdict(dict)
+    there: dict[str, list[tuple[int, Seen]]] = {name: [] for name in wanted}
     for rank in order:
         for seen in ranks[rank].tensors:
-            if not wanted.get(seen.name):
-                continue
-            offers, values = copies[seen.name], kept[seen.name]
-            for copy in _joined(seen.copies):
-                box, through = copy.box, chain_of(copy, seen)
-                offers.setdefault((box, through), _Offer(box, through, rank, copy))
-            for one in seen.kept:
-                if one.values is not None:
-                    values.setdefault(one.box, one)
+            if seen.name in there:
+                there[seen.name].append((rank, seen))
     found = Fetch(tensors, [[] for _ in ranks], {})
     missing: list[Missing] = []
     for number, seen in enumerate(tensors):
-        if wants := wanted.get(seen.name):
-            offered = [*copies[seen.name].values()]
-            missing += _find_one(number, found, wants, offered, kept[seen.name], deadline)
+        if (need := wanted.get(seen.name)) is None:
+            continue
+        has = there[seen.name]
+        if (whole := _whole(number, need, has)) is not None:
+            found.parts[has[0][0]].append(whole)
+            continue
+        offers: dict[tuple[Box, tuple[str, ...]], _Offer] = {}
+        kept: dict[Box, Kept] = {}
+        for rank, one in has:
+            for copy in _joined(one.copies):
+                box, through = copy.box, chain_of(copy, one)
+                offers.setdefault((box, through), _Offer(box, through, rank, copy))
+            for value in one.kept:
+                if value.values is not None:
+                    kept.setdefault(value.box, value)
+        offered = [*offers.values()]
+        missing += _find_one(number, found, _wanted(need), offered, kept, deadline)
     return found, missing
+
+
+def _whole(number: int, need: Seen, has: Sequence[tuple[int, Seen]]) -> Part | None:
+    """Return the one part that a tensor is made of, as nearly all are where the first has it."""
+    copies = has[0][1].copies if has else ()
+    if not copies or len(need.copies) != 1 or need.kept or any(seen.kept for _, seen in has):
+        return None
+    want, copy = need.copies[0], copies[0]
+    box = want.box
+    if want.through or copy.through or (box != copy.box and box.meet(copy.box) != box):
+        return None
+    through = chain_of(copy, has[0][1])
+    return Part(number, box, copy.parameter, copy.at(box.start), copy.stride, through)
 
 
 def _find_one(
@@ -349,15 +375,13 @@ def _cut(part: Part, most_bytes: int) -> Iterator[Part]:
 
 def same_reading(one: Records, other: Records) -> bool:
     """Return whether two loads have read and written the same, whatever the values were."""
-    return _without_values(one) == _without_values(other)
+    written = [(each.parameters, each.fills, each.computed) for each in (one, other)]
+    same = written[0] == written[1] and len(one.tensors) == len(other.tensors)
+    return same and all(map(_is_read_alike, one.tensors, other.tensors))
 
 
-def _without_values(records: Records) -> Records:
-    tensors = tuple(
-        msgspec.structs.replace(
-            seen,
-            kept=tuple(msgspec.structs.replace(kept, values=None) for kept in seen.kept),
-        )
-        for seen in records.tensors
-    )
-    return msgspec.structs.replace(records, tensors=tensors)
+def _is_read_alike(one: Seen, other: Seen) -> bool:
+    if one == other:
+        return True
+    kept, others = ([each.box for each in seen.kept] for seen in (one, other))
+    return kept == others and one == msgspec.structs.replace(other, kept=one.kept)

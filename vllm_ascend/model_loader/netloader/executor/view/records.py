@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from ...errors import ProtocolError
-from .boxes import Box, last_of
+from .boxes import Box, reach
 
 VERSION = 1
 
@@ -258,9 +258,10 @@ def _problems(records: Records) -> Iterator[str]:
         width = dtype_of(seen.dtype).itemsize
         if len(seen.shape) > _MOST_AXES or min(seen.shape, default=0) < 0:
             yield f"{seen.name} cannot have the shape {seen.shape[: _MOST_AXES + 1]}"
-        for box in (*(copy.box for copy in seen.copies), *(kept.box for kept in seen.kept)):
-            if not _inside(box, seen.shape):
-                yield f"{seen.name} of shape {seen.shape} has no box {box.start} + {box.size}"
+        regions: tuple[Copy | Kept, ...] = (*seen.copies, *seen.kept)
+        for one in regions:
+            if not _inside(one.start, one.size, seen.shape):
+                yield f"{seen.name} of shape {seen.shape} has no box {one.start} + {one.size}"
         for kept in seen.kept:
             if kept.values is not None and len(kept.values) != prod(kept.size) * width:
                 yield f"{seen.name} has {len(kept.values)} bytes for the box of {kept.size}"
@@ -268,19 +269,20 @@ def _problems(records: Records) -> Iterator[str]:
             if not _in_memory(copy, parameters):
                 yield f"{seen.name} is said to be outside of parameter {copy.parameter}"
                 continue
-            chain = [dtype_of(name) for name in chain_of(copy, seen)]
-            if (chain[0].itemsize, chain[-1].itemsize) != (width, widths[copy.parameter]):
+            chain = [dtype_of(name).itemsize for name in copy.through] or [width]
+            if (chain[0], chain[-1]) != (width, widths[copy.parameter]):
                 yield f"{seen.name} ({seen.dtype}) cannot be in {parameters[copy.parameter]}"
     for fill in records.fills:
         if not _in_memory(fill, parameters):
             yield f"a fill outside of parameter {fill.parameter}"
 
 
-def _inside(box: Box, shape: tuple[int, ...]) -> bool:
-    if not len(box.start) == len(box.size) == len(shape):
+@functools.lru_cache(maxsize=1 << 12)
+def _inside(start: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if not len(start) == len(size) == len(shape):
         return False
-    axes = zip(*box, shape, strict=True)
-    return all(start >= 0 and n > 0 and start + n <= whole for start, n, whole in axes)
+    axes = zip(start, size, shape, strict=True)
+    return all(first >= 0 and n > 0 and first + n <= whole for first, n, whole in axes)
 
 
 def _in_memory(region: Copy | Fill, parameters: tuple[Parameter, ...]) -> bool:
@@ -288,5 +290,5 @@ def _in_memory(region: Copy | Fill, parameters: tuple[Parameter, ...]) -> bool:
         return False
     if region.offset < 0 or min(region.size, default=1) < 1 or min(region.stride, default=0) < 0:
         return False
-    last = region.offset + last_of(region.size, region.stride)
-    return last < parameters[region.parameter].extent
+    end = region.offset + reach(region.size, region.stride)
+    return end <= parameters[region.parameter].extent
