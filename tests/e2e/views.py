@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.checkpoints import rebuild
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Records,
     decode,

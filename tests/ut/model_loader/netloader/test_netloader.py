@@ -12,6 +12,7 @@ from vllm.config import CompilationConfig, LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+from tests.checkpoints import rebuild
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
@@ -27,7 +28,6 @@ from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instan
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.executor.model import trace
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Phase
 from vllm_ascend.model_loader.netloader.load import Loaded

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.checkpoints import rebuild
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import (
@@ -23,7 +24,6 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Join, Region

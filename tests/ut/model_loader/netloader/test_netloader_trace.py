@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.checkpoints import rebuild
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Fill,

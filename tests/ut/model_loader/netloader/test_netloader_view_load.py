@@ -15,10 +15,9 @@ from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
+from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of, row_major
 from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Parameter,

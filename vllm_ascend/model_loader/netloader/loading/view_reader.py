@@ -19,9 +19,9 @@ from ..config import NetLoaderConfig
 from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost, SourceRefused
 from ..executor.chunks.digests import of_instance
 from ..executor.memory import host_view
+from ..executor.view.boxes import box_of
 from ..executor.view.fetch import Fetch, Part, Request, requests
-from ..executor.view.rebuild import box_of, values_of
-from ..executor.view.records import Records, Seen, dtype_of
+from ..executor.view.records import Kept, Records, Seen, dtype_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
@@ -223,9 +223,8 @@ class Reader:
             if tensor is None:
                 tensor = _zeros(seen)
             for box, kept in self._fetch.kept.get(number, {}).items():
-                box_of(tensor, box).copy_(values_of(kept, tensor.dtype))
+                box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
             yield seen.name, tensor
-            del tensor  # not to be kept while the next one comes
 
     def _has(self, number: int) -> bool:
         return not self._left[number] or bool(self.failure)
@@ -356,6 +355,11 @@ def _zeros(seen: Seen) -> torch.Tensor:
     dtype = dtype_of(seen.dtype)
     memory = np.zeros(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
+
+
+def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a box that came along with the records."""
+    return torch.frombuffer(bytearray(kept.values or b""), dtype=dtype).reshape(kept.size)
 
 
 def _elements(memory: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ import msgspec
 
 from ...errors import LoadFailed, ProtocolError
 from .boxes import Box, without
-from .plan import Missing, gives, keeps
+from .casts import gives, keeps
 from .records import Copy, Kept, Records, Seen, chain_of, dtype_of
 
 # A tensor that is read in more boxes is fetched as the box around them.
@@ -88,6 +88,26 @@ class Fetch:
     def nbytes(self) -> int:
         """Bytes that travel."""
         return sum(part.nbytes for parts in self.parts for part in parts)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A box that no rank of a source can give.
+
+    Attributes:
+        name: the checkpoint tensor.
+        box: the box of it.
+        why: what is wrong.
+    """
+
+    name: str
+    box: Box
+    why: str
+
+    def __str__(self) -> str:
+        start, size = self.box
+        ends = [f"{a}:{a + n}" for a, n in zip(start, size, strict=True)]
+        return f"{self.name}[{', '.join(ends)}]: {self.why}"
 
 
 class _Offer(NamedTuple):
