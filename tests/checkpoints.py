@@ -1,4 +1,4 @@
-"""Checkpoint tensors made of what ranks have of them, as tests expect them."""
+"""What ranks have of a checkpoint, read and put together as tests expect it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,8 +9,18 @@ from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of
 from vllm_ascend.model_loader.netloader.executor.view.casts import keeps
 from vllm_ascend.model_loader.netloader.executor.view.fetch import Fetch, Part
 from vllm_ascend.model_loader.netloader.executor.view.records import Records, chain_of, dtype_of
+from vllm_ascend.model_loader.netloader.interaction.api import Region
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.utils import Buffer
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+def read_regions(
+    client: ElasticClient, weights: str, regions: Sequence[Region], into: Buffer
+) -> None:
+    """Read regions into memory that has room for exactly these."""
+    client.regions(weights, regions, len(into), [[into]])
 
 
 def rebuild(
