@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 import types
 
 import pytest
@@ -468,6 +469,29 @@ def read_disk(traced=True):
     assert torch.equal(model.weight, CHECKPOINT["weight"])
     assert "load_weights" not in vars(model)
     return load, model
+
+
+@pytest.mark.parametrize("problem", [None, LoadFailed("none came")])
+def test_memory_is_prefaulted_while_a_view_is_read_and_not_longer(monkeypatch, problem):
+    begun, ended = threading.Event(), []
+
+    class Slow(type(DEVICE)):
+        def prefault(self, tensors, stop):
+            assert [tensor.data_ptr() for tensor in tensors] == [model.weight.data_ptr()]
+            begun.set()
+            ended.append(stop.wait(20))
+
+    def load_through_view(*_):
+        assert begun.wait(20)
+        if problem:
+            raise problem
+
+    monkeypatch.setattr(netloader, "load_through_view", load_through_view)
+    loader, model = make(MODEL="m"), Watched()
+    loader._disk = None
+    with pytest.raises(LoadFailed) if problem else contextlib.nullcontext():
+        loader._read_view(dataclasses.replace(in_progress(), device=Slow()), "there", model, None)
+    assert ended == [True]
 
 
 def test_a_source_offers_a_view_of_the_checkpoint_that_it_has_read(monkeypatch):
