@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoints import read_regions
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourceRefused
@@ -335,12 +336,12 @@ def test_every_region_of_a_checkpoint_that_is_held_is_that_of_its_files(way, fil
                 rows[seen.name] = torch.empty_like(whole)
                 for one in seen.copies:
                     region = api.Region(one.parameter, one.offset, [*one.size], [*one.stride])
-                    client.regions(digest, [region], host_view(rows[seen.name]))
+                    read_regions(client, digest, [region], host_view(rows[seen.name]))
                     turned = torch.empty(seen.shape[::-1], dtype=whole.dtype)
                     region = api.Region(
                         one.parameter, one.offset, [*one.size[::-1]], [*one.stride[::-1]]
                     )
-                    client.regions(digest, [region], host_view(turned))
+                    read_regions(client, digest, [region], host_view(turned))
                     whole.copy_(turned.permute([*range(turned.dim())[::-1]]))
         wanted = checkpoint_in(files)
         for found in (rows, columns):

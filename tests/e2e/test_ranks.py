@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoints import made_of
 from tools.make_model import copy_without_weights, make_model
 from tools.netloader_view import read_address, source_list
-from vllm_ascend.model_loader.netloader.executor.view.plan import plan
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import move
+from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of
+from vllm_ascend.model_loader.netloader.executor.view.fetch import find
+from vllm_ascend.model_loader.netloader.executor.view.records import chain_of, dtype_of
 
 from .killing_proxy import killing_proxy
 from .loading import assert_same, load, make_config
@@ -234,17 +236,27 @@ def test_ranks_that_are_cut_in_one_way_have_what_those_cut_in_another_need(
     views = {cut: pair.view(tmp_path, **CUTS[cut]) for cut in cuts}
     for source, client in itertools.product(cuts, cuts):
         there = [view.records for view in views[source]]
+        ranks = [(view.records, view.parameters) for view in views[source]]
         for rank, view in enumerate(views[client]):
             assert not view.records.computed and not view.needs.computed
-            parts, missing = plan(view.needs, there, rank)
+            fetch, missing = find(view.needs, there, rank)
             assert not missing, (source, client, rank)
+            parts = [(number, part) for number, each in enumerate(fetch.parts) for part in each]
+            made, _ = made_of(fetch, parts, ranks)
+            whole = {seen.name: one for seen, one in zip(fetch.tensors, made, strict=True)}
             got = {name: torch.zeros_like(one) for name, one in view.parameters.items()}
             for fill in view.needs.fills:
                 place = got[view.needs.parameters[fill.parameter].name]
                 place.as_strided(fill.size, fill.stride, fill.offset).fill_(fill.value)
-            for part in parts:
-                held = views[source][part.rank].parameters[part.there.parameter]
-                move(part, held, got[part.here.parameter])
+            for seen in view.needs.tensors:
+                for copy in seen.copies:
+                    place = got[view.needs.parameters[copy.parameter].name]
+                    box = box_of(whole[seen.name], copy.box)
+                    first, *others = chain_of(copy, seen)
+                    box = box.view(dtype_of(first))
+                    for dtype in others:
+                        box = box.to(dtype_of(dtype))
+                    place.as_strided(copy.size, copy.stride, copy.offset).copy_(box)
             for name, one in view.parameters.items():
                 assert torch.equal(got[name], one), (source, client, rank, name)
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.checkpoints import read_regions, rebuild
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Records,
     decode,
@@ -78,7 +78,7 @@ def not_seen_through(address: str, checkpoint: Path) -> list[str]:
         for number, one in enumerate(records.parameters):
             memory[one.name] = torch.empty(one.extent, dtype=dtype_of(one.dtype))
             region = Region(number, 0, [one.extent], [1])
-            client.regions(weights, [region], host_view(memory[one.name]))
+            read_regions(client, weights, [region], host_view(memory[one.name]))
     gaps = []
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         made, known = rebuild(name, [(records, memory)])

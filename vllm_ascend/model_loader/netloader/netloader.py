@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,7 @@ from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ChosenToRead, ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.chunks.digests import is_one_of, of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
-from .executor.devices import Device, device_of
+from .executor.devices import Device, device_of, start_prefault
 from .executor.model.processed import (
     capture_processed,
     changed_scalars,
@@ -687,16 +688,23 @@ class ModelNetLoaderElastic(BaseModelLoader):
         """Let vLLM's default loader fill a model with what an instance's ranks have."""
         if outside := sorted(weights_outside(model)):
             raise LoadFailed(f"{outside[0]} is not loaded like the model's other weights")
-        with metrics.load_from(metrics.PEERS):
-            load.records = load_through_view(
-                instance,
-                model,
-                model.load_weights,
-                partial(read_through, self._disk, model, model_config),
-                load.identity,
-                self._config,
-                load.worker,
-            )
+        over = threading.Event()
+        prefaulting = start_prefault(load.device, [*model.parameters()], over)
+        try:
+            with metrics.load_from(metrics.PEERS):
+                load.records = load_through_view(
+                    instance,
+                    model,
+                    model.load_weights,
+                    partial(read_through, self._disk, model, model_config),
+                    load.identity,
+                    self._config,
+                    load.worker,
+                )
+        finally:
+            over.set()
+            if prefaulting is not None:
+                prefaulting.join()
         load.loaded_from = str(instance)
 
     def _pull(

@@ -364,10 +364,11 @@ class WeightServer:
         def gathered() -> Generator[list[Buffer], None, None]:
             digest = xxhash.xxh3_128()
             for piece in view.pieces(regions, _GATHERED_AT_ONCE):
-                with as_refusals():
-                    elements = served.gathered(view, piece)
-                digest.update(elements)
-                yield [elements]
+                # A piece is read until the next one is asked for.
+                with as_refusals(), served.gathered(view, piece) as views:
+                    for one in views:
+                        digest.update(one)
+                    yield views
             yield [memoryview(digest.digest())]
 
         return Bytes(nbytes + api.REGIONS_DIGEST, gathered())

@@ -66,8 +66,9 @@ class Served:
         self._http.send(run)
         return [*self._views]
 
-    def gathered(self, view: Viewed, regions: Sequence[Region]) -> Buffer:
-        """Return the elements of regions as they go out over HTTP, until it is called again.
+    @contextlib.contextmanager
+    def gathered(self, view: Viewed, regions: Sequence[Region]) -> Iterator[list[Buffer]]:
+        """Give the elements of regions as they go out over HTTP; they are read meanwhile.
 
         Raises:
             Withdrawn: the weights are not to be had any more.
@@ -80,13 +81,16 @@ class Served:
                 empty = accelerator.empty_host if accelerator is not None else _empty
                 self._staging = empty(nbytes)
             host = self._staging[:nbytes]
-            message = host if accelerator is None else accelerator.empty(nbytes)
-            view.gather(regions, message, store.withdrawn)
-            if message is not host:
+            if accelerator is None:
+                views = view.elements(regions, host, store.withdrawn)
+            else:
+                message = accelerator.empty(nbytes)
+                view.gather(regions, message, store.withdrawn)
                 host.copy_(message)
-        self._gathered += nbytes
-        metrics.count(metrics.SENT_BYTES, "serving", by=nbytes)
-        return host_view(host)
+                views = [host_view(host)]
+            self._gathered += nbytes
+            metrics.count(metrics.SENT_BYTES, "serving", by=nbytes)
+            yield views
 
     def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
         """Return what sends through a group."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.config import CompilationConfig, LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+from tests.checkpoints import rebuild
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
@@ -27,7 +29,6 @@ from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instan
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import device_of
 from vllm_ascend.model_loader.netloader.executor.model import trace
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Phase
 from vllm_ascend.model_loader.netloader.load import Loaded
@@ -468,6 +469,29 @@ def read_disk(traced=True):
     assert torch.equal(model.weight, CHECKPOINT["weight"])
     assert "load_weights" not in vars(model)
     return load, model
+
+
+@pytest.mark.parametrize("problem", [None, LoadFailed("none came")])
+def test_memory_is_prefaulted_while_a_view_is_read_and_not_longer(monkeypatch, problem):
+    begun, ended = threading.Event(), []
+
+    class Slow(type(DEVICE)):
+        def prefault(self, tensors, stop):
+            assert [tensor.data_ptr() for tensor in tensors] == [model.weight.data_ptr()]
+            begun.set()
+            ended.append(stop.wait(20))
+
+    def load_through_view(*_):
+        assert begun.wait(20)
+        if problem:
+            raise problem
+
+    monkeypatch.setattr(netloader, "load_through_view", load_through_view)
+    loader, model = make(MODEL="m"), Watched()
+    loader._disk = None
+    with pytest.raises(LoadFailed) if problem else contextlib.nullcontext():
+        loader._read_view(dataclasses.replace(in_progress(), device=Slow()), "there", model, None)
+    assert ended == [True]
 
 
 def test_a_source_offers_a_view_of_the_checkpoint_that_it_has_read(monkeypatch):

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.checkpoints import made_of
 from vllm_ascend.model_loader.netloader.errors import LoadFailed, ProtocolError
 from vllm_ascend.model_loader.netloader.executor.view import fetch as fetch_module
-from vllm_ascend.model_loader.netloader.executor.view.boxes import Box
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Box, box_of
 from vllm_ascend.model_loader.netloader.executor.view.fetch import (
     Part,
     catalog,
@@ -15,33 +16,15 @@ from vllm_ascend.model_loader.netloader.executor.view.fetch import (
     requests,
     same_reading,
 )
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Kept,
     Parameter,
     Records,
     Seen,
-    dtype_of,
 )
 
 from .test_netloader_view import Rank, checkpoints, cuttings, load, pretend, same
-
-
-def made_of(fetch, asked, parameters):
-    """The tensors of a checkpoint as they come in answers; nothing may come twice."""
-    made = [torch.zeros(one.shape, dtype=dtype_of(one.dtype)) for one in fetch.tensors]
-    came = [torch.zeros(one.shape, dtype=torch.int) for one in fetch.tensors]
-    for request in (one for of_rank in asked for one in of_rank):
-        memory = [*parameters[request.rank].values()]
-        for part in request.parts:
-            there = memory[part.parameter]
-            there = there.as_strided(part.box.size, part.stride, part.offset)
-            there = there.to(dtype_of(part.through[0])).view(made[part.tensor].dtype)
-            box_of(made[part.tensor], part.box).copy_(there)
-            box_of(came[part.tensor], part.box).add_(1)
-    assert all((one <= 1).all() for one in came)
-    return made, sum(int(one.sum()) for one in came)
 
 
 @given(st.data())
@@ -49,9 +32,6 @@ def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
     checkpoint = data.draw(checkpoints())
     ranks = [load(Rank(cuts), checkpoint) for cuts in data.draw(cuttings(checkpoint))]
     there = [records for records, _ in ranks]
-    parameters = [
-        {one.name: tensors[one.name] for one in records.parameters} for records, tensors in ranks
-    ]
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     for cuts in data.draw(cuttings(checkpoint, dtypes)):
         needs, _ = load(Rank(cuts), pretend(checkpoint))
@@ -63,7 +43,8 @@ def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
         asked = requests(fetch, most_bytes, most_parts)
         for request in (one for of_rank in asked for one in of_rank):
             assert request.nbytes <= most_bytes and len(request.parts) <= most_parts
-        made, count = made_of(fetch, asked, parameters)
+        parts = [(one.rank, part) for each in asked for one in each for part in one.parts]
+        made, count = made_of(fetch, parts, ranks)
         read = {cut.name: torch.zeros(checkpoint[cut.name].shape) for cut in cuts}
         for cut in cuts:
             box_of(read[cut.name], cut.box).fill_(1)

@@ -18,6 +18,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.checkpoints import read_regions
 from vllm_ascend.model_loader.netloader.errors import (
     BlocksNotHere,
     OtherPlacement,
@@ -700,7 +701,7 @@ def test_records_and_the_elements_of_regions_come_as_they_were(source):
     with source.client() as client:
         joined = client.join(Join(IDENTITY, view=True))
         assert client.records(joined.weights) == CONTENT[: 1 << 20]
-        client.regions(joined.weights, some_regions(), memoryview(into))
+        read_regions(client, joined.weights, some_regions(), memoryview(into))
         assert source.server.sessions == 1
     assert into == b"".join(CONTENT[at : at + 90] for at in (0, 100, 200))
     assert source.service.regions_asked == some_regions()
@@ -711,15 +712,15 @@ def test_regions_that_came_wrong_are_noticed_and_the_connection_goes_on(source):
     with source.client() as client:
         source.service.chunks = lambda data: [[b"\xff" + data[1:]]]
         with pytest.raises(TransferCorrupt, match="3 regions came with wrong bytes"):
-            client.regions(DIGEST, some_regions(), into)
+            read_regions(client, DIGEST, some_regions(), into)
         source.service.chunks = lambda data: [[data]]
-        client.regions(DIGEST, some_regions(), into)
+        read_regions(client, DIGEST, some_regions(), into)
 
 
 def test_regions_of_another_size_than_wanted_are_refused_before_anything_is_read(source):
     into = bytearray(271)
     with source.client() as client, pytest.raises(ProtocolError, match="sends 286 bytes where"):
-        client.regions(DIGEST, some_regions(), memoryview(into))
+        read_regions(client, DIGEST, some_regions(), memoryview(into))
     assert into == bytes(271)
 
 
@@ -727,13 +728,13 @@ def test_as_many_regions_may_be_asked_for_as_is_allowed_and_no_more(source):
     large = [api.Region(2**20, 2**50, [2**20] * 9, [2**50] * 9)] * api.MAX_REGIONS
     too_large = pytest.raises(SourceRefused, match="too_large: the body has over 1048576 bytes")
     with source.client() as client, too_large:
-        client.regions(DIGEST, large, memoryview(bytearray(1)))
+        read_regions(client, DIGEST, large, memoryview(bytearray(1)))
     with source.client() as client:
         into = memoryview(bytearray(90 * api.MAX_REGIONS))
-        client.regions(DIGEST, some_regions(1) * api.MAX_REGIONS, into)
+        read_regions(client, DIGEST, some_regions(1) * api.MAX_REGIONS, into)
         for regions in (some_regions(1) * (api.MAX_REGIONS + 1), []):
             with pytest.raises(SourceRefused, match="the body is not a valid Regions"):
-                client.regions(DIGEST, regions, into)
+                read_regions(client, DIGEST, regions, into)
 
 
 def test_records_over_the_limit_are_not_read(source, monkeypatch):

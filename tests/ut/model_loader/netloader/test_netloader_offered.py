@@ -1,7 +1,9 @@
 """What a source gives of a checkpoint that is seen through its parameters, over a socket."""
 
 import contextlib
+import ctypes
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import msgspec
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.checkpoints import read_regions, rebuild
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import (
@@ -23,7 +26,6 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Join, Region
@@ -97,7 +99,7 @@ def connect(address):
 
 def fetch(client, weights, view, regions):
     into = torch.zeros(view.nbytes_of(regions), dtype=torch.uint8)
-    client.regions(weights, regions, host_view(into))
+    read_regions(client, weights, regions, host_view(into))
     return into
 
 
@@ -172,6 +174,43 @@ def test_what_is_gathered_are_the_elements_one_after_the_other(case, skip):
                 at += index * step
             expected += bytes_of(memory.as_strided([1], [1], at)).numpy().tobytes()
     assert into.numpy().tobytes() == expected
+    assert b"".join(map(bytes, view.elements(regions, into.zero_()))) == expected
+
+
+def test_elements_that_follow_each_other_are_given_as_they_are_in_the_parameter():
+    rows, columns = (random_tensor(seed, torch.float32, 6, 8) for seed in (1, 2))
+    view = Viewed(b"", [rows, columns])
+    regions = [Region(0, 8, [1, 2, 8], [0, 8, 1]), Region(1, 3, [6, 2], [8, 1])]
+    staging = torch.zeros(view.nbytes_of(regions), dtype=torch.uint8)
+    in_place, copied = view.elements(regions, staging)
+    assert ctypes.addressof(in_place) == rows[1:].data_ptr()
+    assert bytes(in_place) == rows[1:3].numpy().tobytes()
+    assert ctypes.addressof(copied) == staging.data_ptr()
+    assert bytes(copied) == columns[:, 3:5].contiguous().numpy().tobytes()
+
+
+class Caller:
+    """A session that goes on."""
+
+    peer = HOST
+
+    def on_close(self, call):
+        pass
+
+
+def test_weights_are_not_idle_as_long_as_their_memory_is_being_sent(monkeypatch):
+    monkeypatch.setattr(serve, "_GATHERED_AT_ONCE", 96)
+    tensors, records = loaded()
+    store, view = store_of(tensors), viewed(records, tensors)
+    with serving(view, store) as (server, _):
+        sent = server.regions(Caller(), store.digests.weights, [Region(0, 0, [48], [1])]).chunks
+        next(sent)
+        with ThreadPoolExecutor(1) as threads:
+            assert not threads.submit(store.idle, 0).result()
+            store.withdraw(Withdrawn("they change"))
+            with pytest.raises(api.Refusal, match="they change"):
+                next(sent)
+            assert threads.submit(store.idle, 0).result()
 
 
 @given(cases(), st.integers(1, 100))
@@ -292,7 +331,7 @@ def test_a_source_without_records_says_why_it_has_no_view():
         for ask in (
             lambda: client.join(Join(WHO, view=True)),
             lambda: client.records(weights),
-            lambda: client.regions(weights, [Region(0, 0, [], [])], memoryview(bytearray(1))),
+            lambda: read_regions(client, weights, [Region(0, 0, [], [])], memoryview(bytearray(1))),
         ):
             refused = error_of(ask, SourceRefused)
             assert "no_view: " in refused and "did not come from a checkpoint here" in refused
@@ -317,7 +356,7 @@ def test_regions_beyond_a_parameter_or_of_too_many_bytes_are_out_of_range():
             (Region(0, 0, [most + 1], [0]), f"have {4 * most + 4} bytes; allowed: 33554432"),
         ):
             with pytest.raises(SourceRefused, match=f"out_of_range: .*{why}"):
-                client.regions(store.digests.weights, [region], memoryview(bytearray(1)))
+                read_regions(client, store.digests.weights, [region], memoryview(bytearray(1)))
         got = fetch(client, store.digests.weights, view, [Region(0, 0, [most], [0])])
         assert got.view(torch.float32).eq(tensors["plain"][0, 0]).all()
 
@@ -375,8 +414,8 @@ def test_weights_that_are_withdrawn_while_the_rate_is_limited_are_not_gathered()
     store = store_of(tensors)
 
     class Watched(Viewed):
-        def gather(self, *_):
-            raise AssertionError("gathered")
+        def elements(self, *_):
+            raise AssertionError("looked at")
 
     offered = viewed(records, tensors)
     view = Watched(offered.records, offered.parameters)

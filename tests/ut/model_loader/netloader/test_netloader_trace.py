@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tests.checkpoints import rebuild
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import rebuild
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Fill,

@@ -11,13 +11,14 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.checkpoints import rebuild
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view import boxes as boxes_module
 from vllm_ascend.model_loader.netloader.executor.view import records as records_module
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Box, Unmapped, boxes, gaps
-from vllm_ascend.model_loader.netloader.executor.view.plan import gives, keeps, plan, shortest
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import move, rebuild
+from vllm_ascend.model_loader.netloader.executor.view.casts import gives, keeps, shortest
+from vllm_ascend.model_loader.netloader.executor.view.fetch import find
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Kept,
@@ -286,34 +287,14 @@ def test_what_ranks_of_any_cutting_have_is_the_checkpoint(data):
 
 
 @given(st.data())
-def test_ranks_of_any_cutting_get_from_those_of_any_other_what_a_checkpoint_gives_them(data):
-    checkpoint = data.draw(checkpoints())
-    ranks = [load(Rank(cuts), checkpoint) for cuts in data.draw(cuttings(checkpoint))]
-    there = [records for records, _ in ranks]
-    dtypes = (torch.bfloat16, torch.float32, torch.float16)
-    for cuts in data.draw(cuttings(checkpoint, dtypes)):
-        needs, _ = load(Rank(cuts, "meta"), pretend(checkpoint))
-        prefer = data.draw(st.integers(0, len(there) - 1))
-        parts, missing = plan(needs, there, prefer)
-        assert not missing
-        assert sum(prod(part.size) for part in parts) == sum(prod(cut.box.size) for cut in cuts)
-        into, expected = Rank(cuts), Rank(cuts)
-        here = dict(into.named_parameters())
-        for part in parts:
-            move(part, ranks[part.rank][1][part.there.parameter], here[part.here.parameter])
-        expected.load_weights(checkpoint.items())
-        for name, weight in expected.named_parameters():
-            assert same(here[name], weight), name
-
-
-@given(st.data())
 def test_a_rank_that_has_what_is_needed_is_the_only_one_that_is_asked(data):
     checkpoint = data.draw(checkpoints())
     cuts, *_ = data.draw(cuttings(checkpoint))
     assume(cuts)
     ranks = [load(Rank(cuts), checkpoint)[0] for _ in range(3)]
     prefer = data.draw(st.integers(0, 2))
-    assert {part.rank for part in plan(ranks[0], ranks, prefer)[0]} == {prefer}
+    fetch, _ = find(ranks[0], ranks, prefer)
+    assert [rank for rank, parts in enumerate(fetch.parts) if parts] == [prefer]
 
 
 def numbered(checkpoint):
@@ -444,39 +425,6 @@ def one_tensor(copies=(), kept=(), dtype="float32", shape=(4, 4), parameters=Non
     return Records((Seen("t", dtype, shape, tuple(copies), tuple(kept)),), parameters)
 
 
-def test_what_a_source_rounded_is_missed_by_name():
-    there = one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("float32", "float16"))])
-    here = one_tensor([Copy((1, 0), (2, 4), 0, 0, (4, 1))])
-    parts, (missing,) = plan(here, [there], 0)
-    assert not parts
-    assert str(missing) == "t[1:3, 0:4]: ('float32', 'float16') there, ('float32',) here"
-    whole, known = rebuild("t", [(there, {"p": torch.ones(16, dtype=torch.float16)})])
-    assert not known.any() and not whole.any()
-
-
-def test_what_no_rank_has_is_missed_by_name():
-    there = one_tensor([Copy((0, 0), (4, 2), 0, 0, (2, 1))])
-    here = one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1))])
-    parts, (missing,) = plan(here, [there], 0)
-    assert [part.size for part in parts] == [(4, 2)]
-    assert str(missing) == "t[0:4, 2:4]: no rank of the source has it"
-    assert str(plan(here, [], 0)[1][0]) == "t[0:4, 0:4]: no rank of the source has it"
-
-
-def test_a_tensor_of_another_shape_is_missed_with_both_shapes():
-    there = one_tensor([Copy((0, 0), (4, 2), 0, 0, (2, 1))], shape=(4, 2))
-    here = one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1))])
-    _, (missing,) = plan(here, [there], 0)
-    assert "float32 (4, 2) there, float32 (4, 4) here" in str(missing)
-
-
-def test_values_that_were_kept_aside_are_known():
-    kept = Kept((1, 0), (1, 4), torch.arange(4.0).numpy().tobytes())
-    whole, known = rebuild("t", [(one_tensor(kept=[kept, Kept((2, 0), (1, 4))]), {})])
-    assert whole[1].tolist() == [0, 1, 2, 3]
-    assert known.sum() == 4 and known[1].all()
-
-
 GOOD = Copy((0, 0), (4, 4), 0, 0, (4, 1))
 
 
@@ -566,8 +514,8 @@ def test_records_of_many_experts_are_small_and_planned_fast():
 
     ranks = [rank(0, 32), rank(32, 32)]
     assert len(encode(ranks[0])) < 30 * experts
-    parts, missing = plan(rank(16, 32), ranks, 1)
-    assert not missing and len(parts) == 2 * experts
+    fetch, missing = find(rank(16, 32), ranks, 1)
+    assert not missing and sum(map(len, fetch.parts)) == 2 * experts
 
 
 def test_names_of_dtypes_are_those_of_torch():

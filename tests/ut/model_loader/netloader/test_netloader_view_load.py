@@ -16,10 +16,9 @@ from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
+from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of, row_major
 from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
-from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Parameter,
@@ -265,9 +264,9 @@ def test_what_goes_wrong_in_the_model_is_the_reason_and_nothing_else(monkeypatch
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, *what):
+            def elements(self, *what):
                 slow.wait(0.05)
-                super().gather(*what)
+                return super().elements(*what)
 
         return Stalling(view.records, view.parameters)
 
@@ -300,8 +299,9 @@ def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
 
     def stall(view):
         class Stalling(Viewed):
-            def gather(self, *what):
+            def elements(self, *what):
                 stalled.wait(20)
+                return []
 
         return Stalling(view.records, view.parameters)
 
@@ -583,7 +583,7 @@ def test_an_instance_whose_ranks_have_other_weights_than_it_says_is_refused():
             take(source.addresses[:1], Model())
 
 
-def test_only_pinned_weights_are_taken():
+def test_only_pinned_weights_are_taken_and_the_log_says_what_was_compared(log):
     with sources(2) as source:
         with pytest.raises(LoadFailed, match="WEIGHTS_DIGEST is instance:00"):
             take(source.addresses, Model(), weights_digest=("instance:00",))
@@ -591,6 +591,10 @@ def test_only_pinned_weights_are_taken():
         model = Model()
         take(source.addresses, model, weights_digest=(digest,))
         assert is_as_from_disk(model)
+        said = f"say that they have, {digest}, and not with the bytes that came"
+        assert said in log[-1] and "WEIGHTS_DIGEST" in log[-1]
+        take(source.addresses, model)
+        assert sum("WEIGHTS_DIGEST was" in line for line in log) == 1
 
 
 def test_another_model_is_refused():

@@ -34,7 +34,6 @@ from .api import Done, Join, Joined, Refusal, Status
 from .tls import ALERT, NotAdmitted, TlsWire
 from .wire import Wire
 
-_READ_AT_ONCE = 2 << 20  # bytes of regions, which are hashed while others come
 _LEAST_RATE = 1_000_000  # bytes per second of a file
 _LAST_WORDS = 0.2  # seconds for them to arrive, on their way since before the transfer failed
 _SERVER = "NetLoader"
@@ -262,31 +261,38 @@ class ElasticClient:
             self._close_after(answer)
         return bytes(content)
 
-    def regions(self, weights: str, regions: Sequence[api.Region], into: Buffer) -> None:
+    def regions(
+        self,
+        weights: str,
+        regions: Sequence[api.Region],
+        nbytes: int,
+        into: Iterable[Sequence[Buffer]],
+    ) -> None:
         """Read elements of the source's parameters into memory.
 
         Args:
             weights: digest of the weights.
             regions: which elements.
-            into: where they go, one region after the other; exactly as many bytes as they have.
+            nbytes: of all of them.
+            into: where they go, one region after the other, piece by piece; the next one is taken
+                once the one before is full.
 
         Raises:
             TransferCorrupt: they are not what their digest says; what `into` has is anything.
             SourceError: see the class; the same.
         """
         body = msgspec.json.encode(api.Regions([*regions]))
-        digest, wanted = bytearray(api.REGIONS_DIGEST), len(into)
-        elements, came = memoryview(into).cast("B"), xxhash.xxh3_128()
+        digest, came = bytearray(api.REGIONS_DIGEST), xxhash.xxh3_128()
         with self._failures():
             path = api.REGIONS.format(digest=weights)
             answer = self._open("POST", path, body, self._progress)
-            if answer.length != wanted + len(digest):
+            if answer.length != nbytes + len(digest):
                 said = f"sends {answer.length} bytes where regions and their digest have"
-                raise self._lied(f"{said} {wanted + len(digest)}")
-            for at in range(0, wanted, _READ_AT_ONCE):
-                part = elements[at : at + _READ_AT_ONCE]
-                self._wire.receive([part])
-                came.update(part)
+                raise self._lied(f"{said} {nbytes + len(digest)}")
+            for views in into:
+                self._wire.receive(views)
+                for view in views:
+                    came.update(view)
             self._wire.receive([memoryview(digest)])
             self._close_after(answer)
         if came.digest() != digest:

@@ -21,7 +21,7 @@ from ..errors import (
 from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
 from ..executor.chunks.manifest import Manifest, Sample
-from ..executor.devices import Device
+from ..executor.devices import Device, start_prefault
 from ..executor.model.match import match
 from ..executor.scheduler import Scheduler
 from ..executor.store import BlockStore
@@ -29,7 +29,7 @@ from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Joined
 from ..interaction.cold_start import Choice, Phase
-from ..utils import Address, logger, one_line
+from ..utils import Address, one_line
 
 # Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
@@ -245,9 +245,11 @@ class Target:
                 f"{address}: manifest and block digests make {digests.weights}, and the source "
                 f"says {joined.weights}"
             )
-        # Small ones are found soon enough, and there may be a hundred thousand.
-        sized = zip(tensors, blocks.sizes, strict=True)
-        self._prefault([tensor for tensor, nbytes in sized if nbytes > BLOCK_BYTES])
+        if self._prefaulting is None:
+            # Small ones are found soon enough, and there may be a hundred thousand.
+            sized = zip(tensors, blocks.sizes, strict=True)
+            large = [tensor for tensor, nbytes in sized if nbytes > BLOCK_BYTES]
+            self._prefaulting = start_prefault(self._device, large, self._over)
         if self._cold is not None:
             self._cold.announce(Phase.LOADING)
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
@@ -271,21 +273,6 @@ class Target:
     def _list(self) -> Mapping[int, str]:
         """Return what the first source that knows has said of its instance's ranks."""
         return next(filter(None, [*self.lists]), {})
-
-    def _prefault(self, tensors: Sequence[torch.Tensor]) -> None:
-        if self._prefaulting is not None:
-            return
-
-        def prefault() -> None:
-            try:
-                self._device.prefault(tensors, self._over)
-            except Exception:  # only speed is lost
-                logger.debug("NetLoader: cannot prefault memory", exc_info=True)
-
-        thread = threading.Thread(target=prefault, name="netloader-prefault", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no more threads: only speed is lost
-            thread.start()
-            self._prefaulting = thread
 
 
 def chunk_mib_for(nbytes: int, groups: bool, relays: bool) -> int:

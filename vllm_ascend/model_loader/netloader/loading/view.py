@@ -278,6 +278,7 @@ def load_through_view(
         reader.shares(),
         *_placements(instance.identity, identity),
     )
+    _tell_what_was_pinned(instance, config, worker)
     return seen
 
 
@@ -340,6 +341,7 @@ def whole_checkpoint(
         rate(fetch.nbytes, seconds),
         reader.shares(),
     )
+    _tell_what_was_pinned(instance, config, worker)
     return _taken(came)
 
 
@@ -348,6 +350,16 @@ def _taken(tensors: list[tuple[str, torch.Tensor]]) -> Weights:
     tensors.reverse()
     while tensors:
         yield tensors.pop()
+
+
+def _tell_what_was_pinned(instance: Instance, config: NetLoaderConfig, worker: int) -> None:
+    if config.weights_digest is not None:
+        logger.info(
+            "NetLoader rank %d: WEIGHTS_DIGEST was compared with what the ranks of the source say "
+            "that they have, %s, and not with the bytes that came",
+            worker,
+            instance.digest,
+        )
 
 
 def _whole(seen: Seen) -> Copy:

@@ -9,27 +9,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .. import metrics
 from ..config import NetLoaderConfig
 from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost, SourceRefused
 from ..executor.chunks.digests import of_instance
-from ..executor.memory import host_view
-from ..executor.view.fetch import Fetch, Part, Request, requests
-from ..executor.view.rebuild import box_of, values_of
-from ..executor.view.records import Records, Seen, dtype_of
+from ..executor.memory import INTEGER, host_view
+from ..executor.view.boxes import box_of
+from ..executor.view.fetch import Fetch, Part, Request, pieces, requests
+from ..executor.view.records import Kept, Records, Seen, dtype_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
 from ..interaction.client import ElasticClient
-from ..utils import Address, logger, one_line, rate, size
+from ..utils import Address, Buffer, logger, one_line, rate, size
 from .sessions import connect
 
 _ANSWER = 8 << 20  # bytes of one answer
+_AT_ONCE = 1 << 20  # bytes of it that are read, hashed and put in their places one after the other
 _AHEAD = 256 << 20  # bytes that come before they are read
 _OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes now and then
 _LOST = 3  # connections in a row that may be lost without that anything came
@@ -223,9 +225,8 @@ class Reader:
             if tensor is None:
                 tensor = _zeros(seen)
             for box, kept in self._fetch.kept.get(number, {}).items():
-                box_of(tensor, box).copy_(values_of(kept, tensor.dtype))
+                box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
             yield seen.name, tensor
-            del tensor  # not to be kept while the next one comes
 
     def _has(self, number: int) -> bool:
         return not self._left[number] or bool(self.failure)
@@ -233,7 +234,7 @@ class Reader:
     def _work(self, number: int, further: bool) -> None:
         """Fetch what one rank has to give; `further`: others do, too."""
         rank = self._ranks[number]
-        staging = torch.empty(_ANSWER, dtype=torch.uint8)
+        staging = torch.empty(_AT_ONCE, dtype=torch.uint8)
         pace = _Pace()
         lost = 0  # connections in a row over which nothing came
         try:
@@ -310,7 +311,6 @@ class Reader:
     ) -> None:
         """Fetch parts, and put them where they belong."""
         nbytes = request.nbytes
-        host = staging[:nbytes]
         regions = [
             Region(part.parameter, part.offset, [*part.box.size], [*part.stride])
             for part in request.parts
@@ -318,25 +318,44 @@ class Reader:
         started = time.monotonic()
         try:
             with client.ended_after(_OVERDUE * self._config.progress_timeout):
-                client.regions(rank.weights, regions, host_view(host))
+                client.regions(rank.weights, regions, nbytes, self._places(request, staging))
         except SourceLost:
             with self._changed:
                 self._asked[request.rank].append(request)  # for another connection
             raise
         pace.came(rank.address, nbytes, time.monotonic() - started)
-        at = 0
-        for part in request.parts:
-            came = _elements(host[at : at + part.nbytes], part.through[-1])
-            came = came.reshape(part.box.size).to(dtype_of(part.through[0]))
-            target = self._target(part)
-            box_of(target, part.box).copy_(came.view(target.dtype))
-            at += part.nbytes
         metrics.count(metrics.RECEIVED_BYTES, "serving", by=nbytes)
         with self._changed:
             self._gave[rank.address] += nbytes
             self._progress = time.monotonic()
             self._left.subtract(part.tensor for part in request.parts)
             self._changed.notify_all()
+
+    def _places(self, request: Request, staging: torch.Tensor) -> Iterator[list[Buffer]]:
+        """Yield where the elements of a request go, piece by piece.
+
+        That is where they belong if they follow each other there, and else `staging`, from which
+        they are copied once they have come.
+        """
+        for piece in pieces(request.parts, _AT_ONCE, api.MAX_REGIONS):
+            views: list[Buffer] = []
+            staged = []
+            at = 0
+            for part in piece:
+                place = box_of(self._target(part), part.box)
+                if len(part.through) > 1 or not place.is_contiguous():
+                    host = staging[at : at + part.nbytes]
+                    at += part.nbytes
+                    staged.append((part, place, host))
+                    views.append(host_view(host))
+                else:
+                    views.append(host_view(place))
+            yield views
+            for part, place, host in staged:
+                came = _elements(host, part.through[-1]).reshape(part.box.size)
+                came = came.to(dtype_of(part.through[0]))
+                # Not by torch: its threads wait for each other, and others read and hash meanwhile.
+                np.copyto(_numbers(place), _numbers(came))
 
     def _target(self, part: Part) -> torch.Tensor:
         with self._changed:
@@ -358,11 +377,21 @@ def _zeros(seen: Seen) -> torch.Tensor:
     return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
 
 
+def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """Return the values of a box that came along with the records."""
+    return torch.frombuffer(bytearray(kept.values or b""), dtype=dtype).reshape(kept.size)
+
+
 def _elements(memory: torch.Tensor, dtype: str) -> torch.Tensor:
     kind = dtype_of(dtype)
     if memory.storage_offset() % kind.itemsize:
         memory = memory.clone()
     return memory.view(kind)
+
+
+def _numbers(tensor: torch.Tensor) -> NDArray[Any]:
+    """Return a tensor of host memory as numpy knows it."""
+    return tensor.view(INTEGER.get(tensor.element_size(), tensor.dtype)).numpy()
 
 
 def said_of(address: Address, error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup, Store
 
 from ...errors import LayoutUnsupported
+from ...utils import logger
 
 
 class Device(Protocol):
@@ -166,3 +167,22 @@ def device_of(device: torch.device | str, hccl_buffer_mb: int) -> Device:
 
         return cuda_device(device.index)
     raise LayoutUnsupported(f"NetLoader moves no tensors between devices of kind {device.type!r}")
+
+
+def start_prefault(
+    device: Device, tensors: Sequence[torch.Tensor], stop: threading.Event
+) -> threading.Thread | None:
+    """Start to `prefault` the memory of tensors in a thread; None: only speed is lost."""
+
+    def prefault() -> None:
+        try:
+            device.prefault(tensors, stop)
+        except Exception:  # only speed is lost
+            logger.debug("NetLoader: cannot prefault memory", exc_info=True)
+
+    thread = threading.Thread(target=prefault, name="netloader-prefault", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads
+        return None
+    return thread

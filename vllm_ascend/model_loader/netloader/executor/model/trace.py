@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ..memory import bytes_of
 from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, reach, row_major, without
-from ..view.plan import keeps, shortest
+from ..view.casts import keeps, shortest
 from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of
 
 _aten = torch.ops.aten

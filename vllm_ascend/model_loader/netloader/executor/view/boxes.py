@@ -6,6 +6,8 @@ from itertools import islice
 from math import prod
 from typing import NamedTuple, TypeAlias
 
+import torch
+
 # Size, stride on one side, stride on the other: one dimension of elements that are copied.
 Dim: TypeAlias = tuple[int, int, int]
 
@@ -195,3 +197,8 @@ def without(parts: Iterable[Box], box: Box) -> list[Box]:
         common = part.meet(box)
         left += [part] if common is None else part.minus(common)
     return left
+
+
+def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """Return a box of a tensor as a view."""
+    return tensor[tuple(slice(start, start + n) for start, n in zip(*box, strict=True))]

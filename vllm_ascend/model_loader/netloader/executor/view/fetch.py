@@ -8,7 +8,7 @@ import functools
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -18,7 +18,7 @@ import msgspec
 
 from ...errors import LoadFailed, ProtocolError
 from .boxes import Box, without
-from .plan import Missing, gives, keeps
+from .casts import gives, keeps
 from .records import Copy, Kept, Records, Seen, chain_of, dtype_of
 
 # A tensor that is read in more boxes is fetched as the box around them.
@@ -89,6 +89,26 @@ class Fetch:
     def nbytes(self) -> int:
         """Bytes that travel."""
         return sum(part.nbytes for parts in self.parts for part in parts)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A box that no rank of a source can give.
+
+    Attributes:
+        name: the checkpoint tensor.
+        box: the box of it.
+        why: what is wrong.
+    """
+
+    name: str
+    box: Box
+    why: str
+
+    def __str__(self) -> str:
+        start, size = self.box
+        ends = [f"{a}:{a + n}" for a, n in zip(start, size, strict=True)]
+        return f"{self.name}[{', '.join(ends)}]: {self.why}"
 
 
 class _Offer(NamedTuple):
@@ -335,21 +355,31 @@ def requests(fetch: Fetch, most_bytes: int, most_parts: int) -> list[list[Reques
             needed[part.tensor + 1] += part.nbytes
     for number in range(len(fetch.tensors)):
         needed[number + 1] += needed[number]
-    found: list[list[Request]] = []
-    for rank, parts in enumerate(fetch.parts):
-        made: list[Request] = []
-        batch: list[Part] = []
-        nbytes = 0
-        for part in (small for whole in parts for small in _cut(whole, most_bytes)):
-            if batch and (nbytes + part.nbytes > most_bytes or len(batch) == most_parts):
-                made.append(Request(rank, tuple(batch), needed[batch[0].tensor]))
-                batch, nbytes = [], 0
-            batch.append(part)
-            nbytes += part.nbytes
-        if batch:
-            made.append(Request(rank, tuple(batch), needed[batch[0].tensor]))
-        found.append(made)
-    return found
+    return [
+        [
+            Request(rank, tuple(batch), needed[batch[0].tensor])
+            for batch in pieces(parts, most_bytes, most_parts)
+        ]
+        for rank, parts in enumerate(fetch.parts)
+    ]
+
+
+def pieces(parts: Iterable[Part], most_bytes: int, most_parts: int) -> Iterator[list[Part]]:
+    """Cut parts into pieces of so many bytes, and of so many parts, at most.
+
+    Yields:
+        The parts of each piece, which have the same elements in the same order.
+    """
+    batch: list[Part] = []
+    nbytes = 0
+    for part in (small for whole in parts for small in _cut(whole, most_bytes)):
+        if batch and (nbytes + part.nbytes > most_bytes or len(batch) == most_parts):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(part)
+        nbytes += part.nbytes
+    if batch:
+        yield batch
 
 
 def _cut(part: Part, most_bytes: int) -> Iterator[Part]:

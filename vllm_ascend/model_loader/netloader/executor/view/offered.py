@@ -7,10 +7,12 @@ from math import prod
 from typing import NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 import torch
 
 from ...errors import ProtocolError, Withdrawn
-from ..memory import INTEGER, bytes_of
+from ...utils import Buffer
+from ..memory import INTEGER, bytes_of, host_memory, host_view
 from .boxes import last_of
 from .records import Parameter, Records, encode, name_of
 
@@ -106,16 +108,55 @@ class Viewed:
         for region, end in zip(regions, ends, strict=True):
             if stop is not None and stop.is_set():  # many small regions take seconds
                 raise Withdrawn("the weights were withdrawn while regions were copied")
-            memory = self.parameters[region.parameter].detach()
-            first = memory.storage_offset() + region.offset
-            elements = memory.as_strided([*region.size], [*region.stride], first)
-            elements = elements.view(INTEGER.get(memory.element_size(), memory.dtype))
+            elements = self._of(region)
             place = into[at:end]
-            if place.storage_offset() % memory.element_size():  # not where such elements can be
+            if place.storage_offset() % elements.element_size():  # not where such elements can be
                 place.copy_(bytes_of(elements.contiguous()))
             else:
                 place.view(elements.dtype).view(elements.shape).copy_(elements)
             at = end
+
+    def elements(
+        self, regions: Sequence[Region], staging: torch.Tensor, stop: threading.Event | None = None
+    ) -> list[Buffer]:
+        """Return the elements of regions of host memory, each in row-major order.
+
+        Args:
+            regions: which elements.
+            staging: uint8 without gaps, of `nbytes_of` these regions, for those whose elements do
+                not follow each other in their parameter; the others are given as they are there.
+            stop: once set no further region is looked at.
+
+        Raises:
+            Withdrawn: `stop` was set.
+            ProtocolError: one is not inside of a parameter; says which.
+        """
+        found: list[Buffer] = []
+        at = 0
+        for region in regions:
+            nbytes = self._nbytes_of(region)
+            if stop is not None and stop.is_set():  # many small regions take seconds
+                raise Withdrawn("the weights were withdrawn while regions were copied")
+            elements = self._of(region)
+            if _is_dense(region):
+                found.append(host_memory(elements.data_ptr(), nbytes))
+            else:
+                place = staging[at : at + nbytes]
+                at += nbytes
+                # Not by torch: its threads wait for each other, and each session is a thread.
+                np.copyto(
+                    place.numpy().view(elements.numpy().dtype).reshape(region.size),
+                    elements.numpy(),
+                )
+                found.append(host_view(place))
+        return found
+
+    def _of(self, region: Region) -> torch.Tensor:
+        """Return the elements of a region, as integers if there are such."""
+        memory = self.parameters[region.parameter].detach()
+        first = memory.storage_offset() + region.offset
+        elements = memory.as_strided([*region.size], [*region.stride], first)
+        return elements.view(INTEGER.get(memory.element_size(), memory.dtype))
 
     def _nbytes_of(self, region: Region) -> int:
         if not 0 <= region.parameter < len(self.parameters):
@@ -136,6 +177,16 @@ class Viewed:
                 f"inside of parameter {region.parameter}, which has {extent} elements"
             )
         return prod(size) * memory.element_size()
+
+
+def _is_dense(region: Region) -> bool:
+    """Return whether the elements follow each other in memory."""
+    expected = 1
+    for n, step in zip(reversed(region.size), reversed(region.stride), strict=True):
+        if n > 1 and step != expected:
+            return False
+        expected *= n
+    return True
 
 
 def _cut(region: Region, count: int) -> Iterator[Region]:
