@@ -21,12 +21,12 @@ from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, vie
 from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
-    Parameter,
     Records,
     Seen,
     decode,
     encode,
     name_of,
+    parameter_of,
 )
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
@@ -549,7 +549,9 @@ def test_records_that_say_nothing_sensible_are_refused():
 def test_regions_beyond_a_parameter_are_refused():
     def change(records):
         replace = msgspec.structs.replace
-        parameters = tuple(replace(one, extent=1 << 40) for one in records.parameters)
+        parameters = tuple(
+            replace(one, shape=(1 << 40,), stride=(1,)) for one in records.parameters
+        )
         tensors = tuple(
             replace(one, copies=tuple(replace(c, offset=1 << 30) for c in one.copies))
             for one in records.tensors
@@ -708,9 +710,7 @@ def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
     fill([("w", checkpoint.clone())])
     model = made()
     copy = Copy((0, 0), (4, 8), 0, 0, row_major((4, 8)))
-    there = Records(
-        (Seen("w", name_of(dtype), (4, 8), (copy,)),), (Parameter("w", name_of(dtype), 32),)
-    )
+    there = Records((Seen("w", name_of(dtype), (4, 8), (copy,)),), (parameter_of("w", checkpoint),))
     needs = needs_of(model, fill, catalog([there]))
     fetch, missing = find(needs, [there], 0)
     assert not missing

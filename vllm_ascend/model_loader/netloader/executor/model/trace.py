@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..memory import bytes_of
 from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, row_major, without
 from ..view.plan import keeps, shortest
-from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of
+from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of, parameter_of
 
 _aten = torch.ops.aten
 # The same elements in the same shape, in other memory.
@@ -222,8 +222,7 @@ class Trace(TorchDispatchMode):
                 if where not in writes:
                     continue
                 number, start = len(parameters), tensor.storage_offset()
-                extent = (where[1] - where[0]) // tensor.element_size()
-                parameters.append(Parameter(name, name_of(tensor.dtype), extent))
+                parameters.append(parameter_of(name, tensor))
                 last, lost, problem = _last(writes[where], tensor)
                 if problem:
                     computed[name] = problem
