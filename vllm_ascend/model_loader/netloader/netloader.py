@@ -551,6 +551,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 for own, new in renewal.outside.values():
                     own.copy_(new)
                 apply_attributes(model, renewal.store.manifest.attributes)
+                if records is not None:
+                    registry.came_with(model, records)
             if load.serving and not registry.is_renewable(model):
                 load.store = without_doubles(renewal.store, model)
                 if records is not None:
@@ -831,7 +833,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             view=load.view if store is not None else None,
             why_no_view=load.why_no_view,
         )
-        watched = watch(vllm_config, model, registry.changing, registry.processing)
+        watched = watch(
+            vllm_config, model, registry.changing, registry.reading, registry.processing
+        )
         if known is not None:
             registry.offer_again(model, offer, watched)
             return

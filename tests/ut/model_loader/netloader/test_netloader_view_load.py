@@ -17,7 +17,7 @@ from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.model.raw import viewed_through
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.boxes import row_major
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped, row_major
 from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
 from vllm_ascend.model_loader.netloader.executor.view.rebuild import box_of
@@ -30,6 +30,7 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
     name_of,
     parameter_of,
 )
+from vllm_ascend.model_loader.netloader.executor.view.reread import Reread
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -560,6 +561,49 @@ def test_records_are_asked_of_those_that_gave_most_and_of_none_that_only_others_
         _queue=types.SimpleNamespace(is_hearsay=lambda address: address == heard),
     )
     assert Sessions.givers(loading) == [other, seed]
+
+
+# Weights that are read again
+
+
+def read_again(checkpoint):
+    model, records = loaded(rank=1, tp=2)
+    again = Reread(records)
+    model.load_weights(again.watch(checkpoint.items()))
+    return again
+
+
+def test_the_records_of_another_checkpoint_are_those_that_reading_it_at_first_gives(monkeypatch):
+    other = {
+        name: random_tensor(number, tensor.dtype, *tensor.shape)
+        for number, (name, tensor) in enumerate(CHECKPOINT.items(), 500)
+    }
+    again = read_again(other)
+    before = loaded(rank=1, tp=2)[1]
+    monkeypatch.setattr(f"{__name__}.CHECKPOINT", other)
+    assert again.records() == loaded(rank=1, tp=2)[1] != before
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"layers.1.up": None}, "layers.1.up was not read again"),
+        ({"layers.1.scale": None}, "layers.1.scale was not read again"),
+        ({"unused": torch.ones(4, 5)}, r"unused \(float32 \(4, 5\)\) was not in the checkpoint"),
+        ({"layers.1.norm": torch.ones(8)}, r"layers.1.norm \(float32 \(8,\)\) was not"),
+        ({"layers.7.norm": torch.ones(8)}, "layers.7.norm .* was not in the checkpoint before"),
+    ],
+)
+def test_nothing_is_known_of_weights_from_a_checkpoint_of_other_tensors(change, why):
+    class Lenient(Model):
+        def load_weights(self, weights):
+            super().load_weights(one for one in weights if one[0] != "layers.7.norm")
+
+    checkpoint = {name: one for name, one in (CHECKPOINT | change).items() if one is not None}
+    again = Reread(loaded()[1])
+    Lenient().load_weights(again.watch(checkpoint.items()))
+    with pytest.raises(Unmapped, match=why):
+        again.records()
 
 
 # Refusals
