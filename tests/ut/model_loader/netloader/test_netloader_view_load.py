@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import serve
+from vllm_ascend.model_loader.netloader import copies, serve
 from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceLost
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.model.raw import viewed_through
@@ -486,6 +486,25 @@ def test_those_that_loaded_by_name_feed_any_size_once_the_seed_is_gone():
             model = Model(rank, 2)
             take([address], model)
             assert is_as_from_disk(model)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_is_held_of_an_instance_feeds_other_sizes_if_that_had_a_view(seen):
+    config, held = settings(), []
+    with sources(2, lambda view: view if seen else None) as source:
+        for address, offer in zip(source.addresses, source.offers, strict=True):
+            with copies.connect(address, config) as client:
+                what = copies.describe(client, offer.identity)
+            store = copies.pull([address], what, None, config)
+            held.append((what, store, copies.view_of(store, [address], config), "an instance"))
+    model = Model()
+    with copies.holding(held, config, HOST) as addresses:
+        if not seen:
+            with pytest.raises(LoadFailed, match="no_view: "):
+                take(addresses, model)
+            return
+        take(addresses, model)
+        assert is_as_from_disk(model)
 
 
 def test_a_parameter_that_is_laid_out_otherwise_than_at_the_source_is_refused_by_name():
