@@ -238,12 +238,13 @@ def test_what_is_held_in_memory_is_that_of_all_ranks(way):
             model = copies.status_of(address, config).models[0]
             with copies.connect(address, config) as client:
                 what = copies.describe(client, model.identity)
-            held.append((what, copies.pull([address], what, None, config), "an instance"))
+            store = copies.pull([address], what, None, config)
+            held.append((what, store, copies.view_of(store, [address], config), "an instance"))
     with copies.holding(held, config, HOST) as addresses:
         for rank, address in enumerate(addresses):
             model = copies.status_of(address, config).models[0]
             assert (model.state, model.loaded_from) == ("serving", "an instance")
-            assert model.ranks == {each.identity.rank: s.digests.weights for each, s, _ in held}
+            assert model.ranks == {each.identity.rank: s.digests.weights for each, s, *_ in held}
             assert [end.address for end in model.endpoints.values()] == [*map(str, addresses)]
             who = identity(way, rank=rank, tp=2)
             sides.load_here(way, [address], many_rows, rank, who=who).check()
@@ -258,7 +259,7 @@ def test_what_accelerators_serve_is_held_as_well(way):
             what = copies.describe(client, model.identity)
         store = copies.pull([seed.address], what, None, config)
     assert store.digests.weights == seed.store.digests.weights
-    with copies.holding([(what, store, "an instance")], config, HOST) as [address]:
+    with copies.holding([(what, store, None, "an instance")], config, HOST) as [address]:
         got = sides.load_here(device, [address], assorted).check()
     assert got.said("no process group, so the weights come over HTTP")
 

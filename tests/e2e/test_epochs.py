@@ -20,10 +20,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tests.e2e.loading import assert_same, load, make_config, worker
+from tests.e2e.views import not_seen_through
 from tools.make_model import copy_without_weights, make_model
 from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.compat import instance_of
-from vllm_ascend.model_loader.netloader.errors import LoadFailed
+from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceRefused
 
 pytestmark = pytest.mark.core
 
@@ -180,6 +181,11 @@ def test_weights_changed_by_a_method_of_the_worker_are_withdrawn_first_and_offer
     assert (after.state, after.epoch) == ("serving", before.epoch + 1)
     assert after.weights != before.weights
     assert_same(living.model, load(living.client()))
+    if change in (reload_kernel_format, apply):
+        with pytest.raises(SourceRefused, match=r"no_view: .* the weights are others since"):
+            not_seen_through(living.address, living.folder / "1")
+    else:
+        assert not_seen_through(living.address, living.folder / "1") == []
 
 
 def test_a_sleeping_instance_offers_nothing_and_the_same_weights_when_it_is_awake(

@@ -87,7 +87,7 @@ def on_disk(models: Path, arch: str, seed: int = 0) -> Path:
 
 
 class Seed:
-    """An instance that has loaded from disk and is a source."""
+    """An instance that has loaded, from disk if nothing else is said, and is a source."""
 
     def __init__(self, path: Path, prefix: Path, **extra: Any) -> None:
         self.config = make_config(path, MODEL="m", OUTPUT_PREFIX=str(prefix), **extra)
@@ -119,14 +119,16 @@ def test_a_client_gets_the_model_of_its_source_and_sees_the_checkpoint_through_i
     arch: str, models: Path, tmp_path: Path, log: list[str]
 ) -> None:
     seed = Seed(on_disk(models, arch), tmp_path / "rank_")
-    client = load(seed.client(models / f"{arch}-bare"))
-    assert_same(seed.model, client)
+    source = [{"device_id": 0, "sources": [seed.address]}]
+    client = Seed(models / f"{arch}-bare", tmp_path / "client_", SOURCE=source)
+    assert_same(seed.model, client.model)
     # Both say how much they have loaded, and from where.
     lines = [re.search(r"loaded (.+?) in .+ from (\S+)", line) for line in log]
     (much, disk), (as_much, source) = (line.groups() for line in lines if line)
     assert (much, disk, source.rstrip(",")) == (as_much, "disk", seed.address)
-    gaps = not_seen_through(seed.address, models / f"{arch}-0")
-    assert kinds_of(gaps) == NOT_SEEN.get(arch, set())
+    for one in (seed, client):
+        gaps = not_seen_through(one.address, models / f"{arch}-0")
+        assert kinds_of(gaps) == NOT_SEEN.get(arch, set())
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from tests.checkpoints import made_of
 from tools.make_model import copy_without_weights, make_model
 from tools.netloader_view import read_address, source_list
+from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of
 from vllm_ascend.model_loader.netloader.executor.view.fetch import find
 from vllm_ascend.model_loader.netloader.executor.view.records import chain_of, dtype_of
@@ -205,7 +206,13 @@ def test_instances_of_other_sizes_and_without_weight_files_get_the_weights(
     either = source_list({0: [two.address(1), two.address(0)]})
     one = load(make_config(bare, SOURCE=either, **given))
     assert_same(one, load(make_config(folders["a"], load_format="auto")))
-    name = read_address(tmp_path / "one")
+    given |= {"SOURCE": [read_address(tmp_path / "one")], "OUTPUT_PREFIX": str(tmp_path / "like")}
+    like = load(make_config(bare, **given))  # by name
+    assert_same(one, like)
+    known = registry.in_use(one)
+    assert known is not None and known.server is not None
+    known.server.stop()
+    name = read_address(tmp_path / "like")
     again = pair.load(bare, SOURCE=[name], FALLBACK=False, **way)
     assert (again.errors, again.has) == (["", ""], two.has)
     assert again.status(1).ranks == two.status(0).ranks

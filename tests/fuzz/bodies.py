@@ -41,7 +41,10 @@ _RECORDS = records.Records(
             (records.Kept((0,), (2,), bytes(4)), records.Kept((0,), (7,))),
         ),
     ),
-    (records.Parameter("p", "float32", 12), records.Parameter("q", "bfloat16", 9)),
+    (
+        records.Parameter("p", "float32", (12,), (1,)),
+        records.Parameter("q", "bfloat16", (9,), (1,)),
+    ),
     (records.Fill(1, 0, (2,), (1,), 0.0),),
     {"r": "aten.mul"},
 )

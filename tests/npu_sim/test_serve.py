@@ -113,10 +113,6 @@ def test_int8_model_in_each_cache_mode_says_what_seed_and_cpu_say(fleet, models,
     source = fleet.start("seed", model, {"INT8_CACHE": modes[0]}).wait()
     said = source.say()
     assert_as_on_cpu(said, model)
-    if modes[0] == "hbm":
-        # Where vLLM makes one layer of several, it keeps the scale and offset of one of them.
-        lost = {"input_scale", "input_offset"} if name == "w8a8" else set()
-        assert {gap.rpartition(".")[2] for gap in source.not_seen_through()} == lost
     for number, mode in enumerate(modes[1:]):
         config = {"INT8_CACHE": mode, "SOURCE": source_list(source.addresses())}
         client = fleet.start(f"client{number}", model, config, bare=True).wait()
@@ -124,6 +120,10 @@ def test_int8_model_in_each_cache_mode_says_what_seed_and_cpu_say(fleet, models,
         client.assert_loaded_from(source)
         source.server.kill()
         source = client
+    if modes[-1] == "hbm":  # what the seed has said of the checkpoint has come this far
+        # Where vLLM makes one layer of several, it keeps the scale and offset of one of them.
+        lost = {"input_scale", "input_offset"} if name == "w8a8" else set()
+        assert {gap.rpartition(".")[2] for gap in source.not_seen_through()} == lost
 
 
 def test_client_of_mla_and_experts_says_what_seed_and_cpu_say(fleet, models):

@@ -31,7 +31,7 @@ config = SimpleNamespace(
     parallel_config=SimpleNamespace(worker_cls="auto"),
     compilation_config=SimpleNamespace(static_forward_context={}),
 )
-watched = compat.watch(config, model, registry.changing, registry.processing)
+watched = compat.watch(config, model, registry.changing, registry.reading, registry.processing)
 member = registry.Member(parse_config({}), "127.0.0.1", instance=compat.instance_of(config))
 registry.put_in_use(model, "path", member, Offer(identity, store), watched)
 

@@ -20,7 +20,15 @@ import torch
 from .errors import ConfigError, NetLoaderError
 from .executor.view.boxes import row_major
 from .executor.view.offered import Viewed
-from .executor.view.records import Copy, Parameter, Records, Seen, encode, name_of
+from .executor.view.records import (
+    Copy,
+    Parameter,
+    Records,
+    Seen,
+    encode,
+    name_of,
+    parameter_of,
+)
 from .identity import (
     CHECKPOINT,
     OF_EACH_TENSOR,
@@ -160,7 +168,7 @@ def view_of(checkpoint: Checkpoint) -> Viewed:
         if tensor.numel():
             start = (0,) * len(shape)
             copies = (Copy(start, shape, len(memory), 0, row_major(shape)),)
-            parameters.append(Parameter(name, dtype, tensor.numel()))
+            parameters.append(parameter_of(name, tensor))
             memory.append(tensor)
         seen.append(Seen(name, dtype, shape, copies))
     return Viewed(encode(Records(tuple(seen), tuple(parameters))), memory)

@@ -384,7 +384,8 @@ def _hold(options: argparse.Namespace) -> int:
     for what, addresses, local_host in _described(options, config):
         path = options.folder / copies.file_name(what.identity) if options.folder else None
         store = copies.pull(addresses, what, path, config, show_progress=not options.json)
-        held.append((what, store, ", ".join(map(str, addresses))))
+        view = copies.view_of(store, addresses, config)
+        held.append((what, store, view, ", ".join(map(str, addresses))))
         host = host or local_host
     over = _stopped()
     with copies.holding(held, config, host or "") as listening:

@@ -781,6 +781,7 @@ def watch(
     vllm_config: VllmConfig,
     model: nn.Module,
     changing: Changing,
+    reading: Callable[[nn.Module, Any], Any],
     processing: Callable[[nn.Module], object],
 ) -> list[nn.Module]:
     """Tell of whatever changes the weights of an instance from now on, before it does.
@@ -793,6 +794,8 @@ def watch(
         model: one of its models, ready for inference.
         changing: entered around each change, with the name of the instance (`instance_of`), or with
             a model that may be one in use.
+        reading: called with a model that may be one in use and the weights that its `load_weights`
+            is given; returns those that it gets in their place.
         processing: called with each layer that is about to be post-processed.
 
     Returns:
@@ -804,7 +807,7 @@ def watch(
         _replace(worker, method, functools.partial(_watched_worker, change_of, changing))
     runner = getattr(sys.modules.get("vllm.v1.worker.gpu_model_runner"), "GPUModelRunner", None)
     _replace(runner, "reload_weights", functools.partial(_watched_runner, changing))
-    _replace(type(model), "load_weights", functools.partial(_watched_model, changing))
+    _replace(type(model), "load_weights", functools.partial(_watched_model, changing, reading))
     _moving_experts.add(instance_of(vllm_config))
     for module, name, method in _MOVING_EXPERTS:
         mover = getattr(sys.modules.get(module), name, None)
@@ -869,10 +872,12 @@ def _watched_runner(changing: Changing, method: Any) -> Any:
     return watched
 
 
-def _watched_model(changing: Changing, method: Any) -> Any:
-    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _watched_model(
+    changing: Changing, reading: Callable[[nn.Module, Any], Any], method: Any
+) -> Any:
+    def watched(model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
         with changing(model, Change("load_weights", After.UNKNOWN)):
-            return method(model, *args, **kwargs)
+            return method(model, reading(model, weights), *args, **kwargs)
 
     return watched
 

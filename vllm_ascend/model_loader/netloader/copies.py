@@ -18,14 +18,16 @@ import torch
 
 from . import checkpoint
 from .config import NetLoaderConfig
-from .errors import NetLoaderError, ProtocolError, SourceError, SourceRefused
+from .errors import LoadFailed, NetLoaderError, ProtocolError, SourceError, SourceRefused
 from .executor.chunks.blocks import Blocks, Run
 from .executor.chunks.digests import Digests, combine
-from .executor.chunks.manifest import Manifest, TensorEntry
+from .executor.chunks.manifest import RAW, Manifest, TensorEntry
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
 from .executor.memory import host_view
+from .executor.model.raw import viewed_through
 from .executor.store import BlockStore, make_store
+from .executor.view.offered import Viewed
 from .identity import CHECKPOINT, ModelIdentity
 from .interaction import api
 from .interaction.api import Done, Join, ModelStatus, Status
@@ -34,8 +36,9 @@ from .interaction.cold_start import Phase
 from .interaction.discovery import reached_at
 from .load import elastic_load
 from .loading.sessions import connect, status_of
+from .loading.view import records_by_name
 from .serve import Offer, WeightServer
-from .utils import Address, one_line, shortened, size
+from .utils import Address, logger, one_line, shortened, size
 
 _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
@@ -237,6 +240,25 @@ def pull(
     return loaded.store
 
 
+def view_of(
+    store: BlockStore, sources: Sequence[Address], config: NetLoaderConfig
+) -> Viewed | None:
+    """Return weights that were pulled as a checkpoint, as one of their sources says; or None."""
+    if store.manifest.layout != RAW:
+        return None
+    entries = [entry for entry in store.manifest.tensors if entry.alias_of is None]
+    tensors = [  # all are bytes here
+        memory if entry.format else memory.view(_dtype(entry)).view(entry.shape)
+        for entry, memory in zip(entries, store.tensors, strict=True)
+    ]
+    try:
+        records = records_by_name(sources, config, store.digests.weights)
+        return viewed_through(store.with_tensors(tensors), records)
+    except LoadFailed as error:
+        logger.debug("NetLoader: no view of what is held: %s", one_line(error))
+        return None
+
+
 def file_name(identity: ModelIdentity) -> str:
     """Return how the file with the weights of a rank is called."""
     return f"{identity.group}-rank-{identity.rank}.safetensors"
@@ -323,12 +345,14 @@ def _head(description: Description, order: Sequence[tuple[int, int]]) -> bytes:
 
 @contextlib.contextmanager
 def holding(
-    held: Sequence[tuple[Description, BlockStore, str]], config: NetLoaderConfig, host: str
+    held: Sequence[tuple[Description, BlockStore, Viewed | None, str]],
+    config: NetLoaderConfig,
+    host: str,
 ) -> Iterator[list[Address]]:
     """Serve weights of ranks as their instances do.
 
     Args:
-        held: of each rank: what it has, its weights, where they came from.
+        held: of each rank: what it has, its weights, their view, where they came from.
         config: port and bounds; the rank is added to the port.
         host: the address of this machine that others reach.
 
@@ -340,7 +364,7 @@ def holding(
         OSError: a port is taken.
     """
     servers: dict[int, WeightServer] = {}
-    ranks = {what.identity.rank: store.digests.weights for what, store, _ in held}
+    ranks = {what.identity.rank: store.digests.weights for what, store, *_ in held}
     known = {**dict(held[0][0].ranks), **ranks} if held else {}
 
     def endpoints() -> dict[int, api.Endpoint]:
@@ -349,7 +373,7 @@ def holding(
 
     with contextlib.ExitStack() as stack:
         addresses = []
-        for what, store, source in held:
+        for what, store, view, source in held:
             rank = what.identity.rank
             server = WeightServer(config, rank, host)
             server.offer(
@@ -359,6 +383,7 @@ def holding(
                     loaded_from=source,
                     ranks=lambda: known,
                     endpoints=endpoints,
+                    view=view,
                 )
             )
             stack.callback(server.stop)

@@ -42,11 +42,13 @@ class Loaded:
         store: the complete store.
         sources: those that gave it, and how much if they are several.
         lists: the weights digests of the ranks of instances that have these weights.
+        givers: those of the sources that SOURCE names, the one that gave most first.
     """
 
     store: BlockStore
     sources: str
     lists: Sequence[Mapping[int, str]] = ()
+    givers: Sequence[Address] = ()
 
 
 def elastic_load(
@@ -171,7 +173,7 @@ def elastic_load(
         raise ChosenToRead(chosen, others)
     if store is None:
         raise LoadFailed("; ".join(queue.reasons()) or "there are no sources", others)
-    loaded = Loaded(store, sessions.shares(), target.lists)
+    loaded = Loaded(store, sessions.shares(), target.lists, sessions.givers())
     seconds = time.monotonic() - started
     logger.info(
         "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from %s, weights digest %s%s",

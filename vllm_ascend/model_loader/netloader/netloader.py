@@ -88,7 +88,13 @@ from .interaction.cold_start import Choice, Phase
 from .interaction.discovery import Own
 from .load import elastic_load
 from .loading.target import ColdStart
-from .loading.view import Instance, find_instance, load_through_view, whole_checkpoint
+from .loading.view import (
+    Instance,
+    find_instance,
+    load_through_view,
+    records_by_name,
+    whole_checkpoint,
+)
 from .serve import Offer, Relay
 from .utils import LOAD_FORMAT, Address, Name, logger, one_line, parse_address, rate, size
 
@@ -157,7 +163,8 @@ class _Load:
             yield
         except Exception as error:
             logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
-            kind = "" if isinstance(error, Unmapped) else f"{type(error).__name__}: "
+            known = isinstance(error, Unmapped | NetLoaderError)
+            kind = "" if known else f"{type(error).__name__}: "
             self.why_no_view = f"{kind}{one_line(error)}"
 
     @contextlib.contextmanager
@@ -529,7 +536,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self, model: nn.Module, model_config: ModelConfig, renewal: "_Renewal", agreed: RankWeights
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Fill the model when it is to load the iterator."""
-        load = renewal.load
+        load, records = renewal.load, renewal.load.records
         registry.loaded_from(model, load.loaded_from)
 
         def fill() -> set[str]:
@@ -540,8 +547,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 for own, new in renewal.outside.values():
                     own.copy_(new)
                 apply_attributes(model, renewal.store.manifest.attributes)
+                if records is not None:
+                    registry.came_with(model, records)
             if load.serving and not registry.is_renewable(model):
                 load.store = without_doubles(renewal.store, model)
+                if records is not None:
+                    with load.seeing():
+                        load.view = viewed_through(load.store, records)
                 self._offer(load, model, model_config, agreed)
             return came
 
@@ -748,6 +760,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise LoadFailed("; ".join((*malformed, str(error))), error.others) from None
         load.loaded_from, load.lists = loaded.sources, loaded.lists
         store = loaded.store
+        if load.serving and load.identity.layout == RAW:
+            with load.seeing():
+                load.records = records_by_name(loaded.givers, config, store.digests.weights)
         if load.serving and not self._config.verify:
             store = store.hashed_anew()  # these have to be right
         load.weights = store.digests.weights
@@ -821,7 +836,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             view=load.view if store is not None else None,
             why_no_view=load.why_no_view,
         )
-        watched = watch(vllm_config, model, registry.changing, registry.processing)
+        watched = watch(
+            vllm_config, model, registry.changing, registry.reading, registry.processing
+        )
         if known is not None:
             registry.offer_again(model, offer, watched)
             return

@@ -20,8 +20,12 @@ from torch import nn
 from .agreement import Ranks
 from .changes import After, Change, Instance
 from .config import NetLoaderConfig
-from .errors import LayoutUnsupported, Withdrawn
+from .errors import LayoutUnsupported, ProtocolError, Withdrawn
+from .executor.model.raw import viewed_through
 from .executor.model.renewal import Renewal
+from .executor.store import BlockStore
+from .executor.view.records import Records, decode
+from .executor.view.reread import Reread, Weights
 from .identity import ModelIdentity, Revision
 from .interaction.api import Code
 from .serve import Offer, Relay, WeightServer
@@ -81,11 +85,15 @@ class _Offered:
         offer: the offer, whatever has changed since.
         renewal: what hashes the weights anew.
         source: where a loader gets other weights from; empty: nobody has said.
+        records: those of the last view, if there was any; `encode`d.
+        seen: what has been seen of how other weights came from a checkpoint.
     """
 
     offer: Offer
     renewal: Renewal
     source: str = ""
+    records: bytes = b""
+    seen: Reread | None = None
 
 
 _in_use: "weakref.WeakKeyDictionary[nn.Module, InUse]" = weakref.WeakKeyDictionary()
@@ -218,6 +226,27 @@ def loaded_from(model: nn.Module, source: str) -> None:
         _offered[model] = replace(known, source=source)
 
 
+def came_with(model: nn.Module, records: Records) -> None:
+    """Say how the weights that a model in use has now came from a checkpoint."""
+    if (known := _offered.get(model)) is not None:
+        _offered[model] = replace(known, seen=Reread(records, all_read=True))
+
+
+def reading(model: nn.Module, weights: Weights) -> Weights:
+    """Return what a model in use is to read, and note how that comes, if it ever had a view."""
+    known = _offered.get(model)
+    if known is None or not known.records:
+        return weights
+    seen = known.seen
+    if seen is None:
+        try:
+            seen = Reread(decode(known.records))
+        except ProtocolError:  # more entries than any client takes
+            return weights
+        _offered[model] = replace(known, seen=seen)
+    return seen.watch(weights)
+
+
 @contextlib.contextmanager
 def changing(whose: str | nn.Module | None, change: Change) -> Iterator[None]:
     """Change weights of an instance, or of the one of a model in use; see `Instance.changing`."""
@@ -250,7 +279,8 @@ def _publish_endpoint(server: WeightServer | None, ranks: Ranks | None) -> None:
 
 def _note(model: nn.Module, offer: Offer, watched: Collection[nn.Module]) -> None:
     if offer.store is not None:
-        _offered[model] = _Offered(offer, Renewal(model, offer.store, watched))
+        records = offer.view.records if offer.view is not None else b""
+        _offered[model] = _Offered(offer, Renewal(model, offer.store, watched), records=records)
 
 
 def _offer_pending(model: nn.Module, server: WeightServer) -> None:
@@ -303,6 +333,7 @@ def _renew(
 ) -> None:
     """Offer a model's weights as they are now; see `Instance`."""
     before = _offered[model]
+    _offered[model] = replace(before, seen=None)  # which is not that of the next change
     identity, store = before.offer.identity, before.offer.store
     assert store is not None
     try:
@@ -327,8 +358,9 @@ def _renew(
         source = before.source or change
     offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
     if now.digests.weights != store.digests.weights or now.tensors is not store.tensors:
-        offer = replace(offer, view=None, why_no_view=f"the weights are others since {change}")
-    _offered[model] = replace(before, offer=offer, source="")
+        offer = _seen_again(offer, now, before.seen, change)
+    records = offer.view.records if offer.view is not None else before.records
+    _offered[model] = replace(before, offer=offer, source="", records=records, seen=None)
     known.publish(now.digests.weights)
     epoch = server.offer(offer)
     logger.info(
@@ -338,6 +370,18 @@ def _renew(
         change,
         epoch,
     )
+
+
+def _seen_again(offer: Offer, store: BlockStore, seen: Reread | None, change: str) -> Offer:
+    """Return an offer of other weights with their view, if how they came is known."""
+    why = f"the weights are others since {change}"
+    if seen is None:
+        return replace(offer, view=None, why_no_view=why)
+    try:
+        return replace(offer, view=viewed_through(store, seen.records()))
+    except Exception as error:  # the weights are worth more than their view
+        logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
+        return replace(offer, view=None, why_no_view=f"{why}, and {one_line(error)}")
 
 
 def _changed_without_notice(server: WeightServer, group: str) -> None:

@@ -348,11 +348,14 @@ class WeightServer:
 
     def records(self, session: Session, weights: str) -> bytes:
         """Return which box of which checkpoint tensor is where in the parameters."""
-        return self._view(session, weights)[1].records
+        with self._lock:
+            return self._view(session, weights)[1].records
 
     def regions(self, session: Session, weights: str, regions: list[api.Region]) -> Bytes:
         """Return the elements of regions, and their digest."""
-        served, view = self._view(session, weights)
+        with self._lock:
+            store, view = self._view(session, weights)
+            served = self._session(session, store)
         try:
             nbytes = view.nbytes_of(regions)
         except ProtocolError as error:
@@ -373,18 +376,15 @@ class WeightServer:
 
         return Bytes(nbytes + api.REGIONS_DIGEST, gathered())
 
-    def _view(self, session: Session, weights: str) -> tuple[Served, Viewed]:
-        """Return what a session gets, and the view of a weights digest."""
-        with self._lock:
-            store = self._store(weights, session)
-            offers = [offer for offer in self._offers.values() if offer.store is store]
-            view = _view_of(offers[0]) if offers else None
-            served = self._session(session, store)
-        if view is None:
-            with as_refusals():
-                store.check(Run(0, 0))  # says why it has been withdrawn
-            raise Refusal(Code.CHANGED, "these weights are not served here any more")
-        return served, view
+    def _view(self, session: Session, weights: str) -> tuple[BlockStore, Viewed]:
+        """Return the store of a weights digest and its view; the lock is held."""
+        store = self._store(weights, session)
+        for offer in self._offers.values():
+            if offer.store is store:
+                return store, _view_of(offer)
+        with as_refusals():
+            store.check(Run(0, 0))  # says why it has been withdrawn
+        raise Refusal(Code.CHANGED, "these weights are not served here any more")
 
     def others(self, join: Join) -> tuple[str, list[Peer], Mapping[int, str]] | None:
         """Return the digest of what a client wants, whom else to ask, and what goes with it."""

@@ -643,6 +643,31 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
         assert got.digests == store_of({"a": tensor}).digests
 
 
+@pytest.mark.parametrize(
+    ("change", "serving", "asked"),
+    [({}, True, True), ({}, False, False), ({"layout": "processed"}, True, False)],
+)
+def test_who_serves_raw_weights_that_came_by_name_asks_their_sources_for_the_records(
+    monkeypatch, change, serving, asked
+):
+    store, givers, calls = store_of({"a": torch.ones(3)}), [Address("192.0.2.7", 1)], []
+
+    def ask(sources, config, weights):
+        calls.append((sources, weights))
+        raise LoadFailed("192.0.2.7:1: no_view: none")
+
+    monkeypatch.setattr(
+        netloader, "elastic_load", lambda *_, **options: Loaded(store, "a", givers=givers)
+    )
+    monkeypatch.setattr(netloader, "records_by_name", ask)
+    load = netloader._Load(identity(**change), DEVICE, serving=serving)
+    assert make()._pull(load, {}, (), givers, {}) is store
+    assert calls == ([(givers, store.digests.weights)] if asked else [])
+    assert load.records is None and load.why_no_view == (
+        "192.0.2.7:1: no_view: none" if asked else netloader.Offer.why_no_view
+    )
+
+
 @pytest.mark.parametrize(("port", "ports"), [(28000, [28002, 28003]), (None, []), (1, [])])
 def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port, ports):
     asked = {}

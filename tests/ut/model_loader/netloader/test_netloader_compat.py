@@ -380,6 +380,7 @@ class Watched:
 
         class Model(torch.nn.Module):
             def load_weights(model, weights):
+                self.loaded.append(weights)
                 return self.call("load_weights")
 
         class State:
@@ -416,7 +417,7 @@ class Watched:
             setattr(made, name, kind)
             monkeypatch.setitem(sys.modules, module, made)
         monkeypatch.setattr(compat, "_moving_experts", set())
-        self.told = []
+        self.told, self.loaded = [], []
         self.worker, self.model, self.state, self.adaptor = Worker(), Model(), State(), Adaptor()
         self.runner = Runner()
         self.model.layer = torch.nn.Linear(1, 1)
@@ -425,7 +426,11 @@ class Watched:
 
     def watch(self):
         return compat.watch(
-            self.config, self.model, self.changing, lambda layer: self.told.append(("layer", layer))
+            self.config,
+            self.model,
+            self.changing,
+            lambda model, weights: (model, weights),
+            lambda layer: self.told.append(("layer", layer)),
         )
 
     @contextlib.contextmanager
@@ -504,6 +509,11 @@ def test_a_model_whose_load_weights_is_called_is_told_of_whoever_calls(watched):
     watched.model.load_weights([])
     (whose, change), *_ = watched.told
     assert whose is watched.model and change.after is After.UNKNOWN
+
+
+def test_a_model_loads_what_comes_back_for_the_weights_that_it_is_given(watched):
+    assert watched.model.load_weights(["w"]) == watched.model.load_weights(weights=["w"])
+    assert watched.loaded == [(watched.model, ["w"])] * 2
 
 
 def test_a_runner_that_reloads_is_told_of_and_has_its_configuration(watched, monkeypatch):

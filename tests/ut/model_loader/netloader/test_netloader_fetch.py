@@ -58,7 +58,7 @@ def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
 
 
 def rank_of(*tensors, dtype="float32"):
-    return Records(tensors, (Parameter("p", dtype, 64),))
+    return Records(tensors, (Parameter("p", dtype, (64,), (1,)),))
 
 
 def seen(name, copies=(), kept=(), shape=(4, 4), dtype="float32"):
@@ -163,7 +163,8 @@ def experts(rank, tp, step=64, order=lambda expert: expert):
         for i in range(200)
     ]
     return Records(
-        (Seen("t", "float32", (200, 2, 16), tuple(copies)),), (Parameter("p", "float32", 1 << 20),)
+        (Seen("t", "float32", (200, 2, 16), tuple(copies)),),
+        (Parameter("p", "float32", (1 << 20,), (1,)),),
     )
 
 
@@ -191,7 +192,7 @@ def test_experts_that_follow_each_other_are_fetched_as_one_box(meets):
 
 def test_rows_with_gaps_between_them_in_memory_are_not_taken_for_one_box():
     copies = [Copy((2 * i, 0), (2, 4), 0, 12 * i, (4, 1)) for i in range(10)]
-    there = Records((seen("t", copies, shape=(20, 4)),), (Parameter("p", "float32", 120),))
+    there = Records((seen("t", copies, shape=(20, 4)),), (Parameter("p", "float32", (120,), (1,)),))
     fetch, missing = find(there, [there], 0)
     assert not missing and [part.offset for part in fetch.parts[0]] == [12 * i for i in range(10)]
 
@@ -209,7 +210,9 @@ def test_experts_in_any_order_are_compared_with_those_near_only(meets):
 def test_copies_that_say_nothing_new_cost_nothing(meets):
     far = Copy((199, 0, 0), (1, 1, 1), 0, 0, (0, 0, 0))
     seen = Seen("t", "float32", (200, 2, 16), (far,) * 2000)
-    _, missing = find(experts(0, 1), [Records((seen,), (Parameter("p", "float32", 1),))], 0)
+    _, missing = find(
+        experts(0, 1), [Records((seen,), (Parameter("p", "float32", (1,), (1,)),))], 0
+    )
     assert missing and len(meets) < 100
 
 

@@ -263,7 +263,15 @@ def test_nothing_is_read_beyond_a_parameter(region):
 
 def test_a_parameter_that_is_not_kept_as_it_was_loaded_is_in_no_record():
     tensors, records = loaded()
-    for change in ({"plain": None}, {"plain": tensors["plain"].double()}, {"plain": torch.ones(2)}):
+    plain = tensors["plain"]
+    for other in (
+        None,
+        plain.double(),
+        torch.ones(2),
+        plain.view(8, 6),
+        plain.t().contiguous().t(),
+    ):
+        change = {"plain": other}
         kept = {name: one for name, one in (tensors | change).items() if one is not None}
         view = viewed(records, kept)
         left = decode(view.records)
@@ -274,6 +282,17 @@ def test_a_parameter_that_is_not_kept_as_it_was_loaded_is_in_no_record():
         for name in copies:
             made, known = rebuild(name, [(left, kept)])
             assert known.all() and torch.equal(bytes_of(made), bytes_of(CHECKPOINT[name]))
+
+
+def test_a_parameter_with_gaps_is_in_no_record_as_others_may_have_the_memory_between():
+    model, trace = Model(), Trace()
+    model.plain = nn.Parameter(torch.zeros(6, 9)[:, :8], requires_grad=False)
+    with trace:
+        model.load_weights(trace.watch(CHECKPOINT.items()))
+    tensors = {name: one.detach() for name, one in model.named_parameters()}
+    left = decode(viewed(trace.records(model), tensors).records)
+    assert [one.name for one in left.parameters] == ["turned", "first", "small"]
+    assert left.computed == {"plain": "other elements may be between its own"}
 
 
 def test_a_parameter_that_is_computed_is_in_no_record():

@@ -20,7 +20,9 @@ from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed, SourceBusy
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
-from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed
+from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
+from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.identity import Revision
 from vllm_ascend.model_loader.netloader.interaction.api import Code, Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
@@ -28,7 +30,7 @@ from vllm_ascend.model_loader.netloader.registry import Member
 from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
-from .support import HOST, dial, load, settings, source, store_of
+from .support import HOST, bytes_of, dial, load, settings, source, store_of
 
 TARGET, DRAFT = "netloader", "netloader_draft"
 WEIGHTS = {"a": torch.ones(1)}
@@ -462,6 +464,77 @@ def test_a_checkpoint_is_seen_through_weights_until_they_change(config):
         now = server_of(model)._offers[TARGET]
         assert now.view is view
     assert now.why_no_view == "the weights are others since reload_weights"
+
+
+def other_weights():
+    return {"w": torch.rand(3, 3), "b": torch.rand(3)}
+
+
+def records_of(model):
+    """How a load fills a model that reads something which it does not keep as it is."""
+    seen = Trace()
+    with seen:
+        for name, tensor in seen.watch(other_weights().items()):
+            model.layer.weight.data.copy_(tensor) if name == "w" else tensor.exp()
+    return seen.records(model)
+
+
+def seen_through(config, view=True):
+    """A model in use of the instance `one`, and its weight."""
+    model = Living()
+    weight, records = model.layer.weight.detach(), records_of(model)
+    tensors = {"layer.weight": weight}
+    made = dataclasses.replace(
+        offer(tensors=tensors), view=viewed(records, tensors) if view else None
+    )
+    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    return model, weight
+
+
+def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config):
+    model, weight = seen_through(config)
+
+    def changed(*steps):
+        with registry.changing("one", RELOAD):
+            for weights in steps:
+                for name, tensor in registry.reading(model, weights.items()):
+                    weight.copy_(tensor) if name == "w" else tensor.exp()
+        registry.wait_for_renewal()
+        return server_of(model)._offers[TARGET]
+
+    for steps in ([other_weights()], [{name: one} for name, one in other_weights().items()]):
+        now = changed(*steps)
+        assert [one.data_ptr() for one in now.view.parameters] == [weight.data_ptr()]
+        [w, b] = decode(now.view.records).tensors
+        assert w.copies and b.kept[0].values == bytes_of(steps[-1]["b"]).numpy().tobytes()
+    now = changed({"w": torch.rand(3, 3)})
+    why = "the weights are others since reload_weights, and b was not read again"
+    assert (now.view, now.why_no_view) == (None, why)
+    assert changed(other_weights()).view is not None
+
+
+def test_weights_that_come_with_their_records_have_a_view_and_the_next_ones_have_none(config):
+    model, weight = seen_through(config, view=False)
+    for records, is_seen in ((records_of(model), True), (None, False)):
+        with registry.changing("one", RELOAD):
+            weight.add_(1)
+            if records is not None:
+                registry.came_with(model, records)
+        registry.wait_for_renewal()
+        assert (server_of(model)._offers[TARGET].view is not None) is is_seen
+
+
+def test_what_was_read_in_a_reload_that_failed_says_nothing_of_the_next_weights(config):
+    model, weight = seen_through(config)
+    with pytest.raises(ZeroDivisionError), registry.changing("one", RELOAD):
+        for _ in registry.reading(model, other_weights().items()):
+            weight.add_(1)
+        raise ZeroDivisionError
+    registry.wait_for_renewal()
+    with registry.changing("one", RELOAD):
+        weight.add_(1)
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is None
 
 
 def test_two_instances_of_a_process_change_one_by_one(config):

@@ -19,6 +19,7 @@ from vllm_ascend.model_loader.netloader.executor.view import records as records_
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Box, Unmapped, boxes, gaps
 from vllm_ascend.model_loader.netloader.executor.view.casts import gives, keeps, shortest
 from vllm_ascend.model_loader.netloader.executor.view.fetch import find
+from vllm_ascend.model_loader.netloader.executor.view.offered import extent_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Kept,
@@ -29,6 +30,7 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
     decode,
     dtype_of,
     encode,
+    parameter_of,
 )
 
 from .support import bytes_of
@@ -421,7 +423,7 @@ def test_what_was_rounded_twice_stands_for_nothing():
 
 
 def one_tensor(copies=(), kept=(), dtype="float32", shape=(4, 4), parameters=None):
-    parameters = parameters or (Parameter("p", "float32", 16),)
+    parameters = parameters or (Parameter("p", "float32", (16,), (1,)),)
     return Records((Seen("t", dtype, shape, tuple(copies), tuple(kept)),), parameters)
 
 
@@ -449,10 +451,16 @@ GOOD = Copy((0, 0), (4, 4), 0, 0, (4, 1))
         one_tensor(dtype="bits1x8"),
         one_tensor(shape=(4, -4)),
         one_tensor(shape=(1,) * 17),
-        one_tensor([GOOD], parameters=(Parameter("p", "nn", 16),)),
+        one_tensor([GOOD], parameters=(Parameter("p", "nn", (16,), (1,)),)),
+        one_tensor([GOOD], parameters=(Parameter("p", "float32", (4, 4), (1,)),)),
+        one_tensor([GOOD], parameters=(Parameter("p", "float32", (-4, -4), (4, 1)),)),
+        one_tensor([GOOD], parameters=(Parameter("p", "float32", (4, 4), (4, -1)),)),
+        one_tensor([GOOD], parameters=(Parameter("p", "float32", (4,) * 17, (1,) * 17),)),
         one_tensor(kept=[Kept((0, 0), (1, 1), b"123")]),
         one_tensor(kept=[Kept((4, 0), (1, 1))]),
-        Records((), (Parameter("p", "int8", 4),), (records_module.Fill(0, 1, (4,), (1,), 0),)),
+        Records(
+            (), (Parameter("p", "int8", (4,), (1,)),), (records_module.Fill(0, 1, (4,), (1,), 0),)
+        ),
     ],
 )
 def test_records_that_go_beyond_what_there_is_are_refused(records):
@@ -498,9 +506,27 @@ def test_records_of_a_tensor_that_cannot_be_are_refused(shape):
         decode(encode(one_tensor(shape=shape)))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.empty(3, 4), True),
+        (torch.empty(3, 4, 1, 5).permute(3, 0, 2, 1), True),
+        (torch.empty(()), True),
+        (torch.empty(3, 4)[:, :3], False),
+        (torch.empty(3, 4)[::2], False),
+        (torch.empty(1, 4).expand(3, 4), False),
+        (torch.empty(5).as_strided((3, 2), (1, 2)), False),
+    ],
+)
+def test_whether_a_parameter_has_gaps_is_told_from_how_it_is_laid_out(tensor, dense):
+    parameter = parameter_of("p", tensor)
+    assert parameter.is_dense is dense
+    assert parameter.extent == extent_of(tensor)
+
+
 def test_records_of_many_experts_are_small_and_planned_fast():
     experts = 2000
-    names = tuple(Parameter(f"layers.{i}.experts", "bfloat16", 1 << 20) for i in range(10))
+    names = tuple(Parameter(f"layers.{i}.experts", "bfloat16", (1 << 20,), (1,)) for i in range(10))
 
     def rank(first, count):
         return Records(

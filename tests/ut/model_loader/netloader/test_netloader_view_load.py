@@ -13,30 +13,35 @@ import torch
 from torch import nn
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import serve
+from vllm_ascend.model_loader.netloader import copies, serve
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, LoadFailed, SourceLost
+from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
+from vllm_ascend.model_loader.netloader.executor.model.raw import viewed_through
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
-from vllm_ascend.model_loader.netloader.executor.view.boxes import box_of, row_major
+from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped, box_of, row_major
 from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
-    Parameter,
     Records,
     Seen,
     decode,
     encode,
     name_of,
+    parameter_of,
 )
+from vllm_ascend.model_loader.netloader.executor.view.reread import Reread
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
 from vllm_ascend.model_loader.netloader.loading import view as view_module
 from vllm_ascend.model_loader.netloader.loading import view_reader
+from vllm_ascend.model_loader.netloader.loading.sessions import Sessions
 from vllm_ascend.model_loader.netloader.loading.view import (
     find_instance,
     load_through_view,
     needs_of,
+    records_by_name,
 )
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -452,6 +457,175 @@ def test_ranks_that_change_before_all_has_come_end_the_load():
             take(source.addresses, Changing())
 
 
+# Weights that came by name
+
+
+@contextlib.contextmanager
+def by_name(addresses, model):
+    """An instance that gets its weights by name, and offers what their source says of them."""
+    tensors, who, config = tensors_of(model), identity(rank=model.rank, tp=model.tp), settings()
+    got = elastic_load(tensors, tensors.keys(), addresses, who, config, DEVICE)
+    weights = got.store.digests.weights
+    view = viewed_through(got.store, records_by_name(got.givers, config, weights))
+    server = WeightServer(config, 0, HOST)
+    address = server.start(0)
+    ends, ranks = {0: Endpoint(str(address), server.process)}, {0: weights}
+    server.offer(Offer(who, got.store, view=view, ranks=lambda: ranks, endpoints=lambda: ends))
+    try:
+        yield address
+    finally:
+        server.stop()
+
+
+def test_those_that_loaded_by_name_feed_any_size_once_the_seed_is_gone():
+    with contextlib.ExitStack() as stack:
+        seed = stack.enter_context(sources(1))
+        first = stack.enter_context(by_name(seed.addresses, Model()))
+        seed.servers[0].stop()
+        second = stack.enter_context(by_name([first], Model()))
+        for rank, address in enumerate([first, second]):
+            model = Model(rank, 2)
+            take([address], model)
+            assert is_as_from_disk(model)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_is_held_of_an_instance_feeds_other_sizes_if_that_had_a_view(seen):
+    config, held = settings(), []
+    with sources(2, lambda view: view if seen else None) as source:
+        for address, offer in zip(source.addresses, source.offers, strict=True):
+            with copies.connect(address, config) as client:
+                what = copies.describe(client, offer.identity)
+            store = copies.pull([address], what, None, config)
+            held.append((what, store, copies.view_of(store, [address], config), "an instance"))
+    model = Model()
+    with copies.holding(held, config, HOST) as addresses:
+        if not seen:
+            with pytest.raises(LoadFailed, match="no_view: "):
+                take(addresses, model)
+            return
+        take(addresses, model)
+        assert is_as_from_disk(model)
+
+
+def test_a_parameter_that_is_laid_out_otherwise_than_at_the_source_is_refused_by_name():
+    class Turned(Model):
+        def __init__(self):
+            super().__init__()
+            self.down1 = nn.Parameter(self.down1.t().contiguous().t(), requires_grad=False)
+
+    with sources(1) as seed, by_name(seed.addresses, turned := Turned()) as address:
+        assert is_as_from_disk(turned) and not turned.down1.is_contiguous()
+        with pytest.raises(LoadFailed, match=r"layers\.1\.down\[0:8, 0:8\]: no rank of the source"):
+            take([address], Model(0, 2))
+
+
+def records_of(addresses):
+    weights = store_of(tensors_of(loaded()[0])).digests.weights
+    return records_by_name(addresses, settings(), weights)
+
+
+def test_the_records_are_those_of_the_first_source_that_has_them():
+    with sources(1, lambda view: None) as none, sources(1) as one:
+        expected = decode(one.offers[0].view.records)
+        assert records_of([*none.addresses, *one.addresses]) == expected
+        with pytest.raises(LoadFailed, match=f"{none.addresses[0]}: no_view: "):
+            records_of(none.addresses)
+    with pytest.raises(LoadFailed, match="no source in SOURCE has given them"):
+        records_of([])
+
+
+def test_records_of_other_weights_are_not_taken():
+    with sources(1) as source, pytest.raises(LoadFailed, match="changed: "):
+        records_by_name(source.addresses, settings(), "xxh3:" + "0" * 32)
+
+
+def test_records_of_more_entries_than_one_rank_has_are_not_taken(monkeypatch):
+    monkeypatch.setattr(view_module, "_MOST_BY_NAME", 3)
+    with (
+        sources(1) as source,
+        pytest.raises(LoadFailed, match=r"records of \d+ entries; allowed: 3"),
+    ):
+        records_of(source.addresses)
+
+
+def test_records_take_no_place_at_a_source():
+    with sources(1, max_sessions=1) as source:
+        (weights,) = source.offers[0].ranks().values()
+        with view_reader.connected(
+            source.addresses[0], identity(), settings(), weights, of_instance({0: weights})
+        ):
+            assert records_of(source.addresses) == decode(source.offers[0].view.records)
+
+
+def test_sources_that_are_slow_to_say_what_they_have_cost_the_view_only(monkeypatch):
+    stalled = threading.Event()
+    monkeypatch.setattr(WeightServer, "records", lambda *_: stalled.wait(20))
+    monkeypatch.setattr(view_module, "_RECORDS_BY_NAME", 0.2)
+    with sources(1) as one, sources(1) as other:
+        started = time.monotonic()
+        try:
+            with pytest.raises(
+                LoadFailed, match=f"^{one.addresses[0]}: (?!.*{other.addresses[0]})"
+            ):
+                records_of([*one.addresses, *other.addresses])
+        finally:
+            stalled.set()
+        assert time.monotonic() - started < 10
+
+
+def test_records_are_asked_of_those_that_gave_most_and_of_none_that_only_others_have_named():
+    seed, other, heard, idle = (Address(HOST, port) for port in range(1, 5))
+    loading = types.SimpleNamespace(
+        _shares=lambda: {seed: 5, idle: 0, heard: 9, other: 7},
+        _queue=types.SimpleNamespace(is_hearsay=lambda address: address == heard),
+    )
+    assert Sessions.givers(loading) == [other, seed]
+
+
+# Weights that are read again
+
+
+def read_again(checkpoint):
+    model, records = loaded(rank=1, tp=2)
+    again = Reread(records)
+    model.load_weights(again.watch(checkpoint.items()))
+    return again
+
+
+def test_the_records_of_another_checkpoint_are_those_that_reading_it_at_first_gives(monkeypatch):
+    other = {
+        name: random_tensor(number, tensor.dtype, *tensor.shape)
+        for number, (name, tensor) in enumerate(CHECKPOINT.items(), 500)
+    }
+    again = read_again(other)
+    before = loaded(rank=1, tp=2)[1]
+    monkeypatch.setattr(f"{__name__}.CHECKPOINT", other)
+    assert again.records() == loaded(rank=1, tp=2)[1] != before
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"layers.1.up": None}, "layers.1.up was not read again"),
+        ({"layers.1.scale": None}, "layers.1.scale was not read again"),
+        ({"unused": torch.ones(4, 5)}, r"unused \(float32 \(4, 5\)\) was not in the checkpoint"),
+        ({"layers.1.norm": torch.ones(8)}, r"layers.1.norm \(float32 \(8,\)\) was not"),
+        ({"layers.7.norm": torch.ones(8)}, "layers.7.norm .* was not in the checkpoint before"),
+    ],
+)
+def test_nothing_is_known_of_weights_from_a_checkpoint_of_other_tensors(change, why):
+    class Lenient(Model):
+        def load_weights(self, weights):
+            super().load_weights(one for one in weights if one[0] != "layers.7.norm")
+
+    checkpoint = {name: one for name, one in (CHECKPOINT | change).items() if one is not None}
+    again = Reread(loaded()[1])
+    Lenient().load_weights(again.watch(checkpoint.items()))
+    with pytest.raises(Unmapped, match=why):
+        again.records()
+
+
 # Refusals
 
 
@@ -550,7 +724,9 @@ def test_records_that_say_nothing_sensible_are_refused():
 def test_regions_beyond_a_parameter_are_refused():
     def change(records):
         replace = msgspec.structs.replace
-        parameters = tuple(replace(one, extent=1 << 40) for one in records.parameters)
+        parameters = tuple(
+            replace(one, shape=(1 << 40,), stride=(1,)) for one in records.parameters
+        )
         tensors = tuple(
             replace(one, copies=tuple(replace(c, offset=1 << 30) for c in one.copies))
             for one in records.tensors
@@ -713,9 +889,7 @@ def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
     fill([("w", checkpoint.clone())])
     model = made()
     copy = Copy((0, 0), (4, 8), 0, 0, row_major((4, 8)))
-    there = Records(
-        (Seen("w", name_of(dtype), (4, 8), (copy,)),), (Parameter("w", name_of(dtype), 32),)
-    )
+    there = Records((Seen("w", name_of(dtype), (4, 8), (copy,)),), (parameter_of("w", checkpoint),))
     needs = needs_of(model, fill, catalog([there]))
     fetch, missing = find(needs, [there], 0)
     assert not missing

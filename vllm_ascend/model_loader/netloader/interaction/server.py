@@ -565,7 +565,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(api.Noted())
 
     def _records(self, body: bytes, digest: str) -> None:
-        with self._place():
+        with self._calls():
             records = self._server.service.records(self._session, digest)
         self._reply(HTTPStatus.OK, _BYTES, records)
 

@@ -204,6 +204,11 @@ class Sessions:
             return str(*gave)
         return ", ".join(f"{address} ({size(nbytes)})" for address, nbytes in gave.items())
 
+    def givers(self) -> list[Address]:
+        """Return the sources in SOURCE that gave something, the one that gave most first."""
+        gave = Counter(self._shares()).most_common()
+        return [address for address, n in gave if n and not self._queue.is_hearsay(address)]
+
     def _shares(self) -> dict[Address, int]:
         """Return what each source gave of the weights that are being loaded."""
         with self._lock:

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import msgspec
@@ -46,6 +46,8 @@ from .view_reader import PAUSE, Rank, Reader, Weights, confirm, connected, said_
 _RECORDS_AT_ONCE = 8  # ranks that are asked
 _RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
 _LOOKING = 120.0  # seconds for those of all instances, besides waiting for busy ones
+# Seconds for those of weights that came by name, how many sources are asked, and what they may say.
+_RECORDS_BY_NAME, _ASKED_BY_NAME, _MOST_BY_NAME = 5.0, 4, MOST_ENTRIES // 8
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,34 @@ def _records_of(
         records = client.records(weights)
         client.done(Done(complete=False, reason=api.LOOKED))
     return records
+
+
+def records_by_name(sources: Iterable[Address], config: NetLoaderConfig, weights: str) -> Records:
+    """Return how weights that came by name came from a checkpoint, as one of their sources says.
+
+    Args:
+        sources: those that gave the weights, in order of preference.
+        config: deadlines, credentials.
+        weights: their digest.
+
+    Raises:
+        LoadFailed: none of them says so in time; says what is wrong with each.
+    """
+    deadline, said = time.monotonic() + _RECORDS_BY_NAME, []
+    for address in [*sources][:_ASKED_BY_NAME]:
+        if (seconds := deadline - time.monotonic()) <= 0:
+            break
+        short = replace(
+            config,
+            connect_timeout=min(seconds, config.connect_timeout),
+            handshake_timeout=min(seconds, config.handshake_timeout),
+        )
+        try:
+            with connect(address, short) as client, client.ended_after(seconds):
+                return decode(client.records(weights), _MOST_BY_NAME)
+        except SourceError as error:
+            said.append(said_of(address, error))
+    raise LoadFailed("; ".join(said) or "no source in SOURCE has given them")
 
 
 def load_through_view(

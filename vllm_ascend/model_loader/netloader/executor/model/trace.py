@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from ..memory import bytes_of
 from ..view.boxes import Box, Dim, Piece, Unmapped, boxes, last_of, reach, row_major, without
 from ..view.casts import keeps, shortest
-from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of
+from ..view.records import Copy, Fill, Kept, Parameter, Records, Seen, name_of, parameter_of
 
 _aten = torch.ops.aten
 _COPY = _aten.copy_.default
@@ -242,8 +242,7 @@ class Trace(TorchDispatchMode):
                 if where not in writes:
                     continue
                 number, start = len(parameters), tensor.storage_offset()
-                extent = (where[1] - where[0]) // tensor.element_size()
-                parameters.append(Parameter(name, name_of(tensor.dtype), extent))
+                parameters.append(parameter_of(name, tensor))
                 last, lost, problem = _last(writes[where], tensor)
                 if problem:
                     computed[name] = problem

@@ -14,7 +14,7 @@ from ...errors import ProtocolError, Withdrawn
 from ...utils import Buffer
 from ..memory import INTEGER, bytes_of, host_memory, host_view
 from .boxes import last_of
-from .records import Parameter, Records, encode, name_of
+from .records import Parameter, Records, encode, parameter_of
 
 
 class Region(Protocol):
@@ -215,8 +215,8 @@ def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
 
     Args:
         records: how the checkpoint's tensors came into parameters.
-        tensors: name -> tensor; a parameter that is none of them, as it was loaded, is left out,
-            and so is one that is not made of copies alone.
+        tensors: name -> tensor; a parameter that is none of them, laid out as it was loaded, is
+            left out, and so is one with gaps, or that is not made of copies alone.
     """
     numbers: dict[int, int] = {}
     parameters: list[Parameter] = []
@@ -224,8 +224,10 @@ def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
     why_not = dict(records.computed)
     for number, parameter in enumerate(records.parameters):
         tensor = tensors.get(parameter.name)
-        if tensor is None or _kind(tensor) != (parameter.dtype, parameter.extent):
+        if tensor is None or parameter != parameter_of(parameter.name, tensor):
             why_not.setdefault(parameter.name, "not kept as it was loaded")
+        elif not parameter.is_dense:
+            why_not.setdefault(parameter.name, "other elements may be between its own")
         if tensor is None or parameter.name in why_not:
             continue
         numbers[number] = len(parameters)
@@ -234,10 +236,6 @@ def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:
     if len(parameters) < len(records.parameters):
         records = _renumbered(records, numbers, tuple(parameters), why_not)
     return Viewed(encode(records), memory)
-
-
-def _kind(tensor: torch.Tensor) -> tuple[str, int]:
-    return name_of(tensor.dtype), extent_of(tensor)
 
 
 def _renumbered(

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from ...errors import ProtocolError
-from .boxes import Box, reach
+from .boxes import Box, reach, row_major
 
 VERSION = 1
 
@@ -105,12 +105,25 @@ class Parameter(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Attributes:
         name: its name in the model, the first one if it has several.
         dtype: as in `bfloat16`.
-        extent: number of elements from its first to its last one in memory.
+        shape: its dimensions.
+        stride: its steps in memory, for each dimension; 0 where that has one element.
     """
 
     name: str
     dtype: str
-    extent: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """Number of elements from its first to its last one in memory."""
+        return reach(self.shape, self.stride)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its memory from the first to the last element has nothing but its elements."""
+        dims = sorted((step, n) for n, step in zip(self.shape, self.stride, strict=True) if n > 1)
+        return [step for step, _ in dims] == [*row_major(tuple(n for _, n in dims[::-1]))[::-1]]
 
 
 class Fill(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -196,6 +209,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def parameter_of(name: str, tensor: torch.Tensor) -> Parameter:
+    """Return how records describe a parameter."""
+    shape = tuple(tensor.shape)
+    stride = tuple(step if n != 1 else 0 for n, step in zip(shape, tensor.stride(), strict=True))
+    return Parameter(name, name_of(tensor.dtype), shape, stride)
+
+
 def encode(records: Records) -> bytes:
     """Return records as they travel."""
     return bytes([VERSION]) + zlib.compress(msgspec.msgpack.encode(records))
@@ -254,6 +274,13 @@ def check(records: Records) -> None:
 def _problems(records: Records) -> Iterator[str]:
     parameters = records.parameters
     widths = [dtype_of(parameter.dtype).itemsize for parameter in parameters]
+    for number, parameter in enumerate(parameters):
+        shape, stride = parameter.shape, parameter.stride
+        same = len(shape) == len(stride) <= _MOST_AXES
+        if not same or min((*shape, *stride), default=0) < 0:
+            yield f"parameter {number} cannot have the shape {shape[: _MOST_AXES + 1]} so laid out"
+            return
+    extents = [parameter.extent for parameter in parameters]
     for seen in records.tensors:
         width = dtype_of(seen.dtype).itemsize
         if len(seen.shape) > _MOST_AXES or min(seen.shape, default=0) < 0:
@@ -266,14 +293,14 @@ def _problems(records: Records) -> Iterator[str]:
             if kept.values is not None and len(kept.values) != prod(kept.size) * width:
                 yield f"{seen.name} has {len(kept.values)} bytes for the box of {kept.size}"
         for copy in seen.copies:
-            if not _in_memory(copy, parameters):
+            if not _in_memory(copy, extents):
                 yield f"{seen.name} is said to be outside of parameter {copy.parameter}"
                 continue
             chain = [dtype_of(name).itemsize for name in copy.through] or [width]
             if (chain[0], chain[-1]) != (width, widths[copy.parameter]):
                 yield f"{seen.name} ({seen.dtype}) cannot be in {parameters[copy.parameter]}"
     for fill in records.fills:
-        if not _in_memory(fill, parameters):
+        if not _in_memory(fill, extents):
             yield f"a fill outside of parameter {fill.parameter}"
 
 
@@ -285,10 +312,9 @@ def _inside(start: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...
     return all(first >= 0 and n > 0 and first + n <= whole for first, n, whole in axes)
 
 
-def _in_memory(region: Copy | Fill, parameters: tuple[Parameter, ...]) -> bool:
-    if not 0 <= region.parameter < len(parameters) or len(region.size) != len(region.stride):
+def _in_memory(region: Copy | Fill, extents: list[int]) -> bool:
+    if not 0 <= region.parameter < len(extents) or len(region.size) != len(region.stride):
         return False
     if region.offset < 0 or min(region.size, default=1) < 1 or min(region.stride, default=0) < 0:
         return False
-    end = region.offset + reach(region.size, region.stride)
-    return end <= parameters[region.parameter].extent
+    return region.offset + reach(region.size, region.stride) <= extents[region.parameter]
