@@ -80,6 +80,8 @@ proof: venv
 proof-npu: overlay-npu
 	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) OMP_NUM_THREADS=1 \
 		$(BIN_NPU)/python tests/npu_sim/children/proof.py
+	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) OMP_NUM_THREADS=1 \
+		$(BIN_NPU)/python tests/npu_sim/children/cuts.py
 
 demo-npu: overlay-npu
 	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) \

@@ -163,12 +163,16 @@ class VllmServer:
         return self.log.read_text(errors="replace")
 
     def complete(
-        self, prompt: str | Sequence[int], max_tokens: int = 32, replica: int | None = None
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 32,
+        replica: int | None = None,
+        adapter: str | None = None,
     ) -> Completion:
         """Generates at temperature 0 and to full length, whatever the tokens are.
 
         A prompt is text, or the numbers of its tokens. A replica is asked for by its data-parallel
-        rank; None: vLLM chooses.
+        rank; None: vLLM chooses. An adapter (LoRA) is asked for by its name; None: the model alone.
         """
         answer = self._post(
             "/v1/completions",
@@ -178,11 +182,22 @@ class VllmServer:
                 "temperature": 0,
                 "logprobs": 1,
                 "ignore_eos": True,
+                **({} if adapter is None else {"model": adapter}),
             },
             {} if replica is None else {"X-data-parallel-rank": str(replica)},
         )
         logprobs = answer["choices"][0]["logprobs"]
         return Completion(tuple(logprobs["tokens"]), tuple(logprobs["token_logprobs"]))
+
+    def reload(self, extra_config: Mapping[str, Any]) -> None:
+        """Reloads the weights in place, with another `model_loader_extra_config` from now on.
+
+        The instance's environment must have `VLLM_SERVER_DEV_MODE=1`.
+        """
+        changes = {"load_config": {"model_loader_extra_config": extra_config}}
+        config = {"method": "update_config", "kwargs": {"overrides": changes}}
+        for call in (config, {"method": "reload_weights"}):
+            self._post("/collective_rpc", call, {})
 
     def count(self, metric: str) -> float:
         """Returns what one of vLLM's counters has come to, whatever its labels."""

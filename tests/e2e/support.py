@@ -47,6 +47,10 @@ class Instance:
     def say(self) -> list[Completion]:
         return [self.server.complete(prompt, TOKENS) for prompt in PROMPTS]
 
+    def say_with(self, adapter: str) -> list[Completion]:
+        """What it says with a LoRA adapter."""
+        return [self.server.complete(prompt, TOKENS, adapter=adapter) for prompt in PROMPTS]
+
     def loads(self) -> list[Load]:
         return find_loads(self.server.read_log())
 
@@ -102,15 +106,15 @@ COMMAND = (sys.executable, "-m", "vllm_ascend.model_loader.netloader")
 
 
 @contextmanager
-def holding(address: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Holds the weights of a running instance in a process without vLLM; yields its address.
+def holding(*what: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Holds weights in a process without vLLM; yields its address.
 
     Args:
-        address: of a rank of the instance.
+        what: the address of a rank of a running instance, or arguments of `hold`.
         environment: changes of it.
     """
     with subprocess.Popen(
-        [*COMMAND, "hold", "--json", address],
+        [*COMMAND, "hold", "--json", *what],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | dict(environment or {}),

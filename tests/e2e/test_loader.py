@@ -508,7 +508,10 @@ def test_a_model_with_lora_layers_is_reloaded_with_the_checkpoint_of_the_source(
     # Where LoRA is enabled vLLM puts such layers in the place of a model's own.
     attention = model.model.layers[1].self_attn
     attention.o_proj = RowParallelLinearWithLoRA(attention.o_proj)
-    reload_from(config, model, renewed.address)
+    # One name for all ranks, as the guide recommends.
+    config.load_config.model_loader_extra_config["SOURCE"] = renewed.address
+    with worker(config) as loader:
+        loader.load_weights(model, config.model_config)
     attention.o_proj = attention.o_proj.base_layer
     assert_same(renewed.model, model)
     assert [line for line in log if "got the checkpoint for a reload, " in line]

@@ -16,6 +16,7 @@ import pytest
 
 from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from tests.name_server import name_server
+from tests.proof.models import make_adapter
 from tools.netloader_view import find_loads, source_list
 from tools.vllm_server import ServerError, VllmServer, free_port
 from vllm_ascend.model_loader.netloader.credentials import derived_from
@@ -38,6 +39,12 @@ def assert_loaded_from(client, source, ranks=1):
         assert load.megabytes > 0
     assert {load.digest for load in loads} <= source.digests_sent()
     assert not client.why_from_disk()
+
+
+def find_views(instance, cut):
+    """Returns the lines of the ranks that have loaded from a source that is cut in another way."""
+    through = rf"NetLoader rank \d: loaded .* through their view of the checkpoint \({cut}\)"
+    return re.findall(through, instance.server.read_log())
 
 
 @pytest.mark.core
@@ -100,23 +107,27 @@ def test_without_source_and_disk_the_error_names_both(tmp_path, llama, dead_addr
     assert "cannot be loaded from disk either" in log
 
 
+@pytest.fixture(scope="module")
+def held(llama):
+    """Where the seed's checkpoint is held by a process without vLLM."""
+    with holding("--checkpoint", str(llama.full), '--config={"MODEL": "llama"}') as address:
+        yield address
+
+
 def test_wedged_source_is_passed_over_for_one_without_vllm(
-    tmp_path, llama, seed, said, wedged_client
+    tmp_path, llama, held, said, wedged_client
 ):
-    with holding(seed.address()) as holder:
-        config = {
-            "MODEL": "llama",
-            "SOURCE": source_list({0: [wedged_client.address(), holder]}),
-            "MAX_SOURCES": 1,
-            "HANDSHAKE_TIMEOUT": 2,
-        }
-        with running(tmp_path / "patient", llama.bare, config) as patient:
-            assert patient.say() == said
-            [load] = patient.loads()
-            assert holder in load.sources
-            assert load.digest in seed.digests_sent()
-            assert not patient.why_from_disk()
-            assert patient.server.search_log(rf"source {wedged_client.address()}")
+    config = {
+        "MODEL": "llama",
+        "SOURCE": source_list({0: [wedged_client.address(), held]}),
+        "MAX_SOURCES": 1,
+        "HANDSHAKE_TIMEOUT": 2,
+    }
+    with running(tmp_path / "patient", llama.bare, config) as patient:
+        assert patient.say() == said
+        assert len(find_views(patient, "dtype that of each tensor there, .* here")) == 1
+        assert not patient.why_from_disk()
+        assert patient.server.search_log(rf"source {wedged_client.address()}")
 
 
 @pytest.fixture(scope="module")
@@ -182,37 +193,41 @@ def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_pat
         assert len({one.search_log(weights)[1] for one in instances}) == 1
 
 
-@pytest.mark.core
-def find_views(instance, cut):
-    """Returns the lines of the ranks that have loaded from a source that is cut in another way."""
-    through = rf"NetLoader rank \d: loaded .* through their view of the checkpoint \({cut}\)"
-    return re.findall(through, instance.server.read_log())
-
-
-def test_with_another_number_of_ranks_it_says_what_a_load_from_disk_says(
-    tmp_path, llama, pair, pair_said, said
-):
-    config = {"MODEL": "llama", "SOURCE": pair.address(1), "FALLBACK": False}
+def test_two_ranks_say_what_those_say_that_load_from_disk(tmp_path, llama, pair_said, held):
+    config = {"MODEL": "llama", "SOURCE": held, "FALLBACK": False}
     with (
         running(tmp_path / "disk", llama.full, {"MODEL": "llama"}, arguments=TP2) as disk,
-        running(tmp_path / "one", llama.bare, config) as one,
+        running(tmp_path / "held", llama.bare, config, arguments=TP2) as client,
     ):
         assert disk.say() == pair_said
+        assert client.say() == pair_said
+        assert len(find_views(client, "TP 1, dtype that of each tensor there, TP 2, .* here")) == 2
+
+
+def test_one_rank_says_after_reloads_from_other_sizes_what_it_says_at_first_with_lora_too(
+    tmp_path, llama, model, pair, said
+):
+    make_adapter(tmp_path / "adapter", llama.full)
+    lora = ("--enable-lora", f"--lora-modules=adapter={tmp_path / 'adapter'}")
+    developing = {"VLLM_SERVER_DEV_MODE": "1"}
+    config = {"MODEL": "llama", "SOURCE": pair.address(1), "FALLBACK": False}
+    folder = str(model("llama", seed=1).full)
+    with (
+        holding("--checkpoint", folder, '--config={"MODEL": "llama"}') as other,
+        running(
+            tmp_path / "one", llama.bare, config, arguments=lora, environment=developing
+        ) as one,
+    ):
         assert one.say() == said
+        adapted = one.say_with("adapter")
         assert find_views(one, "TP 2 there, TP 1 here")
-
-
-def test_ranks_pull_from_their_like(tmp_path, llama, pair, pair_said):
-    # One name for both ranks: either rank of the source says where both listen.
-    config = {"MODEL": "llama", "SOURCE": pair.address(1)}
-    with running(tmp_path / "next", llama.bare, config, arguments=TP2) as following:
-        assert following.say() == pair_said
-        assert_loaded_from(following, pair, ranks=2)
-
-        files = [following.address_file(rank) for rank in (0, 1)]
-        assert all(file.exists() for file in files)
-        following.server.stop()
-        assert not any(file.exists() for file in files)
+        one.server.reload(config | {"SOURCE": other})
+        assert one.say() != said
+        assert one.say_with("adapter") != adapted
+        one.server.reload(config | {"SOURCE": pair.address(0)})
+        assert one.say() == said
+        assert one.say_with("adapter") == adapted
+        assert one.server.read_log().count("got the checkpoint for a reload") == 2
 
 
 def test_no_mixture_when_the_source_of_one_rank_dies_and_the_next_has_another_checkpoint(
@@ -245,6 +260,11 @@ def test_no_mixture_when_the_source_of_one_rank_dies_and_the_next_has_another_ch
                     *(pair.address(rank) for rank in (0, 1, 1)),
                 ]
                 assert client.server.search_log("rank 0: the ranks of this instance have different")
+
+                files = [client.address_file(rank) for rank in (0, 1)]
+                assert all(file.exists() for file in files)
+                client.server.stop()
+                assert not any(file.exists() for file in files)
     finally:
         ranks.kill()
 
@@ -253,8 +273,8 @@ def test_pipeline_stages_pull_from_their_like(tmp_path, llama):
     """Loads only: vLLM's CPU backend takes two pipeline stages and then fails to generate."""
     stages = ("--pipeline-parallel-size=2",)
     with running(tmp_path / "pair", llama.full, {"MODEL": "llama"}, arguments=stages) as pair:
-        sources = source_list({rank: [pair.address(rank)] for rank in (0, 1)})
-        config = {"MODEL": "llama", "SOURCE": sources}
+        # One name for both ranks: either rank of the source says where both listen.
+        config = {"MODEL": "llama", "SOURCE": pair.address(1)}
         with running(tmp_path / "next", llama.bare, config, arguments=stages) as following:
             assert_loaded_from(following, pair, ranks=2)
             one, two = following.loads()
@@ -274,7 +294,7 @@ def test_a_secret_is_exchanged_between_running_instances(tmp_path, model):
     full, bare = model("llama-tied").full, model("llama-tied").bare
     with (
         running(tmp_path / "seed", full, {"MODEL": "tied"}, environment=seed_has) as seed,
-        holding(seed.address(), holder_has) as stray,
+        holding(seed.address(), environment=holder_has) as stray,
     ):
         secret_file(folders[0], old, new)
         secret_file(folders[1], third)

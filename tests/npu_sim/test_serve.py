@@ -92,7 +92,7 @@ def test_with_a_secret_ranks_pull_in_groups_and_then_from_what_outlives_all_inst
         "PYTHONPATH": str(without),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
-    with holding(client.address(), environment) as holder:
+    with holding(client.address(), environment=environment) as holder:
         seed.server.kill()
         client.server.kill()
         config = secret | {"SOURCE": holder}

@@ -117,11 +117,13 @@ class LoadFailed(NetLoaderError):
 
     Attributes:
         others: addresses of sources that refused as their ranks have other parts of the weights.
+        known: addresses of all sources, also of those that a name stands for.
     """
 
-    def __init__(self, message: str, others: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, others: Sequence[str] = (), known: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.others = others
+        self.known = known
 
 
 class ChosenToRead(LoadFailed):

@@ -172,7 +172,9 @@ def elastic_load(
         chosen = "this instance was chosen to read the disk, as no other has the weights"
         raise ChosenToRead(chosen, others)
     if store is None:
-        raise LoadFailed("; ".join(queue.reasons()) or "there are no sources", others)
+        raise LoadFailed(
+            "; ".join(queue.reasons()) or "there are no sources", others, queue.known()
+        )
     loaded = Loaded(store, sessions.shares(), target.lists, sessions.givers())
     seconds = time.monotonic() - started
     logger.info(

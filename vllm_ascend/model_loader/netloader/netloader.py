@@ -456,7 +456,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                             raise
                         if unable := why_no_checkpoint(model):
                             raise LoadFailed(f"{error}; {unable}") from None
-                        seen = self._seen_through(sources, identity, error)
+                        seen = self._seen_through(identity, error)
                         return Attempt(seen, seen.source, view=seen.instance)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
             except (LoadFailed, LayoutUnsupported) as error:
@@ -487,23 +487,19 @@ class ModelNetLoaderElastic(BaseModelLoader):
         registry.loaded_from(model, DISK)
         return self._disk.get_all_weights(model_config, model)
 
-    def _seen_through(
-        self, sources: Sequence[Address | Name], identity: ModelIdentity, error: LoadFailed
-    ) -> "_Checkpoint":
+    def _seen_through(self, identity: ModelIdentity, error: LoadFailed) -> "_Checkpoint":
         """Return the checkpoint as it is seen through the first instance that has a view.
 
         Args:
-            sources: those that have not given weights by name.
             identity: of this rank.
-            error: why they have not.
+            error: why the sources have not given weights by name.
 
         Raises:
             LoadFailed: there is none; says that, too.
         """
-        worker, addresses = self._worker(), [one for one in sources if isinstance(one, Address)]
-        others = map(parse_address, error.others)
+        worker, addresses = self._worker(), map(parse_address, [*error.others, *error.known])
         try:
-            instance = find_instance([*others, *addresses], identity, self._config, worker)
+            instance = find_instance(addresses, identity, self._config, worker)
             with metrics.load_from(metrics.PEERS):
                 weights = whole_checkpoint(instance, identity, self._config, worker, _world_size())
         except LoadFailed as problem:
@@ -757,7 +753,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             raise
         except LoadFailed as error:
             malformed = _malformed(self._config.sources_of(rank))
-            raise LoadFailed("; ".join((*malformed, str(error))), error.others) from None
+            raise LoadFailed(
+                "; ".join((*malformed, str(error))), error.others, error.known
+            ) from None
         load.loaded_from, load.lists = loaded.sources, loaded.lists
         store = loaded.store
         if load.serving and load.identity.layout == RAW:

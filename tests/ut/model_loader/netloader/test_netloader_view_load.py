@@ -44,7 +44,7 @@ from vllm_ascend.model_loader.netloader.loading.view import (
     records_by_name,
 )
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
-from vllm_ascend.model_loader.netloader.utils import Address
+from vllm_ascend.model_loader.netloader.utils import Address, parse_name
 
 from .support import DEVICE, HOST, bytes_of, random_tensor, settings, store_of
 
@@ -391,6 +391,14 @@ def test_a_load_by_name_tells_which_sources_are_cut_otherwise():
         with pytest.raises(LoadFailed) as failure:
             elastic_load({}, (), names, identity(), settings(), DEVICE)
     assert sorted(failure.value.others) == sorted(map(str, source.addresses))
+
+
+def test_a_load_by_name_tells_where_the_sources_are_that_a_name_stands_for():
+    with sources(1) as source:
+        [address] = map(str, source.addresses)
+        with pytest.raises(LoadFailed, match="tensors differ") as failure:
+            elastic_load({}, (), [parse_name(address)], identity(), settings(), DEVICE)
+    assert failure.value.known == [address]
 
 
 def losing(monkeypatch, times):

@@ -350,6 +350,11 @@ class SourceQueue:
             ]
             return [*asked, *named]
 
+    def known(self) -> list[str]:
+        """Return the sources that were given, or that names stand for."""
+        with self._changed:
+            return [str(source.address) for source in self._sources if not source.hearsay]
+
     def _finish(self) -> None:
         self.over.set()
         self._changed.notify_all()
