@@ -36,9 +36,10 @@ def forking(*modules: str, environment: Callable[[], Mapping[str, str]] = dict) 
         )
 
     def fork(command: list[str], environment: dict[str, str], log: Path) -> psutil.Process:
-        assert parent().stdin
-        assert parent().stdout
-        print(json.dumps([command, environment, str(log)]), file=parent().stdin, flush=True)
-        return psutil.Process(int(parent().stdout.readline()))
+        orders, answers = parent().stdin, parent().stdout
+        assert orders
+        assert answers
+        print(json.dumps([command, environment, str(log)]), file=orders, flush=True)
+        return psutil.Process(int(answers.readline()))
 
     return fork
