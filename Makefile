@@ -16,7 +16,8 @@ VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e fuzz proof \
-	proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet clean
+	proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet clean venv-oldest \
+	test-ut-oldest test-newest test-others
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -126,13 +127,39 @@ simulate-fleet: venv
 	$(BIN)/python -m benchmarks.fleet_simulation $(if $(SEED),--seed $(SEED)) \
 		$(if $(BENCH_JSON),--json $(BENCH_JSON))
 
-# The older version gets the unit tests and the end-to-end tests that matter most; the conformance
-# suite and the simulation of fleets run no code of vLLM, and both versions have the same torch.
+# $(call step,NAME,COMMAND) also says what it was and how long it took.
+step = @start=$$(date +%s); $(2); code=$$?; \
+	echo "$(1): exit status $$code after $$(($$(date +%s) - start)) s"; exit $$code
+
+# Unit tests and conformance have deadlines of a second or two, so nothing runs beside them. Those
+# that run processes wait for them most of the time: two at once, each printed whole when it ends.
 test:
-	$(MAKE) lint docs test-ut test-conformance fuzz test-e2e VLLM=$(NEWEST)
-	$(MAKE) test-ut VLLM=$(OLDEST) PYTEST_ARGS="--ignore=tests/ut/test_fleet_simulation.py $(PYTEST_ARGS)"
-	$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)"
-	$(MAKE) test-npu
+	$(call step,vLLM $(NEWEST),$(MAKE) venv VLLM=$(NEWEST))
+	$(call step,lint and documentation,$(MAKE) --jobs=2 --output-sync=target lint docs venv-oldest venv-npu)
+	$(call step,unit tests,$(MAKE) test-ut VLLM=$(NEWEST))
+	$(call step,unit tests on vLLM $(OLDEST),$(MAKE) test-ut-oldest)
+	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
+	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-others)
+
+WITHOUT_VLLM := test_fleet_simulation.py test_matrix.py test_patch_set.py \
+	$(patsubst %,model_loader/netloader/test_netloader_%.py,http overload scheduler source_queue tls)
+
+venv-oldest:
+	$(MAKE) venv VLLM=$(OLDEST)
+
+# Not those that run no code of vLLM, as both versions have the same torch.
+test-ut-oldest:
+	$(MAKE) test-ut VLLM=$(OLDEST) \
+		PYTEST_ARGS="$(addprefix --ignore=tests/ut/,$(WITHOUT_VLLM)) $(PYTEST_ARGS)"
+
+test-newest:
+	$(call step,fuzz,$(MAKE) fuzz VLLM=$(NEWEST))
+	$(call step,end-to-end tests,$(MAKE) test-e2e VLLM=$(NEWEST))
+
+# The older version gets the end-to-end tests that matter most.
+test-others:
+	$(call step,simulated NPUs,$(MAKE) test-npu)
+	$(call step,end-to-end tests on vLLM $(OLDEST),$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)")
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

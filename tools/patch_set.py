@@ -42,7 +42,8 @@ COPIED = {
         f"tests/e2e/{name}.py": E2E_TESTS
         for name in (
             *("__init__", "conftest", "support", "test_serve"),
-            *("hub_process", "killing_proxy", "loading", "ranks", "ranks_process", "views"),
+            *("forking", "forks", "hub_process", "killing_proxy"),
+            *("loading", "ranks", "ranks_process", "views"),
         )
     },
     "tools/netloader_view.py": E2E_TESTS,

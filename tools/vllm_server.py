@@ -79,6 +79,10 @@ class Completion:
         return "".join(self.tokens)
 
 
+# Starts a command with an environment and a log file.
+Launch = Callable[[list[str], dict[str, str], Path], psutil.Process]
+
+
 def launch(command: list[str], environment: dict[str, str], log: Path) -> psutil.Process:
     """Starts a program as the first process of a group of its own."""
     with log.open("wb") as output:
@@ -110,7 +114,7 @@ class VllmServer:
         extra_config: Mapping[str, Any] | None = None,
         arguments: Sequence[str] = (),
         environment: dict[str, str] | None = None,
-        launch: Callable[[list[str], dict[str, str], Path], psutil.Process] = launch,
+        launch: Launch = launch,
     ) -> None:
         self.model = model
         self.log = log

@@ -16,7 +16,11 @@ from urllib.request import Request, urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 from tools.netloader_view import Load, find_loads, find_sent, read_address
-from tools.vllm_server import Completion, VllmServer
+from tools.vllm_server import Completion, VllmServer, launch
+
+from .forking import forking
+
+fork = forking("vllm.entrypoints.cli.serve")
 
 PROMPTS = ("baba", "bebe dodu fafe", "gage gigo gugo hahe hiho")
 TOKENS = 32
@@ -73,7 +77,11 @@ def running(
     arguments: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> Iterator[Instance]:
-    """Runs an instance, ready to answer, whose files are in a folder made for it."""
+    """Runs an instance, ready to answer, whose files are in a folder made for it.
+
+    One with an environment of its own is started as a user would start it, others are forked from a
+    process that has imported vLLM.
+    """
     folder.mkdir()
     prefix = folder / "rank"
     server = VllmServer(
@@ -82,6 +90,7 @@ def running(
         extra_config={"OUTPUT_PREFIX": str(prefix), "SOURCE_WAIT": 0} | config,
         arguments=arguments,
         environment=environment,
+        launch=launch if environment else fork,
     )
     with server:
         yield Instance(server, prefix)

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -16,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from tools import vllm_server
 from tools.vllm_server import Completion, VllmServer, launch
 
+from ..e2e.forking import forking
 from ..e2e.support import Instance
 from .cann.build import SITE_PACKAGES
 from .simulator import CACHE, CHILDREN, HERE, environment
@@ -205,30 +202,12 @@ def _visible(first: int) -> str:
     return ",".join(str(first + rank) for rank in range(MOST_RANKS))
 
 
-@functools.cache
-def _parent() -> subprocess.Popen[str]:
-    """Starts the parent of instances, which ends when this process does."""
-    return subprocess.Popen(
-        [sys.executable, str(CHILDREN / "forks.py")],
-        # vLLM's import fixes the number of devices, so that it is the same for each instance.
-        env=os.environ
-        | vllm_server.ENVIRONMENT
-        | npu_environment()
-        | {"ASCEND_RT_VISIBLE_DEVICES": _visible(0)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def fork(command: list[str], environment: dict[str, str], log: Path) -> psutil.Process:
-    """Does what tools.vllm_server.launch does, with all of vLLM imported already."""
-    parent = _parent()
-    assert parent.stdin
-    assert parent.stdout
-    print(json.dumps([command, environment, str(log)]), file=parent.stdin, flush=True)
-    return psutil.Process(int(parent.stdout.readline()))
+# vLLM's import fixes the number of devices, so that it is the same for each instance.
+fork = forking(
+    "vllm.entrypoints.cli.serve",
+    "vllm_ascend.worker.worker",
+    environment=lambda: npu_environment() | {"ASCEND_RT_VISIBLE_DEVICES": _visible(0)},
+)
 
 
 class Fleet:

@@ -73,7 +73,7 @@ def test_the_load_format_is_there_in_whichever_order_things_are_imported():
     # Where it cannot be registered, the other load formats are there all the same.
     failing = ["lost hook loaders", "lost loaders hook"]
     process = python("-c", _ORDERS, *orders, *failing)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert output.splitlines() == [
         "False False 1",  # the hook imports neither torch nor vLLM's loaders

@@ -225,8 +225,13 @@ def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
     for group in sorted(by_group, key=lambda group: -len(_json(by_group[group]))):
         if len(_json(found)) <= MAX_CONFIG_BYTES:
             return found
-        found = {name: found[name] for name in found if name not in by_group[group]}
-        found[group] = _digest(_json(by_group[group]))
+        whole = _json(by_group[group])
+        digest = _digest(whole)
+        if len(whole) <= len(_json({group: digest})):
+            break  # nor are those to come any larger
+        for name in by_group[group]:
+            del found[name]
+        found[group] = digest
     return found if len(_json(found)) <= MAX_CONFIG_BYTES else {"*": _digest(_json(found))}
 
 

@@ -356,7 +356,7 @@ group.barrier().wait()
 
 def test_processes_of_a_gloo_group_agree_also_after_one_of_them_has_failed(tmp_path):
     processes = [python("-c", _PROCESS, rank, tmp_path / "store") for rank in (0, 1)]
-    one, other = (process.communicate(timeout=100)[0].splitlines() for process in processes)
+    one, other = (process.communicate(timeout=200)[0].splitlines() for process in processes)
     agreed = "peers {0: 'xxh3_128:0', 1: 'xxh3_128:1'}"
     assert one[0].startswith("LoadFailed the ranks of this instance cannot get")
     assert "rank 1 has none (OSError: the disk is gone)" in one[0]

@@ -40,7 +40,7 @@ os.wait()
 )
 def test_a_process_and_its_forked_child_may_use_tiles_once_it_has_asked_where_there_are_some():
     process = python("-c", _ASK)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 0
     assert output.splitlines() == [
         "before False",
