@@ -405,6 +405,22 @@ def test_a_source_is_asked_later_for_what_it_wants_others_to_be_asked_for():
         assert taken(scheduler, seed) == [1]
 
 
+@pytest.mark.parametrize("bring, waits", [(False, 0.1), (True, 0.5)])
+def test_a_source_is_asked_again_less_often_while_others_bring_what_they_have(bring, waits):
+    scheduler, [relay] = of_relays(4, [0, 1])
+    seed, clock = Peer(), scheduler._clock
+    with scheduler.session(seed):
+        clock.now += 10
+        if bring:
+            scheduler.done(Run(*[taken(scheduler, relay)[0]] * 2))
+        while number := taken(scheduler, seed):
+            scheduler.declined(seed, Run(number[0], number[0]))
+        since = clock.now
+        assert scheduler.asks_again(seed) == pytest.approx(since + waits)
+        clock.now += waits + 0.01
+        assert taken(scheduler, seed)
+
+
 def test_what_a_source_declined_comes_after_all_else_that_it_has():
     scheduler, _ = of_relays(4)
     seed = Peer()
