@@ -407,7 +407,7 @@ def test_a_source_is_asked_later_for_what_it_wants_others_to_be_asked_for():
 
 @pytest.mark.parametrize("bring, waits", [(False, 0.1), (True, 0.5)])
 def test_a_source_is_asked_again_less_often_while_others_bring_what_they_have(bring, waits):
-    scheduler, [relay] = of_relays(4, [0, 1])
+    scheduler, [relay] = of_relays(4, range(4))
     seed, clock = Peer(), scheduler._clock
     with scheduler.session(seed):
         clock.now += 10
@@ -710,12 +710,11 @@ def test_what_others_ask_for_again_later_counts_as_sent_to_nobody():
 def test_who_passes_on_nothing_gets_next_to_nothing():
     first, _, after = a_copy_to_two(20, 1)
     first.sends("c", Run(after, after))
-    for number in range(3, 11, 2):
+    for number in range(3, 9, 2):
         assert first.sends("a", Run(number, number))
     assert not first.sends("a", Run(after - 1, after - 1))
     assert first.sends("b", Run(900, 900))
-    for number in (11, 13):
-        assert first.sends("a", Run(number, number))  # that was one too many
+    assert first.sends("a", Run(9, 9))  # that was one too many
     assert first.sends("a", Run(after - 1, after - 1))
     assert not first.sends("b", Run(901, 901))
 
@@ -731,25 +730,9 @@ def test_who_takes_much_and_passes_on_nothing_makes_nobody_slow():
                 got.append(number)
     number = next(numbers)
     assert not first.sends("b", Run(number, number))  # it looks slow beside a
-    for old in got[:16]:
+    for old in got[:8]:
         first.sends("c", Run(old, old))
     assert first.sends("b", Run(number, number))
-
-
-def test_what_was_sent_is_known_until_nobody_has_asked_for_a_while():
-    clock = Ticks()
-    first = FirstCopy(2, clock)
-    for number in range(2):
-        assert first.sends("a", Run(number, number))
-    first.gone("a", complete=True)
-    clock.now = 20.0
-    assert not first.sends("b", Run(0, 0))
-    clock.now = 45.0
-    assert not first.sends("b", Run(1, 1))  # it was there all the time
-    first.gone("b", complete=True)
-    clock.now = 80.0
-    assert first.sends("c", Run(0, 0))
-    assert first.sends("c", Run(1, 1))
 
 
 @pytest.mark.parametrize("client", "ab")

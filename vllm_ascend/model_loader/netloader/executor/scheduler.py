@@ -19,7 +19,7 @@ from .chunks.blocks import Blocks, Run
 # What a session may hold in any case: one run under way and one asked for.
 _LEAST_HELD = 2
 # Seconds after which a source is asked again for what it wanted others to be asked for: when nobody
-# brings anything, and else.
+# who brings something has it, and else.
 _ASK_AGAIN, _ASK_LATER = 0.1, 0.5
 # Seconds for which a run is under way at least before another source is asked for it.
 _SLOW = 1.0
@@ -30,13 +30,11 @@ STARVED = 2.0
 # Seconds for which a client looks for a run elsewhere once everything has been sent to somebody;
 # and how often it asks meanwhile at least, if it gets nothing elsewhere.
 _ELSEWHERE, _ASKS_EVERY = 1.0, 0.3
-# Seconds for which what was sent to clients that have gone with everything is to be had from them.
-_REMEMBERED = 30.0
 # How many times longer a client takes for a run than another one that passes on little.
 _MUCH_SLOWER = 3
 # Of a client's runs, how many later others ask for one again if they cannot get it there; and how
 # many blocks they ask for again at least before this is said of the client.
-_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 4
+_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 8
 
 C = TypeVar("C")
 
@@ -184,9 +182,11 @@ class Scheduler:
             number = self._number_of[run.first]
             peer._declined |= 1 << number
             now = self._clock()
-            others = (one for one in self._sessions if one is not peer)
-            brought = any(now - one._got < _ELSEWHERE for one in others)
-            peer._ask_again = now + (_ASK_LATER if brought else _ASK_AGAIN)
+            lacking = peer._declined
+            for one in self._sessions:
+                if one is not peer and now - one._got < _ELSEWHERE:
+                    lacking &= 0 if one.complete else ~one._runs
+            peer._ask_again = now + (_ASK_AGAIN if lacking else _ASK_LATER)
             self._want(number)
             self._changed.notify_all()
 
@@ -468,15 +468,10 @@ class FirstCopy(Generic[C]):
         self._sent_to: list[C | None] = [None] * count
         self._unsent = count
         self._clients: dict[C, _Client] = {}
-        self._asked = clock()
 
     def sends(self, client: C, run: Run) -> bool:
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
-        if not self._clients and now - self._asked > _REMEMBERED:
-            self._unsent = len(self._sent_to)
-            self._sent_to = [None] * self._unsent
-        self._asked = now
         me = self._clients.setdefault(client, _Client(now))
         blocks = range(run.first, run.last + 1)
         if not self._unsent:
