@@ -40,6 +40,8 @@ def forking(*modules: str, environment: Callable[[], Mapping[str, str]] = dict) 
         assert orders
         assert answers
         print(json.dumps([command, environment, str(log)]), file=orders, flush=True)
-        return psutil.Process(int(answers.readline()))
+        answer = answers.readline()
+        assert answer, f"{_FORKS.name} ended before it started an instance; its error is above"
+        return psutil.Process(int(answer))
 
     return fork

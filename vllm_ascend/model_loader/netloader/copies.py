@@ -246,17 +246,20 @@ def view_of(
     """Return weights that were pulled as a checkpoint, as one of their sources says; or None."""
     if store.manifest.layout != RAW:
         return None
-    entries = [entry for entry in store.manifest.tensors if entry.alias_of is None]
-    tensors = [  # all are bytes here
-        memory if entry.format else memory.view(_dtype(entry)).view(entry.shape)
-        for entry, memory in zip(entries, store.tensors, strict=True)
-    ]
     try:
+        entries = [entry for entry in store.manifest.tensors if entry.alias_of is None]
+        tensors = [  # all are bytes here
+            memory if entry.format else memory.view(_dtype(entry)).view(entry.shape)
+            for entry, memory in zip(entries, store.tensors, strict=True)
+        ]
         records = records_by_name(sources, config, store.digests.weights)
         return viewed_through(store.with_tensors(tensors), records)
     except LoadFailed as error:
         logger.debug("NetLoader: no view of what is held: %s", one_line(error))
-        return None
+    except Exception as error:  # all weights have come, and can be served without
+        why = f"{type(error).__name__}: {one_line(error)}"
+        logger.warning("NetLoader: no view of what is held: %s", why, exc_info=True)
+    return None
 
 
 def file_name(identity: ModelIdentity) -> str:

@@ -1390,7 +1390,7 @@ def test_over_the_bound_who_has_asked_last_is_kept(monkeypatch):
         assert answer_on(asks)[0] == 200
 
 
-def test_files_are_read_by_few_at_once_and_without_a_place(monkeypatch):
+def test_files_and_records_are_read_by_few_at_once_and_without_a_place(monkeypatch):
     monkeypatch.setattr(server, "_TURN", 0.01)
     go_on, entered = threading.Event(), threading.Semaphore(0)
 
@@ -1406,8 +1406,9 @@ def test_files_are_read_by_few_at_once_and_without_a_place(monkeypatch):
         for thread in reading:
             thread.start()
             assert entered.acquire(timeout=PATIENCE)
-        with pytest.raises(SourceBusy, match="2 clients are reading files"):
-            three[2].files("netloader")
+        for ask in (lambda one: one.files("netloader"), lambda one: one.records(DIGEST)):
+            with pytest.raises(SourceBusy, match="2 clients are reading files or records"):
+                ask(three[2])
         assert source.server.sessions == 0
         assert source.serves()
         go_on.set()

@@ -551,6 +551,31 @@ def test_who_waits_goes_on_when_another_has_become_slow(monkeypatch):
         assert scheduler.slow(fast) is cut
 
 
+def test_a_slow_source_that_waits_goes_on_when_a_faster_one_has_gone():
+    ticks = Ticks()
+    scheduler, slow, fast = Scheduler(Blocks([MIB] * 9), MIB, None, ticks), Peer(), Peer()
+    over = threading.Event()
+
+    def wait():
+        scheduler.wait(slow, 10 * PATIENCE)
+        over.set()
+
+    with scheduler.session(slow):
+        with scheduler.session(fast):
+            [first] = scheduler.take(slow, 1)
+            for _ in range(7):
+                [run] = scheduler.take(fast, 1)
+                ticks.now += 1.0
+                scheduler.done(run)
+            ticks.now = 100.0
+            scheduler.done(first)
+            assert scheduler.take(slow, 1) == []  # the faster one will have brought it
+            threading.Thread(target=wait, daemon=True).start()
+            assert not over.wait(0.05)
+        assert over.wait(PATIENCE)
+        assert taken(scheduler, slow) == [8]
+
+
 def test_an_incomplete_source_has_been_idle_since_it_had_something_new():
     scheduler, [peer] = of_relays(3, [0])
     scheduler._clock.now = 5.0

@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from tests.checkpoints import rebuild
 from vllm_ascend.model_loader.netloader.executor.model import trace as trace_module
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
+from vllm_ascend.model_loader.netloader.executor.view import boxes as boxes_module
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped
+from vllm_ascend.model_loader.netloader.executor.view.fetch import find
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Fill,
@@ -271,6 +273,71 @@ def test_a_parameter_that_is_computed_with_is_kept_as_the_checkpoint_had_it():
     assert kept == Kept((1, 0), (2, 4), bytes_of(RAMP[1:3].half()).numpy().tobytes())
     assert rest == Kept((0, 0), (6, 4))
     assert records.computed == {"p": "aten.mul_.Tensor"}
+
+
+def test_what_was_replaced_before_something_is_computed_is_not_kept():
+    def load(model, name, tensor):
+        if name == "a":
+            model.p.copy_(tensor)
+            model.p.zero_()
+        else:
+            model.p.copy_(tensor * 2)
+
+    records, _ = traced(load, {"a": RAMP + 1, "b": RAMP}, p=torch.zeros(6, 4))
+    assert seen(records, "a").kept == ()
+    assert seen(records, "b").kept[0].values == RAMP.numpy().tobytes()
+
+
+def test_what_was_written_over_in_part_is_fetched_rather_than_kept():
+    def load(model, name, tensor):
+        for to in (model.p, model.q):
+            to.copy_(tensor)
+        model.p[0].fill_(7.0)
+        model.p.mul_(3)
+
+    there, model = traced(load, {"w": RAMP}, p=torch.zeros(6, 4), q=torch.zeros(6, 4))
+    assert [kept.values for kept in seen(there).kept] == [None]
+    assert torch.equal(rebuilt(there, model), RAMP)
+    needs, _ = traced(load, {"w": RAMP.to("meta")}, p=torch.zeros(6, 4), q=torch.zeros(6, 4))
+    fetch, missing = find(needs, [there], 0)
+    assert not missing and fetch.parts and not fetch.kept
+
+
+def test_of_columns_that_were_written_apart_those_that_are_read_are_kept():
+    def load(model, name, tensor):
+        for columns in (slice(0, 2), slice(2, 4)):
+            model.p[:, columns].copy_(tensor[:, columns])
+        model.p.mul_(3)
+
+    records, _ = traced(load, {"w": RAMP}, p=torch.zeros(6, 4))
+    values = {kept.values for kept in seen(records).kept} - {None}
+    assert values == {RAMP[:, :2].numpy().tobytes(), RAMP[:, 2:].numpy().tobytes()}
+
+
+def test_what_was_written_over_with_elements_of_another_size_is_not_kept():
+    def load(model, name, tensor):
+        scratch = torch.empty(4)
+        scratch.copy_(tensor)
+        scratch.view(torch.float16)[:4].zero_()
+        model.p.copy_(scratch * 3)
+
+    records, _ = traced(load, {"w": torch.ones(4)}, p=torch.zeros(4))
+    assert seen(records).kept == (Kept((0,), (4,)),)
+
+
+def test_what_is_about_to_be_written_is_not_kept_yet(monkeypatch):
+    monkeypatch.setattr(boxes_module, "_MOST_BOXES", 1)
+
+    def load(model, name, tensor):
+        if name == "a":
+            model.columns = tensor[:, ::2].clone()
+        else:
+            model.columns.copy_(tensor)
+
+    checkpoint = {"a": RAMP.clone(), "b": RAMP[:, :2] + 1}
+    records, _ = traced(load, checkpoint, p=torch.zeros(6, 4))
+    assert [kept.values for kept in seen(records, "a").kept] == [None]
+    assert [kept.values for kept in seen(records, "b").kept] == [None]
 
 
 def test_rows_that_are_looked_up_in_a_parameter_are_kept_alone():

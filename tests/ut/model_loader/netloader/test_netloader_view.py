@@ -16,12 +16,19 @@ from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view import boxes as boxes_module
 from vllm_ascend.model_loader.netloader.executor.view import records as records_module
-from vllm_ascend.model_loader.netloader.executor.view.boxes import Box, Unmapped, boxes, gaps
+from vllm_ascend.model_loader.netloader.executor.view.boxes import (
+    Box,
+    Unmapped,
+    boxes,
+    gaps,
+    reach,
+)
 from vllm_ascend.model_loader.netloader.executor.view.casts import gives, keeps, shortest
 from vllm_ascend.model_loader.netloader.executor.view.fetch import find
 from vllm_ascend.model_loader.netloader.executor.view.offered import extent_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
+    Fill,
     Kept,
     Parameter,
     Records,
@@ -458,9 +465,7 @@ GOOD = Copy((0, 0), (4, 4), 0, 0, (4, 1))
         one_tensor([GOOD], parameters=(Parameter("p", "float32", (4,) * 17, (1,) * 17),)),
         one_tensor(kept=[Kept((0, 0), (1, 1), b"123")]),
         one_tensor(kept=[Kept((4, 0), (1, 1))]),
-        Records(
-            (), (Parameter("p", "int8", (4,), (1,)),), (records_module.Fill(0, 1, (4,), (1,), 0),)
-        ),
+        Records((), (Parameter("p", "int8", (4,), (1,)),), (Fill(0, 1, (4,), (1,), 0),)),
     ],
 )
 def test_records_that_go_beyond_what_there_is_are_refused(records):
@@ -498,6 +503,28 @@ def test_records_of_more_entries_than_are_allowed_are_refused_before_they_are_un
     monkeypatch.setattr(records_module, "Records", None)
     with pytest.raises(ProtocolError, match="records of 70021 entries; allowed: 70020"):
         decode(data, 70_020)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        one_tensor([Copy((0,) * 999, (1,) * 999, 0, 0, (1,) * 999)]),
+        one_tensor([Copy((0, 0), (1,) * 999, 0, 0, (1,) * 999)]),
+        one_tensor(kept=[Kept((0,) * 999, (1,) * 999)]),
+        Records((), one_tensor().parameters, (Fill(0, 0, (1,) * 999, (1,) * 999, 0),)),
+        Records((), (Parameter("p", "int8", (1,) * 999, (1,) * 999),)),
+        one_tensor(shape=(1,) * 999),
+    ],
+)
+def test_nothing_stays_of_records_with_any_number_of_dimensions(records):
+    cached = records_module._inside, boxes_module.reach
+    for one in cached:
+        one.cache_clear()
+    with pytest.raises(ProtocolError) as refused:
+        decode(encode(records))
+    assert len(str(refused.value)) < 500
+    small = reach((16,), (1,))  # the good parameter
+    assert small == 16 and [one.cache_info().currsize for one in cached] == [0, 1]
 
 
 @pytest.mark.parametrize("shape", [(-1, 4), (1,) * 17])

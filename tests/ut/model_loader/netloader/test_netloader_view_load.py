@@ -516,6 +516,22 @@ def test_what_is_held_of_an_instance_feeds_other_sizes_if_that_had_a_view(seen):
         assert is_as_from_disk(model)
 
 
+def test_what_is_held_is_served_without_a_view_if_something_goes_wrong_with_that(
+    monkeypatch, caplog
+):
+    def fails(*args):
+        raise RuntimeError("strange records")
+
+    config = settings()
+    with sources(1) as source:
+        with copies.connect(source.addresses[0], config) as client:
+            what = copies.describe(client, source.offers[0].identity)
+        store = copies.pull(source.addresses, what, None, config)
+        monkeypatch.setattr(copies, "viewed_through", fails)
+        assert copies.view_of(store, source.addresses, config) is None
+    assert "no view of what is held: RuntimeError: strange records" in caplog.text
+
+
 def test_a_parameter_that_is_laid_out_otherwise_than_at_the_source_is_refused_by_name():
     class Turned(Model):
         def __init__(self):
@@ -924,3 +940,9 @@ def test_no_cycles_are_looked_for_while_a_load_is_pretended(fails):
     with pytest.raises(LayoutUnsupported, match="no load") if fails else contextlib.nullcontext():
         needs_of(nn.Module(), pretend, [])
     assert looks == [False] and gc.isenabled()
+
+
+def test_a_tensor_that_cannot_be_made_is_refused_with_what_torch_says():
+    with pytest.raises(LayoutUnsupported, match="cannot be told: RuntimeError"):
+        needs_of(nn.Module(), list, [Seen("w", "float32", (1 << 62, 8))])
+    assert gc.isenabled()

@@ -147,6 +147,7 @@ class Scheduler:
             if not self._sessions[peer]:
                 del self._sessions[peer]
                 self._forget(peer)
+                self._changed.notify_all()  # a slower one may be needed now
 
     def heard(self, peer: Peer, runs: Iterable[Run], *, complete: bool) -> None:
         """Record which blocks have come to the source of a session, which may yet begin."""
@@ -419,11 +420,12 @@ class Scheduler:
 
     def _count(self, peer: Peer, numbers: Iterable[int]) -> int:
         """Let an incomplete source count for those runs that it has; return which are new."""
-        news = 0
+        there = bytearray(len(self._runs) // 8 + 1)  # an integer is slow to grow bit by bit
         for number in numbers:
             run = self._runs[number]
             if peer._blocks.find(0, run.first, run.last + 1) < 0:
-                news |= 1 << number
+                there[number // 8] |= 1 << number % 8
+        news = int.from_bytes(there, "little")
         news &= ~peer._runs
         peer._runs |= news
         carried = news

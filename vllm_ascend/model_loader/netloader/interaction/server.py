@@ -24,7 +24,7 @@ from .wire import Wire
 # That hold no place; over that one is cut: the oldest that has no certificate where one is needed,
 # else the one that has asked nothing for longest.
 MAX_CONNECTIONS = 64
-_MOST_READING = 2  # of the connections, from storage
+_MOST_READING = 2  # of the connections, files or records
 _TURN = 1.0  # seconds to wait for that
 _LAST_WORDS = 0.2  # seconds for sessions to tell their clients why the server stops
 _LINGER = 1.0  # seconds for a peer to stop sending once it was told that it need not
@@ -565,7 +565,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(api.Noted())
 
     def _records(self, body: bytes, digest: str) -> None:
-        with self._calls():
+        with self._reading():
             records = self._server.service.records(self._session, digest)
         self._reply(HTTPStatus.OK, _BYTES, records)
 
@@ -659,9 +659,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Call the service for what it reads from storage: few at once, and without a place."""
+        """Call the service for what takes long: few at once, and without a place."""
         if not self._server.reading.acquire(timeout=_TURN):
-            raise Refusal(Code.BUSY, f"{_MOST_READING} clients are reading files")
+            raise Refusal(Code.BUSY, f"{_MOST_READING} clients are reading files or records")
         try:
             with self._calls():
                 yield

@@ -413,9 +413,9 @@ def needs_of(
         if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta:
             raise LayoutUnsupported(f"{name} is made while loading, as online quantization does")
     trace, collects = Trace(), gc.isenabled()
-    empty = [(one.name, _without_values(one)) for one in tensors]  # unwatched
     gc.disable()  # it would look at a model's objects again and again, and there are no cycles
     try:
+        empty = [(one.name, _without_values(one)) for one in tensors]  # unwatched
         with trace:
             pretend(trace.watch(_taken(empty)))
         needs = trace.records(model)

@@ -9,6 +9,7 @@ a model would copy where: the model, on its own device, then keeps what it has.
 import functools
 import gc
 import operator
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -344,7 +345,8 @@ class Trace(TorchDispatchMode):
             return functools.partial(self._copied, inputs[0], span)
         fills = func in _FILLS and (len(args) < 2 or args[1] not in self._numbers)
         for one in inputs:
-            if not fills or self._span(one) is not None:
+            replaced = func is _COPY and one is args[0] is not args[1]
+            if not replaced and (not fills or self._span(one) is not None):
                 self._read(func, one, args)
         for one in _changed(func, args, kwargs):
             value = args[1] if len(args) > 1 and fills else 0
@@ -428,13 +430,13 @@ class Trace(TorchDispatchMode):
     def _note(self, target: torch.Tensor, write: _Write) -> None:
         """Take note of what is about to be written."""
         key = self._hold(target)
-        self._writes[key].append(write)
         if spans := self._spans.get(key):  # a checkpoint tensor itself, or a copy of it
             low, high = write.first, write.end
             for span in spans:
                 if span.first < high and low < span.end:
                     self._keep_all(target, span)
             self._spans[key] = [one for one in spans if high <= one.first or one.end <= low]
+        self._writes[key].append(write)
 
     def _keep_all(self, target: torch.Tensor, span: _Span) -> None:
         """Keep what a span has before it changes."""
@@ -468,13 +470,19 @@ class Trace(TorchDispatchMode):
         for one in self._spans.get(key, ()):
             if one.first < high and low < one.end:
                 self._keep_whole(one.name)
-        for write in self._writes.get(key, ()):
-            if write.first < high and low < write.end:
-                for piece in write.pieces:
-                    if write.dtype == tensor.dtype:
-                        self._keep_rows(write, piece, tensor)
-                    else:
-                        self._keep_box(write.source, piece.box)
+        writes = [one for one in self._writes.get(key, ()) if one.first < one.end]
+        apart = _are_apart(writes, 0, sys.maxsize, tensor.element_size())
+        for number, write in enumerate(writes):
+            if not write.pieces or high <= write.first or write.end <= low:
+                continue
+            fates = set() if apart else _fates(write, writes[number + 1 :], tensor)
+            if "" in fates:
+                continue
+            if fates or write.dtype != tensor.dtype:
+                self._keep_boxes(write)
+                continue
+            for piece in write.pieces:
+                self._keep_rows(write, piece, tensor)
 
     def _keep_whole(self, name: str) -> None:
         """Note that a checkpoint tensor is read, but not which part of it."""
@@ -648,6 +656,17 @@ def _are_apart(writes: Sequence[_Write], low: int, high: int, itemsize: int) -> 
             return False
         end = write.end
     return end <= high
+
+
+def _fates(old: _Write, later: Iterable[_Write], tensor: torch.Tensor) -> set[str]:
+    """Return what later writes do to an earlier one, as `_fate` does; nothing: it is there."""
+    width = tensor.element_size()
+    fates: set[str] = set()
+    for new in later:
+        strange = "" if old.dtype.itemsize == new.dtype.itemsize == width else "of another size"
+        if (fate := _fate(old, new, tensor, strange)) is not None:
+            fates.add(fate)
+    return fates
 
 
 def _fate(old: _Write, new: _Write, tensor: torch.Tensor, strange: str) -> str | None:

@@ -287,8 +287,11 @@ def _problems(records: Records) -> Iterator[str]:
             yield f"{seen.name} cannot have the shape {seen.shape[: _MOST_AXES + 1]}"
         regions: tuple[Copy | Kept, ...] = (*seen.copies, *seen.kept)
         for one in regions:
-            if not _inside(one.start, one.size, seen.shape):
-                yield f"{seen.name} of shape {seen.shape} has no box {one.start} + {one.size}"
+            # Looked at first: what is cached stays in memory, also of what is refused.
+            same = len(one.start) == len(one.size) == len(seen.shape)
+            if not same or not _inside(one.start, one.size, seen.shape):
+                box = f"{one.start[: _MOST_AXES + 1]} + {one.size[: _MOST_AXES + 1]}"
+                yield f"{seen.name} of shape {seen.shape} has no box {box}"
         for kept in seen.kept:
             if kept.values is not None and len(kept.values) != prod(kept.size) * width:
                 yield f"{seen.name} has {len(kept.values)} bytes for the box of {kept.size}"
@@ -306,14 +309,14 @@ def _problems(records: Records) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _inside(start: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    if not len(start) == len(size) == len(shape):
-        return False
     axes = zip(start, size, shape, strict=True)
     return all(first >= 0 and n > 0 and first + n <= whole for first, n, whole in axes)
 
 
 def _in_memory(region: Copy | Fill, extents: list[int]) -> bool:
-    if not 0 <= region.parameter < len(extents) or len(region.size) != len(region.stride):
+    if not 0 <= region.parameter < len(extents):
+        return False
+    if not len(region.size) == len(region.stride) <= _MOST_AXES:
         return False
     if region.offset < 0 or min(region.size, default=1) < 1 or min(region.stride, default=0) < 0:
         return False
