@@ -311,7 +311,13 @@ def _new_instance(name: str) -> Instance:
             if model in _offered:
                 _offered[model].renewal.remember()
 
-    return Instance(withdraw, renew, remember)
+    def forget(moved: bool) -> None:
+        for model, *_ in _served(name):
+            if (known := _offered.get(model)) is not None:
+                records = b"" if moved else known.records
+                _offered[model] = replace(known, seen=None, records=records)
+
+    return Instance(withdraw, renew, remember, forget)
 
 
 def _served(instance: str) -> list[tuple[nn.Module, InUse, WeightServer]]:

@@ -491,14 +491,18 @@ def seen_through(config, view=True):
     return model, weight
 
 
+def read(model, weight, weights):
+    for name, tensor in registry.reading(model, weights.items()):
+        weight.copy_(tensor) if name == "w" else tensor.exp()
+
+
 def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config):
     model, weight = seen_through(config)
 
     def changed(*steps):
         with registry.changing("one", RELOAD):
             for weights in steps:
-                for name, tensor in registry.reading(model, weights.items()):
-                    weight.copy_(tensor) if name == "w" else tensor.exp()
+                read(model, weight, weights)
         registry.wait_for_renewal()
         return server_of(model)._offers[TARGET]
 
@@ -511,6 +515,60 @@ def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config
     why = "the weights are others since reload_weights, and b was not read again"
     assert (now.view, now.why_no_view) == (None, why)
     assert changed(other_weights()).view is not None
+
+
+@pytest.mark.parametrize(
+    ("between", "last"),
+    [
+        (Change("EPLB", After.MOVED), Change("apply_model", After.WHOLE, perhaps=True)),
+        (Change("reset_weights", After.MORE), Change("finish_weight_update", After.WHOLE)),
+        (None, RELOAD),
+        (None, Change("finish_weight_update", After.WHOLE, goes_on=True)),
+    ],
+    ids=["EPLB", "reset", "kernel format", "nobody said that they were complete"],
+)
+def test_what_was_read_says_nothing_of_weights_that_were_changed_in_other_ways_since(
+    config, between, last
+):
+    model, weight = seen_through(config)
+    with registry.changing(model, Change("load_weights", After.UNKNOWN)):
+        read(model, weight, other_weights())
+    if between is not None:
+        with registry.changing("one", between):
+            weight.copy_(weight.flip(0).clone())
+    with registry.changing("one", last):
+        weight.copy_(weight.flip(1).clone())
+    registry.wait_for_renewal()
+    now = server_of(model)._offers[TARGET]
+    assert now.view is None and now.store is not None
+
+
+def test_an_update_of_several_calls_is_seen_as_one_unless_something_else_comes_between(config):
+    model, weight = seen_through(config)
+    update = Change("update_weights", After.MORE, goes_on=True)
+    for between, is_seen in ((None, True), (Change("reset_weights", After.MORE), False)):
+        with registry.changing("one", Change("start_weight_update", After.MORE)):
+            pass
+        for name, tensor in other_weights().items():
+            with registry.changing("one", update):
+                read(model, weight, {name: tensor})
+            if between is not None and name == "w":
+                with registry.changing("one", between):
+                    pass
+        with registry.changing("one", Change("finish_weight_update", After.WHOLE, goes_on=True)):
+            pass
+        registry.wait_for_renewal()
+        assert (server_of(model)._offers[TARGET].view is not None) is is_seen
+
+
+def test_where_experts_have_moved_a_reload_says_nothing_of_what_is_where(config):
+    model, weight = seen_through(config)
+    with registry.changing("one", Change("EPLB", After.MOVED)):
+        pass
+    with registry.changing("one", RELOAD):
+        read(model, weight, other_weights())
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is None
 
 
 def test_weights_that_come_with_their_records_have_a_view_and_the_next_ones_have_none(config):
