@@ -934,9 +934,7 @@ _CHANGES: dict[str, Callable[..., Change | None]] = {
     "start_draft_weight_update": _always(
         Change("start_draft_weight_update", After.MORE, directly=True)
     ),
-    "update_weights": _always(
-        Change("update_weights", After.MORE, directly=True, goes_on=True)
-    ),
+    "update_weights": _always(Change("update_weights", After.MORE, directly=True, goes_on=True)),
     "finish_weight_update": _always(
         Change("finish_weight_update", After.WHOLE, directly=True, goes_on=True)
     ),
