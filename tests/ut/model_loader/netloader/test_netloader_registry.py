@@ -512,7 +512,7 @@ def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config
         [w, b] = decode(now.view.records).tensors
         assert w.copies and b.kept[0].values == bytes_of(steps[-1]["b"]).numpy().tobytes()
     now = changed({"w": torch.rand(3, 3)})
-    why = "the weights are others since reload_weights, and b was not read again"
+    why = "this reload did not include b, so instances of other sizes cannot load from here"
     assert (now.view, now.why_no_view) == (None, why)
     assert changed(other_weights()).view is not None
 
@@ -559,6 +559,23 @@ def test_an_update_of_several_calls_is_seen_as_one_unless_something_else_comes_b
             pass
         registry.wait_for_renewal()
         assert (server_of(model)._offers[TARGET].view is not None) is is_seen
+
+
+def test_values_that_are_kept_aside_are_new_even_if_all_other_weights_are_the_same(config):
+    model, weight = seen_through(config)
+    weights = other_weights() | {"w": weight.clone()}
+    with registry.changing("one", RELOAD):
+        read(model, weight, weights)
+    registry.wait_for_renewal()
+    _, b = decode(server_of(model)._offers[TARGET].view.records).tensors
+    assert b.kept[0].values == bytes_of(weights["b"]).numpy().tobytes()
+
+
+def test_weights_that_cannot_be_followed_are_read_all_the_same(config, monkeypatch):
+    model, _ = seen_through(config)
+    monkeypatch.delattr(registry, "decode")
+    weights = iter(())
+    assert registry.reading(model, weights) is weights
 
 
 def test_where_experts_have_moved_a_reload_says_nothing_of_what_is_where(config):
