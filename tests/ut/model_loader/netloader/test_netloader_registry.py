@@ -518,20 +518,27 @@ def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config
 
 
 @pytest.mark.parametrize(
+    "first",
+    [
+        Change("load_weights", After.UNKNOWN),
+        Change("update_weights", After.MORE, goes_on=True),
+    ],
+    ids=lambda first: first.name,
+)
+@pytest.mark.parametrize(
     ("between", "last"),
     [
         (Change("EPLB", After.MOVED), Change("apply_model", After.WHOLE, perhaps=True)),
         (Change("reset_weights", After.MORE), Change("finish_weight_update", After.WHOLE)),
         (None, RELOAD),
-        (None, Change("finish_weight_update", After.WHOLE, goes_on=True)),
     ],
-    ids=["EPLB", "reset", "kernel format", "nobody said that they were complete"],
+    ids=["EPLB", "reset", "kernel format"],
 )
 def test_what_was_read_says_nothing_of_weights_that_were_changed_in_other_ways_since(
-    config, between, last
+    config, first, between, last
 ):
     model, weight = seen_through(config)
-    with registry.changing(model, Change("load_weights", After.UNKNOWN)):
+    with registry.changing(model, first):
         read(model, weight, other_weights())
     if between is not None:
         with registry.changing("one", between):
@@ -578,6 +585,17 @@ def test_weights_that_cannot_be_followed_are_read_all_the_same(config, monkeypat
     assert registry.reading(model, weights) is weights
 
 
+def test_weights_of_which_nobody_said_that_they_are_complete_are_not_seen_through(config):
+    model, weight = seen_through(config)
+    with registry.changing(model, Change("load_weights", After.UNKNOWN)):
+        read(model, weight, other_weights())
+    assert registry._offered[model].seen is None
+    with registry.changing("one", Change("finish_weight_update", After.WHOLE, goes_on=True)):
+        pass
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is None
+
+
 def test_where_experts_have_moved_a_reload_says_nothing_of_what_is_where(config):
     model, weight = seen_through(config)
     with registry.changing("one", Change("EPLB", After.MOVED)):
@@ -610,6 +628,17 @@ def test_what_was_read_in_a_reload_that_failed_says_nothing_of_the_next_weights(
         weight.add_(1)
     registry.wait_for_renewal()
     assert server_of(model)._offers[TARGET].view is None
+
+
+def test_a_reload_that_failed_before_it_wrote_anything_leaves_the_view_as_it_was(config):
+    model, _ = seen_through(config)
+    before = server_of(model)._offers[TARGET].view
+    with pytest.raises(ZeroDivisionError), registry.changing("one", RELOAD):
+        for _ in registry.reading(model, other_weights().items()):
+            pass
+        raise ZeroDivisionError
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is before
 
 
 def test_two_instances_of_a_process_change_one_by_one(config):
