@@ -34,6 +34,7 @@ class Change:
         at_once: whether they change from its beginning; else another change within it says when.
         directly: whether it may write to tensors without post-processing them.
         perhaps: whether it may as well change nothing.
+        goes_on: whether it goes on with an update that calls before it have begun.
         sleep: the level at which the instance sleeps from now on.
     """
 
@@ -42,6 +43,7 @@ class Change:
     at_once: bool = True
     directly: bool = False
     perhaps: bool = False
+    goes_on: bool = False
     sleep: int = 0
 
 
@@ -55,6 +57,8 @@ class Instance:
             them, whether tensors may have been written to directly, whether they must be what they
             were, and an event that ends it early.
         remember: called before a change that may change nothing, so that `renew` can tell.
+        forget: called when what was noted of the way in which weights came is no longer true of
+            those in memory, with whether they have been moved.
     """
 
     def __init__(
@@ -62,12 +66,15 @@ class Instance:
         withdraw: Callable[[Code, str], object],
         renew: Callable[[str, bool, bool, threading.Event], object],
         remember: Callable[[], object] = lambda: None,
+        forget: Callable[[bool], object] = lambda moved: None,
     ) -> None:
         self._withdraw = withdraw
         self._renew = renew
         self._remember = remember
+        self._forget = forget
         self._lock = threading.RLock()
         self._depth = 0
+        self._goes_on = False
         self._changed = False
         self._directly = False
         self._asleep = 0
@@ -82,6 +89,8 @@ class Instance:
         to say.
         """
         with self._lock:
+            if not self._depth:
+                self._goes_on = change.goes_on
             if change.at_once:
                 self._begin(change)
             self._depth += 1
@@ -114,6 +123,10 @@ class Instance:
 
     def _begin(self, change: Change) -> None:
         self._cancel()
+        moved = change.after is After.MOVED
+        if moved or not self._goes_on:
+            self._forget(moved)
+            self._goes_on = True
         first, self._changed = not self._changed, True
         self._directly |= change.directly
         if change.sleep:
@@ -126,6 +139,9 @@ class Instance:
 
     def _end(self, change: Change, failed: bool) -> None:
         slept = self._asleep
+        if failed or change.after is After.UNKNOWN:
+            self._cancel()
+            self._forget(False)
         if change.sleep and failed:
             self._asleep = 0
             self._withdraw(

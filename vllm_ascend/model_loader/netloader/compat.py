@@ -934,8 +934,10 @@ _CHANGES: dict[str, Callable[..., Change | None]] = {
     "start_draft_weight_update": _always(
         Change("start_draft_weight_update", After.MORE, directly=True)
     ),
-    "update_weights": _always(Change("update_weights", After.MORE, directly=True)),
-    "finish_weight_update": _always(Change("finish_weight_update", After.WHOLE, directly=True)),
+    "update_weights": _always(Change("update_weights", After.MORE, directly=True, goes_on=True)),
+    "finish_weight_update": _always(
+        Change("finish_weight_update", After.WHOLE, directly=True, goes_on=True)
+    ),
     "reset_weights": _always(Change("reset_weights", After.MORE, directly=True)),
     "apply_model": _always(Change("apply_model", After.WHOLE, directly=True, perhaps=True)),
     "sleep": _sleep,

@@ -20,10 +20,11 @@ from torch import nn
 from .agreement import Ranks
 from .changes import After, Change, Instance
 from .config import NetLoaderConfig
-from .errors import LayoutUnsupported, ProtocolError, Withdrawn
+from .errors import LayoutUnsupported, Withdrawn
 from .executor.model.raw import viewed_through
 from .executor.model.renewal import Renewal
 from .executor.store import BlockStore
+from .executor.view.boxes import Unmapped
 from .executor.view.records import Records, decode
 from .executor.view.reread import Reread, Weights
 from .identity import ModelIdentity, Revision
@@ -238,12 +239,12 @@ def reading(model: nn.Module, weights: Weights) -> Weights:
     if known is None or not known.records:
         return weights
     seen = known.seen
-    if seen is None:
-        try:
-            seen = Reread(decode(known.records))
-        except ProtocolError:  # more entries than any client takes
-            return weights
-        _offered[model] = replace(known, seen=seen)
+    try:
+        seen = known.seen or Reread(decode(known.records))
+    except Exception:  # the reload is worth more than its view
+        logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
+        return weights
+    _offered[model] = replace(known, seen=seen)
     return seen.watch(weights)
 
 
@@ -311,7 +312,13 @@ def _new_instance(name: str) -> Instance:
             if model in _offered:
                 _offered[model].renewal.remember()
 
-    return Instance(withdraw, renew, remember)
+    def forget(moved: bool) -> None:
+        for model, *_ in _served(name):
+            if (known := _offered.get(model)) is not None:
+                records = b"" if moved else known.records
+                _offered[model] = replace(known, seen=None, records=records)
+
+    return Instance(withdraw, renew, remember, forget)
 
 
 def _served(instance: str) -> list[tuple[nn.Module, InUse, WeightServer]]:
@@ -357,7 +364,8 @@ def _renew(
         identity = msgspec.structs.replace(identity, revision=Revision())
         source = before.source or change
     offer = replace(before.offer, identity=identity, store=now, loaded_from=source)
-    if now.digests.weights != store.digests.weights or now.tensors is not store.tensors:
+    same = now.digests.weights == store.digests.weights and now.tensors is store.tensors
+    if not same or before.seen is not None:  # of which values that are kept aside may be others
         offer = _seen_again(offer, now, before.seen, change)
     records = offer.view.records if offer.view is not None else before.records
     _offered[model] = replace(before, offer=offer, source="", records=records, seen=None)
@@ -378,7 +386,11 @@ def _seen_again(offer: Offer, store: BlockStore, seen: Reread | None, change: st
     if seen is None:
         return replace(offer, view=None, why_no_view=why)
     try:
-        return replace(offer, view=viewed_through(store, seen.records()))
+        records = seen.records()
+    except Unmapped as error:
+        return replace(offer, view=None, why_no_view=str(error))
+    try:
+        return replace(offer, view=viewed_through(store, records))
     except Exception as error:  # the weights are worth more than their view
         logger.debug("NetLoader: noting where weights come from failed", exc_info=True)
         return replace(offer, view=None, why_no_view=f"{why}, and {one_line(error)}")

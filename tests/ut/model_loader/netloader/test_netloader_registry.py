@@ -491,14 +491,18 @@ def seen_through(config, view=True):
     return model, weight
 
 
+def read(model, weight, weights):
+    for name, tensor in registry.reading(model, weights.items()):
+        weight.copy_(tensor) if name == "w" else tensor.exp()
+
+
 def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config):
     model, weight = seen_through(config)
 
     def changed(*steps):
         with registry.changing("one", RELOAD):
             for weights in steps:
-                for name, tensor in registry.reading(model, weights.items()):
-                    weight.copy_(tensor) if name == "w" else tensor.exp()
+                read(model, weight, weights)
         registry.wait_for_renewal()
         return server_of(model)._offers[TARGET]
 
@@ -508,9 +512,98 @@ def test_a_checkpoint_is_seen_through_weights_that_it_was_read_into_again(config
         [w, b] = decode(now.view.records).tensors
         assert w.copies and b.kept[0].values == bytes_of(steps[-1]["b"]).numpy().tobytes()
     now = changed({"w": torch.rand(3, 3)})
-    why = "the weights are others since reload_weights, and b was not read again"
+    why = "this reload did not include b, so instances of other sizes cannot load from here"
     assert (now.view, now.why_no_view) == (None, why)
     assert changed(other_weights()).view is not None
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Change("load_weights", After.UNKNOWN),
+        Change("update_weights", After.MORE, goes_on=True),
+    ],
+    ids=lambda first: first.name,
+)
+@pytest.mark.parametrize(
+    ("between", "last"),
+    [
+        (Change("EPLB", After.MOVED), Change("apply_model", After.WHOLE, perhaps=True)),
+        (Change("reset_weights", After.MORE), Change("finish_weight_update", After.WHOLE)),
+        (None, RELOAD),
+    ],
+    ids=["EPLB", "reset", "kernel format"],
+)
+def test_what_was_read_says_nothing_of_weights_that_were_changed_in_other_ways_since(
+    config, first, between, last
+):
+    model, weight = seen_through(config)
+    with registry.changing(model, first):
+        read(model, weight, other_weights())
+    if between is not None:
+        with registry.changing("one", between):
+            weight.copy_(weight.flip(0).clone())
+    with registry.changing("one", last):
+        weight.copy_(weight.flip(1).clone())
+    registry.wait_for_renewal()
+    now = server_of(model)._offers[TARGET]
+    assert now.view is None and now.store is not None
+
+
+def test_an_update_of_several_calls_is_seen_as_one_unless_something_else_comes_between(config):
+    model, weight = seen_through(config)
+    update = Change("update_weights", After.MORE, goes_on=True)
+    for between, is_seen in ((None, True), (Change("reset_weights", After.MORE), False)):
+        with registry.changing("one", Change("start_weight_update", After.MORE)):
+            pass
+        for name, tensor in other_weights().items():
+            with registry.changing("one", update):
+                read(model, weight, {name: tensor})
+            if between is not None and name == "w":
+                with registry.changing("one", between):
+                    pass
+        with registry.changing("one", Change("finish_weight_update", After.WHOLE, goes_on=True)):
+            pass
+        registry.wait_for_renewal()
+        assert (server_of(model)._offers[TARGET].view is not None) is is_seen
+
+
+def test_values_that_are_kept_aside_are_new_even_if_all_other_weights_are_the_same(config):
+    model, weight = seen_through(config)
+    weights = other_weights() | {"w": weight.clone()}
+    with registry.changing("one", RELOAD):
+        read(model, weight, weights)
+    registry.wait_for_renewal()
+    _, b = decode(server_of(model)._offers[TARGET].view.records).tensors
+    assert b.kept[0].values == bytes_of(weights["b"]).numpy().tobytes()
+
+
+def test_weights_that_cannot_be_followed_are_read_all_the_same(config, monkeypatch):
+    model, _ = seen_through(config)
+    monkeypatch.delattr(registry, "decode")
+    weights = iter(())
+    assert registry.reading(model, weights) is weights
+
+
+def test_weights_of_which_nobody_said_that_they_are_complete_are_not_seen_through(config):
+    model, weight = seen_through(config)
+    with registry.changing(model, Change("load_weights", After.UNKNOWN)):
+        read(model, weight, other_weights())
+    assert registry._offered[model].seen is None
+    with registry.changing("one", Change("finish_weight_update", After.WHOLE, goes_on=True)):
+        pass
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is None
+
+
+def test_where_experts_have_moved_a_reload_says_nothing_of_what_is_where(config):
+    model, weight = seen_through(config)
+    with registry.changing("one", Change("EPLB", After.MOVED)):
+        pass
+    with registry.changing("one", RELOAD):
+        read(model, weight, other_weights())
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is None
 
 
 def test_weights_that_come_with_their_records_have_a_view_and_the_next_ones_have_none(config):
@@ -535,6 +628,17 @@ def test_what_was_read_in_a_reload_that_failed_says_nothing_of_the_next_weights(
         weight.add_(1)
     registry.wait_for_renewal()
     assert server_of(model)._offers[TARGET].view is None
+
+
+def test_a_reload_that_failed_before_it_wrote_anything_leaves_the_view_as_it_was(config):
+    model, _ = seen_through(config)
+    before = server_of(model)._offers[TARGET].view
+    with pytest.raises(ZeroDivisionError), registry.changing("one", RELOAD):
+        for _ in registry.reading(model, other_weights().items()):
+            pass
+        raise ZeroDivisionError
+    registry.wait_for_renewal()
+    assert server_of(model)._offers[TARGET].view is before
 
 
 def test_two_instances_of_a_process_change_one_by_one(config):

@@ -226,7 +226,8 @@ def records_by_name(sources: Iterable[Address], config: NetLoaderConfig, weights
                 return decode(client.records(weights), _MOST_BY_NAME)
         except SourceError as error:
             said.append(said_of(address, error))
-    raise LoadFailed("; ".join(said) or "no source in SOURCE has given them")
+    nobody = "none of the sources in SOURCE gave weights, so no view could be asked for"
+    raise LoadFailed("; ".join(said) or nobody)
 
 
 def load_through_view(

@@ -229,6 +229,7 @@ class Trace(TorchDispatchMode):
         parameters: list[Parameter] = []
         fills: list[Fill] = []
         computed: dict[str, str] = {}
+        overwritten = False
         for key, tensors in sharing.items():
             writes: dict[tuple[int, int], list[_Write]] = defaultdict(list)
             for write in self._writes.get(key, ()):
@@ -247,6 +248,8 @@ class Trace(TorchDispatchMode):
                 last, lost, problem = _last(writes[where], tensor)
                 if problem:
                     computed[name] = problem
+                there = {id(write) for write in (*last, *lost)}
+                overwritten |= any(one.source and id(one) not in there for one in writes[where])
                 for write in lost:
                     self._keep_boxes(write)
                 for write in last:
@@ -286,6 +289,7 @@ class Trace(TorchDispatchMode):
             parameters=tuple(parameters),
             fills=tuple(fills),
             computed=computed,
+            overwritten=overwritten,
         )
 
     def _aside(self, sharing: Mapping[int, object]) -> list[int]:

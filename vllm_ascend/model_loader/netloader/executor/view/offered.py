@@ -264,4 +264,5 @@ def _renumbered(
             if fill.parameter in numbers
         ),
         computed=computed,
+        overwritten=records.overwritten,
     )

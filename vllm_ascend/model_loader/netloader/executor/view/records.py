@@ -155,12 +155,15 @@ class Records(msgspec.Struct, frozen=True):
         fills: memory that is filled rather than copied.
         computed: parameter -> why its values cannot be told from copies, such as the operation
             that made them.
+        overwritten: whether a tensor was written over another one, so that they would be other
+            weights in another order.
     """
 
     tensors: tuple[Seen, ...]
     parameters: tuple[Parameter, ...]
     fills: tuple[Fill, ...] = ()
     computed: dict[str, str] = {}
+    overwritten: bool = False
 
     @property
     def entries(self) -> int:

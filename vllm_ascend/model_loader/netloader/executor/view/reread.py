@@ -5,11 +5,13 @@ where it put those before. Only the values that were kept aside are others.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
 import torch
 
+from ...utils import one_line
 from ..memory import bytes_of
 from .boxes import Unmapped
 from .records import Kept, Records, name_of
@@ -32,15 +34,12 @@ class Reread:
         self._kept: dict[str, tuple[Kept, ...]] = {seen.name: seen.kept for seen in known}
         self._other = ""
 
-    def watch(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a checkpoint's tensors as they come, and take note of each."""
-        for name, tensor in weights:
-            seen, dtype, shape = self._seen.get(name), name_of(tensor.dtype), tuple(tensor.shape)
-            if seen is not None and (seen.dtype, seen.shape) == (dtype, shape):
-                self._kept[name] = tuple(_again(kept, tensor) for kept in seen.kept)
-            else:
-                self._other = f"{name} ({dtype} {shape}) was not in the checkpoint before"
-            yield name, tensor
+    def watch(self, weights: Weights) -> Weights:
+        """Return a checkpoint's tensors, each of which is taken note of as it comes.
+
+        A model may go through them as often as through those it was given.
+        """
+        return self._watched(weights) if isinstance(weights, Iterator) else _Watched(self, weights)
 
     def records(self) -> Records:
         """Return how the weights came from this checkpoint.
@@ -48,16 +47,49 @@ class Reread:
         Raises:
             Unmapped: that is not known, as it has other tensors.
         """
-        if self._other:
-            raise Unmapped(self._other)
-        for seen in self._records.tensors:
-            if (seen.copies or seen.kept) and seen.name not in self._kept:
-                raise Unmapped(f"{seen.name} was not read again")
+        if problem := self._other or self._problem():
+            raise Unmapped(
+                f"this reload {problem}, so instances of other sizes cannot load from here"
+            )
         replace = msgspec.structs.replace
         tensors = (
             replace(seen, kept=self._kept.get(seen.name, ())) for seen in self._records.tensors
         )
         return replace(self._records, tensors=tuple(tensors))
+
+    def _problem(self) -> str:
+        for seen in self._records.tensors:
+            if (seen.copies or seen.kept) and seen.name not in self._kept:
+                return f"did not include {seen.name}"
+        before = [seen.name for seen in self._records.tensors if seen.name in self._kept]
+        if self._records.overwritten and before != [*self._kept]:
+            return "had tensors that share memory in another order"
+        return ""
+
+    def _watched(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        for one in weights:
+            try:
+                self._note(*one)
+            except Exception as error:  # the reload is worth more than its view
+                self._other = f"had tensors that cannot be noted ({one_line(error)})"
+            yield one
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        seen, dtype, shape = self._seen.get(name), name_of(tensor.dtype), tuple(tensor.shape)
+        if seen is None or (seen.dtype, seen.shape) != (dtype, shape):
+            self._other = f"had {name} ({dtype} {shape}), which was not in the checkpoint before"
+            return
+        self._kept.pop(name, None)  # the last one that is written to a place counts
+        self._kept[name] = tuple(_again(kept, tensor) for kept in seen.kept)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    reread: Reread
+    weights: Weights
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.reread._watched(self.weights)
 
 
 def _again(kept: Kept, tensor: torch.Tensor) -> Kept:
