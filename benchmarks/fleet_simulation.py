@@ -559,7 +559,6 @@ class Fleet:
         session.alive = False
         del session.source.ups[session], session.client.downs[session]
         if not session.source.ups:
-            session.source.first = FirstCopy(self.case.chunks, self.clock)
             self._prepare(session.source)
         assert session.client.scheduler is not None
         session.client.scheduler.end(session.peer)

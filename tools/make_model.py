@@ -32,6 +32,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvwz" for vowel in "aeiou"]
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json")
 INT8_MAX = 127
+ADAPTER_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,31 @@ def _quantization_config(static: bool) -> dict[str, Any]:
             }
         },
     }
+
+
+def make_adapter(path: Path, model: Path) -> None:
+    """Writes a random LoRA adapter for a model, the same one each time."""
+    path.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    adapted = ("q_proj", "v_proj", "o_proj", "down_proj")
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(adapted):
+            outputs, inputs = weight.shape
+            for half, shape in ("A", (ADAPTER_RANK, inputs)), ("B", (outputs, ADAPTER_RANK)):
+                tensor = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+                tensors[f"base_model.model.{layer}.lora_{half}.weight"] = tensor
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": ADAPTER_RANK,
+        "lora_alpha": 2 * ADAPTER_RANK,
+        "target_modules": adapted,
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
 
 
 def copy_without_weights(source: Path, destination: Path) -> None:

@@ -30,6 +30,7 @@ COPIED = {
     f"{PACKAGE}/**/*.py": PACKAGE,
     f"{UNIT_TESTS}/*.py": UNIT_TESTS,
     "tests/certificates.py": UNIT_TESTS,
+    "tests/checkpoints.py": UNIT_TESTS,
     "tests/conftest.py": "tests/ut/model_loader",
     "tests/identity.py": UNIT_TESTS,
     "tests/name_server.py": UNIT_TESTS,
@@ -56,6 +57,7 @@ OWN = (PACKAGE, UNIT_TESTS)
 # Modules of the tests that have another name there.
 MODULES = {
     "tests.certificates": "tests.ut.model_loader.netloader.certificates",
+    "tests.checkpoints": "tests.ut.model_loader.netloader.checkpoints",
     "tests.identity": "tests.ut.model_loader.netloader.identity",
     "tests.name_server": "tests.ut.model_loader.netloader.name_server",
     "tests.conformance": "tests.ut.model_loader.netloader.conformance",

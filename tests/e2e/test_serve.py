@@ -16,7 +16,7 @@ import pytest
 
 from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from tests.name_server import name_server
-from tests.proof.models import make_adapter
+from tools.make_model import make_adapter
 from tools.netloader_view import find_loads, source_list
 from tools.vllm_server import ServerError, VllmServer, free_port
 from vllm_ascend.model_loader.netloader.credentials import derived_from

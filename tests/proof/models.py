@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tools.make_model import _make_tokenizer
 
 DENSE_WIDTH = 64
-ADAPTER, ADAPTER_RANK = "adapter", 8
+ADAPTER = "adapter"
 _SIZES = {"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS: dict[str, transformers.PretrainedConfig] = {
     "qwen3-tied": transformers.Qwen3Config(
@@ -161,28 +161,3 @@ def add_dense(path: Path, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(DENSE_WIDTH, hidden, generator=generator)
     save_file({"linear.weight": weight}, path / "2_Dense/model.safetensors")
-
-
-def make_adapter(path: Path, model: Path) -> None:
-    """Writes a random LoRA adapter for a model, the same one each time."""
-    path.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    adapted = ("q_proj", "v_proj", "o_proj", "down_proj")
-    tensors = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        layer = name.removesuffix(".weight")
-        if layer.endswith(adapted):
-            outputs, inputs = weight.shape
-            for half, shape in ("A", (ADAPTER_RANK, inputs)), ("B", (outputs, ADAPTER_RANK)):
-                tensor = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-                tensors[f"base_model.model.{layer}.lora_{half}.weight"] = tensor
-    save_file(tensors, path / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": ADAPTER_RANK,
-        "lora_alpha": 2 * ADAPTER_RANK,
-        "target_modules": adapted,
-        "bias": "none",
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config))

@@ -10,15 +10,13 @@ import transformers
 import vllm
 from packaging.version import Version
 
-from tools.make_model import make_model
+from tools.make_model import ADAPTER_RANK, make_adapter, make_model
 
 from .models import (
     ADAPTER,
-    ADAPTER_RANK,
     OTHERS,
     add_dense,
     change_config,
-    make_adapter,
     make_four_bit,
     make_other,
 )

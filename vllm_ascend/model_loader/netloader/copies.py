@@ -267,7 +267,8 @@ def file_name(identity: ModelIdentity) -> str:
 def _dtype(entry: TensorEntry) -> torch.dtype:
     dtype = _OF_NAME.get(f"torch.{entry.dtype.removeprefix('torch.')}")
     if dtype is None:
-        raise ProtocolError(f"{entry.name} has the dtype {entry.dtype}, which torch does not have")
+        name = shortened(entry.dtype, 200)
+        raise ProtocolError(f"{entry.name} has the dtype {name}, which torch does not have")
     return dtype
 
 

@@ -663,14 +663,8 @@ class WeightServer:
         if served.relay is not None:
             complete = served.end == api.COMPLETE
             gone = self._peers.left(served.relay, session, complete=complete)
-            weights = served.store.digests.weights
-            if not any(
-                one.relay is not None and one.store is served.store
-                for other, one in self._served.items()
-                if other is not session
-            ):  # the next ones may not reach those that have gone
-                self._first_copies.pop(weights, None)
-            elif (first_copy := self._first_copies.get(weights)) is not None:
+            first_copy = self._first_copies.get(served.store.digests.weights)
+            if first_copy is not None:
                 first_copy.gone(served.relay, complete=not gone)
 
     def _pieces(self, served: Served, run: Run) -> Generator[list[Buffer], None, None]:

@@ -170,6 +170,13 @@ def test_a_dtype_of_a_peer_imports_nothing(name, monkeypatch):
     assert "torch.onnx" not in sys.modules
 
 
+def test_a_dtype_of_a_peer_is_shown_as_one_printable_line():
+    with pytest.raises(ProtocolError) as failure:
+        copies._dtype(TensorEntry("x", "\x1b[1m\r\n" + "y" * 5000, (1,)))
+    assert str(failure.value).isprintable()
+    assert len(str(failure.value)) < 300
+
+
 @pytest.mark.parametrize("name", ["torch.bfloat16", "bfloat16"])
 def test_a_dtype_of_torch_is_known(name):
     assert copies._dtype(TensorEntry("x", name, (1,))) is torch.bfloat16

@@ -487,7 +487,7 @@ def seen_through(config, view=True):
     made = dataclasses.replace(
         offer(tensors=tensors), view=viewed(records, tensors) if view else None
     )
-    registry.put_in_use(model, "path", config(), HOST, made, (), instance="one")
+    registry.put_in_use(model, "path", Member(config(), HOST, instance="one"), made)
     return model, weight
 
 

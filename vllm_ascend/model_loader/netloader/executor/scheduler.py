@@ -18,21 +18,25 @@ from .chunks.blocks import Blocks, Run
 
 # What a session may hold in any case: one run under way and one asked for.
 _LEAST_HELD = 2
-# Seconds after which a source is asked again for what it wanted others to be asked for.
-_ASK_AGAIN = 0.1
+# Seconds after which a source is asked again for what it wanted others to be asked for: when nobody
+# brings anything, and else.
+_ASK_AGAIN, _ASK_LATER = 0.1, 0.5
 # Seconds for which a run is under way at least before another source is asked for it.
 _SLOW = 1.0
 # Seconds between two comparisons of what incomplete sources bring.
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
-# Seconds for which a client looks for a run elsewhere once everything has been sent to somebody.
-_ELSEWHERE = 1.0
+# Seconds for which a client looks for a run elsewhere once everything has been sent to somebody;
+# and how often it asks meanwhile at least, if it gets nothing elsewhere.
+_ELSEWHERE, _ASKS_EVERY = 1.0, 0.3
+# Seconds for which what was sent to clients that have gone with everything is to be had from them.
+_REMEMBERED = 30.0
 # How many times longer a client takes for a run than another one that passes on little.
 _MUCH_SLOWER = 3
 # Of a client's runs, how many later others ask for one again if they cannot get it there; and how
 # many blocks they ask for again at least before this is said of the client.
-_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 8
+_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 4
 
 C = TypeVar("C")
 
@@ -179,7 +183,10 @@ class Scheduler:
             self._held.pop(run, None)
             number = self._number_of[run.first]
             peer._declined |= 1 << number
-            peer._ask_again = self._clock() + _ASK_AGAIN
+            now = self._clock()
+            others = (one for one in self._sessions if one is not peer)
+            brought = any(now - one._got < _ELSEWHERE for one in others)
+            peer._ask_again = now + (_ASK_LATER if brought else _ASK_AGAIN)
             self._want(number)
             self._changed.notify_all()
 
@@ -461,15 +468,24 @@ class FirstCopy(Generic[C]):
         self._sent_to: list[C | None] = [None] * count
         self._unsent = count
         self._clients: dict[C, _Client] = {}
+        self._asked = clock()
 
     def sends(self, client: C, run: Run) -> bool:
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
+        if not self._clients and now - self._asked > _REMEMBERED:
+            self._unsent = len(self._sent_to)
+            self._sent_to = [None] * self._unsent
+        self._asked = now
         me = self._clients.setdefault(client, _Client(now))
         blocks = range(run.first, run.last + 1)
         if not self._unsent:
             others = any(self._sent_to[block] != client for block in blocks)
-            return not others or now - me.asked.setdefault(run.first, now) >= _ELSEWHERE
+            since, last = me.asked.get(run.first, (now, now))
+            if now - last > _ASKS_EVERY:
+                since = now
+            me.asked[run.first] = since, now
+            return not others or now - since >= _ELSEWHERE
         for holder in {self._sent_to[block] for block in blocks} - {None, client}:
             assert holder is not None
             self._ask_again(holder, blocks, now)
@@ -535,7 +551,8 @@ class _Client:
     runs: int = 0
     missed: int = 0  # blocks that others have asked for again
     sent: dict[int, float] = field(default_factory=dict)  # blocks that it was the first to get
-    asked: dict[int, float] = field(default_factory=dict)  # when first for what others have got
+    # When first and last for what others have got.
+    asked: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.served = self.began
