@@ -166,9 +166,10 @@ class Scheduler:
                 while (at := blocks.find(0, at, end)) >= 0:
                     blocks[at] = 1
                     numbers.add(self._number_of[at])
-            if numbers and peer in self._sessions and self._count(peer, numbers) & self._wanted:
-                peer._since = self._clock()
-                self._changed.notify_all()
+            if numbers and peer in self._sessions:
+                if self._count(peer, numbers) & self._wanted:
+                    peer._since = self._clock()
+                self._changed.notify_all()  # what another one holds may be asked for here soon
 
     def lost(self, peer: Peer, failure: Exception) -> None:
         """Record why there is no more news of a session's source."""
