@@ -24,7 +24,7 @@ from .executor.chunks.digests import Digests, combine
 from .executor.chunks.manifest import RAW, Manifest, TensorEntry
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
-from .executor.memory import host_view
+from .executor.memory import DTYPES, host_view
 from .executor.model.raw import viewed_through
 from .executor.store import BlockStore, make_store
 from .executor.view.offered import Viewed
@@ -46,7 +46,6 @@ _MAX_ASKED = 1024  # ranks of one instance
 _ASKED_AT_ONCE = 32
 _MAX_BYTES = 1 << 50  # of one tensor
 # Not by attribute of torch, which imports modules for some names.
-_OF_NAME = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 # What safetensors has no name for is a row of bytes there.
 _NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 
@@ -268,7 +267,7 @@ def file_name(identity: ModelIdentity) -> str:
 
 
 def _dtype(entry: TensorEntry) -> torch.dtype:
-    dtype = _OF_NAME.get(f"torch.{entry.dtype.removeprefix('torch.')}")
+    dtype = DTYPES.get(f"torch.{entry.dtype.removeprefix('torch.')}")
     if dtype is None:
         name = shortened(entry.dtype, 200)
         raise ProtocolError(f"{entry.name} has the dtype {name}, which torch does not have")

@@ -8,6 +8,8 @@ import torch
 
 from .chunks.blocks import Span
 
+# By the names that manifests have.
+DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 # As which elements of any dtype are copied: every operator knows these.
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -12,13 +12,13 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ...errors import LayoutUnsupported
 from ...utils import plain, shortened
 from ..chunks.manifest import NO_MEANING, PROCESSED, Manifest, Sample, Scalar, TensorEntry
+from ..memory import DTYPES
 
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
 # How far apart two processors, or two versions of torch, may come out with the same number.
 _ROUNDING = 0.02
-_DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 
 
 def describe(
@@ -99,7 +99,7 @@ def match(
         if tensor is None:
             differences.append(f"{name} is only there")
             continue
-        if tensor.shape != entry.shape or tensor.dtype is not _DTYPES.get(entry.dtype):
+        if tensor.shape != entry.shape or tensor.dtype is not DTYPES.get(entry.dtype):
             here = _kind(str(tensor.dtype), tensor.shape)
             there = _kind(entry.dtype, entry.shape)
             differences.append(f"{name} is {here} here and {there} there")
