@@ -77,7 +77,7 @@ proof: venv
 	$(BIN)/python -m tests.proof
 	$(BIN)/python -m tests.proof.cuts
 
-# Part of the tests on simulated NPUs, too.
+# The first is part of the tests on simulated NPUs, too.
 proof-npu: overlay-npu
 	NPUSIM_LIB=$$($(BIN_NPU)/python -m tests.npu_sim.simulator) OMP_NUM_THREADS=1 \
 		$(BIN_NPU)/python tests/npu_sim/children/proof.py
