@@ -732,6 +732,14 @@ def test_what_others_ask_for_again_later_counts_as_sent_to_nobody():
     assert not first.sends("b", Run(1, 1))
 
 
+def test_what_a_newcomer_asks_for_says_nothing_of_who_has_got_it():
+    first, clock, _ = a_copy_to_two(8, 1)
+    for number in range(8):
+        assert not first.sends("newcomer", Run(number, number))
+    clock.now += 1.0  # it knows others by now, and lacks these all the same
+    assert first.sends("newcomer", Run(0, 0))
+
+
 def test_who_passes_on_nothing_gets_next_to_nothing():
     first, _, after = a_copy_to_two(20, 1)
     first.sends("c", Run(after, after))

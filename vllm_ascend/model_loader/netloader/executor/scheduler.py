@@ -484,9 +484,10 @@ class FirstCopy(Generic[C]):
                 since = now
             me.asked[run.first] = since, now
             return not others or now - since >= _ELSEWHERE
-        for holder in {self._sent_to[block] for block in blocks} - {None, client}:
-            assert holder is not None
-            self._ask_again(holder, blocks, now)
+        if now - me.began >= _ELSEWHERE:  # a newcomer has not heard yet what others have
+            for holder in {self._sent_to[block] for block in blocks} - {None, client}:
+                assert holder is not None
+                self._ask_again(holder, blocks, now)
         others = any(self._sent_to[block] not in (None, client) for block in blocks)
         passes_on = self._passes_on(client, now)
         if (others or not passes_on) and now - me.served < STARVED:
