@@ -31,6 +31,8 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
     parameter_of,
 )
 from vllm_ascend.model_loader.netloader.executor.view.reread import Reread
+from vllm_ascend.model_loader.netloader.identity import CHECKPOINT as LAYOUT_OF_FOLDER
+from vllm_ascend.model_loader.netloader.identity import OF_EACH_TENSOR
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -860,6 +862,34 @@ def test_only_pinned_weights_are_taken_and_the_log_says_what_was_compared(log):
         assert said in log[-1] and "WEIGHTS_DIGEST" in log[-1]
         take(source.addresses, model)
         assert sum("WEIGHTS_DIGEST was" in line for line in log) == 1
+
+
+FLOAT32 = {"dtype": "torch.float32"}
+FOLDER = {"dtype": OF_EACH_TENSOR, "layout": LAYOUT_OF_FOLDER}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({}, {}, "TP 1 there, TP 1 here"),
+        ({"tp": 2}, {}, "TP 2 there, TP 1 here"),
+        ({"pp": 2}, {"tp": 2}, "TP 1 and PP 2 there, TP 2 and PP 1 here"),
+        ({}, FLOAT32, "dtype bfloat16 there, dtype float32 here"),
+        (FLOAT32, {"tp": 2}, "TP 1 and dtype float32 there, TP 2 and dtype bfloat16 here"),
+        (FOLDER, {}, "the whole checkpoint there, TP 1 here"),
+        (FOLDER, {"tp": 2, "pp": 2}, "the whole checkpoint there, TP 2 and PP 2 here"),
+        ({"dtype": "a\n" * 30}, {}, f"dtype {'a ' * 20}... there, dtype bfloat16 here"),
+    ],
+)
+def test_the_log_says_in_what_the_two_sides_are_cut_differently(log, there, here, said):
+    with sources(1) as source:
+        config = settings(source_wait=0.0)
+        instance = find_instance(source.addresses, identity(), config, 0)
+        instance = dataclasses.replace(instance, identity=identity(**there))
+        model = Model()
+        load = model.load_weights
+        load_through_view(instance, model, load, load, identity(**here), config, 0)
+    assert log[-1].endswith(f" through their view of the checkpoint ({said})")
 
 
 def test_another_model_is_refused():

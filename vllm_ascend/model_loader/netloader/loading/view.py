@@ -35,7 +35,7 @@ from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, same_reading
 from ..executor.view.records import MOST_ENTRIES, Copy, Records, Seen, decode, dtype_of
-from ..identity import ModelIdentity
+from ..identity import OF_EACH_TENSOR, ModelIdentity
 from ..interaction import api
 from ..interaction.api import Done
 from ..interaction.discovery import reached_at
@@ -438,20 +438,25 @@ def _without_values(seen: Seen) -> torch.Tensor:
 
 
 def _placements(there: ModelIdentity, here: ModelIdentity) -> tuple[str, str]:
-    """Return in what two ranks are cut differently."""
+    """Return in what two ranks are cut differently, in words that the log has for both sides."""
     sizes = [
-        (name, one, other)
-        for name, one, other in (
-            ("TP", there.tp, here.tp),
-            ("PP", there.pp, here.pp),
-            ("PCP", there.pcp, here.pcp),
-            ("DP", there.dp, here.dp),
-            ("EP", there.ep, here.ep),
-            ("dtype", there.dtype, here.dtype),
-        )
-        if one != other
-    ] or [("TP", there.tp, here.tp)]
-    return (
-        ", ".join(f"{name} {one}" for name, one, _ in sizes),
-        ", ".join(f"{name} {other}" for name, _, other in sizes),
-    )
+        ("TP", there.tp, here.tp),
+        ("PP", there.pp, here.pp),
+        ("PCP", there.pcp, here.pcp),
+        ("DP", there.dp, here.dp),
+        ("EP", there.ep, here.ep),
+    ]
+    differ = [(f"{name} {one}", f"{name} {other}") for name, one, other in sizes if one != other]
+    # A folder with a checkpoint is not cut, and has no dtype that could differ from this rank's.
+    whole = there.dtype == OF_EACH_TENSOR
+    if not whole and there.dtype != here.dtype:
+        differ.append((_dtype(there), _dtype(here)))
+    if not differ:
+        differ = [(f"TP {there.tp}", f"TP {here.tp}")]
+    theirs, ours = (" and ".join(side) for side in zip(*differ, strict=True))
+    return "the whole checkpoint" if whole else theirs, ours
+
+
+def _dtype(identity: ModelIdentity) -> str:
+    # A source may say anything here, as it does not decide what the checkpoint is.
+    return f"dtype {shortened(identity.dtype.removeprefix('torch.'), 40)}"
