@@ -12,7 +12,7 @@ import msgspec.inspect
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs/source/user_guide/feature_guide"
-README, GUIDE = ROOT / "README.md", PAGES / "netloader.md"
+README, CONFIGURATION = ROOT / "README.md", PAGES / "netloader_configuration.md"
 OPERATIONS, PROTOCOL = PAGES / "netloader_operations.md", PAGES / "netloader_protocol.md"
 ASCEND = PAGES / "netloader_ascend.md"
 sys.path.insert(0, str(ROOT))
@@ -35,7 +35,7 @@ def main() -> int:
     texts = fragments()
     lines = [row[0] for row in rows_of(OPERATIONS, "log lines")]
     samples = [line for page in (README, *sorted(PAGES.glob("*.md"))) for line in sampled(page)]
-    table = rows_of(GUIDE, "config table")
+    table = rows_of(CONFIGURATION, "config table")
     problems = [
         *wrong_in_readme(rows_of(README, "config table"), table),
         *wrong_in_config(table),

@@ -77,8 +77,8 @@ LINES = (
         f"{GUIDE}/index.md",
         "netloader",
         (
-            *("netloader_scale_out", "netloader_ascend"),
-            *("netloader_operations", "netloader_protocol"),
+            *("netloader_configuration", "netloader_scale_out", "netloader_parallel_size"),
+            *("netloader_ascend", "netloader_operations", "netloader_protocol"),
         ),
     ),
 )

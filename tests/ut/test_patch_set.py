@@ -95,7 +95,8 @@ def test_lines_are_added_where_they_belong_and_only_once(tree):
         *("pytest-mock", "hypothesis", "pytest-timeout", "lm-eval==0.4.12")
     ]
     assert after[f"{GUIDE}/index.md"].split()[1:-1] == [
-        *("lora", "netloader", "netloader_scale_out", "netloader_ascend"),
+        *("lora", "netloader", "netloader_configuration", "netloader_scale_out"),
+        *("netloader_parallel_size", "netloader_ascend"),
         *("netloader_operations", "netloader_protocol", "rfork"),
     ]
     assert after["docs/source/conf.py"] == (
