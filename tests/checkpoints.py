@@ -20,7 +20,8 @@ def read_regions(
     client: ElasticClient, weights: str, regions: Sequence[Region], into: Buffer
 ) -> None:
     """Read regions into memory that has room for exactly these."""
-    client.regions(weights, regions, len(into), [[into]])
+    client.ask_regions(weights, regions)
+    client.receive_regions(len(into), [[into]])
 
 
 def rebuild(

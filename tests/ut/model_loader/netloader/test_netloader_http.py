@@ -711,7 +711,7 @@ def test_regions_that_came_wrong_are_noticed_and_the_connection_goes_on(source):
     into = memoryview(bytearray(270))
     with source.client() as client:
         source.service.chunks = lambda data: [[b"\xff" + data[1:]]]
-        with pytest.raises(TransferCorrupt, match="3 regions came with wrong bytes"):
+        with pytest.raises(TransferCorrupt, match="regions came with wrong bytes"):
             read_regions(client, DIGEST, some_regions(), into)
         source.service.chunks = lambda data: [[data]]
         read_regions(client, DIGEST, some_regions(), into)

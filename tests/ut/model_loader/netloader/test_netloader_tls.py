@@ -665,3 +665,29 @@ def test_a_source_that_breaks_off_the_handshake_is_there(secret, said):
         with pytest.raises(SourceSilent):
             dial(there, secret)
         thread.join()
+
+
+def test_bytes_that_trickle_in_are_given_up_in_time(secret):
+    over = threading.Event()
+
+    def trickle(sock):
+        wire = tls.TlsWire(sock, PATIENCE, secret)
+        wire.handshake(PATIENCE)
+        with contextlib.suppress(OSError), sock:
+            while not over.wait(0.02):
+                wire.send([b"x"])
+
+    with socket.create_server((HOST, 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        thread = threading.Thread(target=trickle, args=listener.accept()[:1])
+        thread.start()
+    wire = tls.TlsWire(dialled, PATIENCE, secret, HOST)
+    wire.handshake(PATIENCE)
+    began = time.monotonic()
+    wire.ends = began + 0.3
+    with pytest.raises(TimeoutError):
+        wire.receive([memoryview(bytearray(1 << 16))])
+    assert time.monotonic() - began < PATIENCE / 2
+    over.set()
+    thread.join()
+    wire.close()

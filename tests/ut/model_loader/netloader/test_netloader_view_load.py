@@ -193,16 +193,16 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
     monkeypatch.setattr(view_reader, "_ANSWER", 40)
     monkeypatch.setattr(view_reader, "_AHEAD", ahead)
     most, held = 0, set()
-    zeros = view_reader._zeros
+    made_of = view_reader._made
 
-    def counted(seen):
+    def counted(seen, *rest):
         nonlocal most
-        made = zeros(seen)
+        made = made_of(seen, *rest)
         held.add(seen.name)
         most = max(most, sum(CHECKPOINT[name].nbytes for name in held))
         return made
 
-    monkeypatch.setattr(view_reader, "_zeros", counted)
+    monkeypatch.setattr(view_reader, "_made", counted)
 
     class Slow(Model):
         def load_weights(self, weights):
@@ -406,7 +406,7 @@ def test_a_load_by_name_tells_where_the_sources_are_that_a_name_stands_for():
 def losing(monkeypatch, times):
     """Have so many answers of regions in a row be lost; the number of those asked for."""
     asked = []
-    regions = ElasticClient.regions
+    regions = ElasticClient.receive_regions
 
     def lost(client, *rest):
         asked.append(client.address)
@@ -416,16 +416,43 @@ def losing(monkeypatch, times):
         regions(client, *rest)
 
     monkeypatch.setattr(view_reader, "PAUSE", (0.0, 0.0))
-    monkeypatch.setattr(ElasticClient, "regions", lost)
+    monkeypatch.setattr(ElasticClient, "receive_regions", lost)
     return asked
 
 
-def test_a_connection_that_is_lost_is_made_again(monkeypatch):
+@pytest.mark.parametrize("most_bytes", [64, 8 << 20])
+def test_a_connection_that_is_lost_is_made_again(monkeypatch, most_bytes):
+    monkeypatch.setattr(view_reader, "_ANSWER", most_bytes)  # few bytes: more is asked for
     losing(monkeypatch, 3)
     with sources(1) as source:
         model = Model(0, 2)
         take(source.addresses, model)
         assert is_as_from_disk(model)
+
+
+@pytest.mark.parametrize(("short", "ahead"), [(view_reader._SHORT, 2), (0, 1)])
+def test_more_is_asked_for_while_an_answer_comes_if_the_request_is_short(monkeypatch, short, ahead):
+    monkeypatch.setattr(view_reader, "_ANSWER", 64)
+    monkeypatch.setattr(view_reader, "_SHORT", short)
+    ask, receive = ElasticClient.ask_regions, ElasticClient.receive_regions
+    asked, most = [0], [0]
+
+    def asking(client, *rest):
+        asked[0] += 1
+        ask(client, *rest)
+
+    def receiving(client, *rest):
+        most[0] = max(most[0], asked[0])
+        receive(client, *rest)
+        asked[0] -= 1
+
+    monkeypatch.setattr(ElasticClient, "ask_regions", asking)
+    monkeypatch.setattr(ElasticClient, "receive_regions", receiving)
+    with sources(1) as source:
+        model = Model(0, 2)
+        take(source.addresses, model, connections=1)
+        assert is_as_from_disk(model)
+    assert most == [ahead]
 
 
 def test_a_rank_that_loses_every_connection_ends_the_load(monkeypatch):

@@ -145,28 +145,21 @@ class ElasticClient:
 
     @contextlib.contextmanager
     def ended_after(self, seconds: float) -> Iterator[None]:
-        """Cut the connection where what is inside takes longer, also while bytes come now and then.
+        """End the connection where what is asked inside takes longer, also while bytes trickle.
 
         Raises:
             SourceLost: it has taken longer.
         """
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            self.cut()
-
-        timer = threading.Timer(seconds, end)
-        timer.daemon = True
-        timer.start()
+        before, ends = self._wire.ends, time.monotonic() + seconds
+        self._wire.ends = min(before, ends)
         try:
             yield
         except SourceLost:
-            if late.is_set():
+            if time.monotonic() >= ends and not self._cut:
                 raise SourceLost(f"{self.address}: not all came within {seconds:g} s") from None
             raise
         finally:
-            timer.cancel()
+            self._wire.ends = before
 
     def hung_up(self) -> bool:
         """Return whether the source has closed the connection, or its process has ended."""
@@ -261,18 +254,24 @@ class ElasticClient:
             self._close_after(answer)
         return bytes(content)
 
-    def regions(
-        self,
-        weights: str,
-        regions: Sequence[api.Region],
-        nbytes: int,
-        into: Iterable[Sequence[Buffer]],
-    ) -> None:
-        """Read elements of the source's parameters into memory.
+    def ask_regions(self, weights: str, regions: Sequence[api.Region]) -> None:
+        """Ask for elements of the source's parameters; `receive_regions` has to come each time.
 
         Args:
             weights: digest of the weights.
             regions: which elements.
+
+        Raises:
+            SourceError: see the class.
+        """
+        body = msgspec.json.encode(api.Regions([*regions]))
+        with self._failures():
+            self._say("POST", api.REGIONS.format(digest=weights), body)
+
+    def receive_regions(self, nbytes: int, into: Iterable[Sequence[Buffer]]) -> None:
+        """Read the elements that were asked for first into memory.
+
+        Args:
             nbytes: of all of them.
             into: where they go, one region after the other, piece by piece; the next one is taken
                 once the one before is full.
@@ -281,11 +280,9 @@ class ElasticClient:
             TransferCorrupt: they are not what their digest says; what `into` has is anything.
             SourceError: see the class; the same.
         """
-        body = msgspec.json.encode(api.Regions([*regions]))
         digest, came = bytearray(api.REGIONS_DIGEST), xxhash.xxh3_128()
         with self._failures():
-            path = api.REGIONS.format(digest=weights)
-            answer = self._open("POST", path, body, self._progress)
+            answer = self._hear("POST", self._progress)
             if answer.length != nbytes + len(digest):
                 said = f"sends {answer.length} bytes where regions and their digest have"
                 raise self._lied(f"{said} {nbytes + len(digest)}")
@@ -296,7 +293,7 @@ class ElasticClient:
             self._wire.receive([memoryview(digest)])
             self._close_after(answer)
         if came.digest() != digest:
-            raise TransferCorrupt(f"{self.address}: {len(regions)} regions came with wrong bytes")
+            raise TransferCorrupt(f"{self.address}: regions came with wrong bytes")
 
     def open_group(self, weights: str) -> "GroupControl":
         """Let the source begin to form a two-rank group for blocks of these weights."""
@@ -521,6 +518,7 @@ class ElasticClient:
         if not may_ask_again:
             raise error
         wire = self._dial()
+        wire.ends = self._wire.ends
         with self._lock:
             self._wire.close()
             self._wire = wire

@@ -146,7 +146,7 @@ class TlsWire(Wire):
 
     def _fetch_some(self) -> int:
         try:
-            return self._fetch(time.monotonic() + self._progress)
+            return self._fetch(time.monotonic() + self._patience())
         except TimeoutError:
             raise TimeoutError(f"no data received for {self._progress:g} s") from None
 

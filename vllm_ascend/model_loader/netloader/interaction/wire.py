@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import io
+import math
 import select
 import socket
 import struct
@@ -34,6 +35,7 @@ class Wire:
         local_host: this end's address.
         stream: what came, buffered.
         budget: bytes that `stream` may still read.
+        ends: by `time.monotonic`, when reading fails even while bytes come.
 
     Raises:
         OSError: the connection is gone already.
@@ -41,10 +43,8 @@ class Wire:
 
     def __init__(self, sock: socket.socket, progress: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        seconds, fraction = divmod(progress, 1)
-        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(progress))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(progress))
         peer = sock.getpeername()
         self.peer = Address(unmapped(peer[0]), peer[1])
         self.local_host = unmapped(sock.getsockname()[0])
@@ -55,6 +55,8 @@ class Wire:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
         self._sock = sock
         self._progress = progress
+        self._waits = progress
+        self.ends = math.inf
         self.allow(0.0, 0)
         self.stream = _Stream(_Reader(self))
 
@@ -73,7 +75,7 @@ class Wire:
     def allow(self, seconds: float, nbytes: int) -> None:
         """Let `stream` read for so long, and so many bytes, from now on."""
         self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
+        self._deadline = min(time.monotonic() + seconds, self.ends)
         self.budget = nbytes
 
     def makefile(self, _: str) -> "_Stream":
@@ -142,6 +144,7 @@ class Wire:
         self._sock.settimeout(None)
         while left:
             batch = left[-1 : -_IOV_MAX - 1 : -1]
+            self._wait_at_most(self._patience())
             try:
                 nbytes = self._sock.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
             except BlockingIOError:
@@ -150,6 +153,23 @@ class Wire:
                 raise ConnectionResetError(f"the connection ended {missing} bytes too early")
             missing -= nbytes
             _drop(left, batch, nbytes)
+
+    def _patience(self) -> float:
+        """Return for how many seconds bytes are waited for.
+
+        Raises:
+            TimeoutError: for none any more.
+        """
+        if self.ends == math.inf:
+            return self._progress
+        if (left := self.ends - time.monotonic()) <= 0:
+            raise TimeoutError("not all came in time")
+        return min(left, self._progress)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        if seconds != self._waits:
+            self._waits = seconds
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
 
     @property
     def has_data(self) -> bool:
@@ -215,6 +235,12 @@ class _Reader(io.RawIOBase):
 class _Stream(io.BufferedReader):
     def close(self) -> None:
         """Do nothing: what comes after one answer belongs to the next."""
+
+
+def _timeval(seconds: float) -> bytes:
+    whole, fraction = divmod(seconds, 1)
+    # 0 would mean to wait without end.
+    return struct.pack("@ll", int(whole), max(int(fraction * 1e6), 1))
 
 
 def _drop(left: list[Any], batch: list[Any], nbytes: int) -> None:

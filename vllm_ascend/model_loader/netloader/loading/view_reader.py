@@ -4,8 +4,8 @@ import contextlib
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -33,6 +33,8 @@ from .sessions import connect
 _ANSWER = 8 << 20  # bytes of one answer
 _AT_ONCE = 1 << 20  # bytes of it that are read, hashed and put in their places one after the other
 _AHEAD = 256 << 20  # bytes that come before they are read
+_ASKED = 2  # answers that a connection waits for, so that the source makes one while one is read
+_SHORT = 256  # parts of a request that a source need not read while it sends an answer
 _OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes now and then
 _LOST = 3  # connections in a row that may be lost without that anything came
 _LEAST_RATE = 1_000_000  # bytes per second of a connection, over a minute of waiting for answers
@@ -165,6 +167,10 @@ class Reader:
         for part in (part for parts in fetch.parts for part in parts):
             needed[part.tensor] += part.nbytes
         self._needed = needed
+        count = Counter[int]()
+        for part in (part for parts in fetch.parts for part in parts):
+            count[part.tensor] += prod(part.box.size)
+        self._whole = {at for at, n in count.items() if n == prod(fetch.tensors[at].shape)}
         self._at = 0  # the tensor that is taken next
         self._read = 0  # bytes that the tensors before it needed
         self._memory: dict[int, torch.Tensor] = {}
@@ -223,7 +229,7 @@ class Reader:
                 tensor = self._memory.pop(number, None)
                 self._read += self._needed[number]
             if tensor is None:
-                tensor = _zeros(seen)
+                tensor = _made(seen, np.zeros)
             for box, kept in self._fetch.kept.get(number, {}).items():
                 box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
             yield seen.name, tensor
@@ -240,10 +246,10 @@ class Reader:
         try:
             while self._waits(number, None):
                 try:
-                    with self._connected(rank) as client:
-                        while (request := self._next(number)) is not None:
+                    with self._connected(rank) as client, self._outstanding(number) as asked:
+                        while self._ask(client, number, asked):
                             further = False
-                            self._bring(client, rank, request, staging, pace)
+                            self._bring(client, rank, asked, staging, pace)
                             lost = 0
                         complete = not self._asked[number]
                         client.done(Done(complete, "" if complete else "waits for the model"))
@@ -293,36 +299,58 @@ class Reader:
             found = self._changed.wait_for(ready, seconds)
             return found and not self._over and not self.failure and bool(self._asked[number])
 
-    def _next(self, number: int) -> Request | None:
-        """Return what is asked for next; None: nothing for now, so a place is to be given free."""
-        while self._waits(number, self._config.progress_timeout / 3):
+    def _next(self, number: int, seconds: float) -> Request | None:
+        """Return what is asked for next; None: nothing for so long."""
+        while self._waits(number, seconds):
             with self._changed:
                 if self._asked[number]:  # no other thread was faster
                     return self._asked[number].pop()
         return None
 
+    @contextlib.contextmanager
+    def _outstanding(self, number: int) -> Iterator[deque[Request]]:
+        """Yield what is asked for over a connection; what does not come is for another one."""
+        asked: deque[Request] = deque()
+        try:
+            yield asked
+        finally:
+            with self._changed:
+                self._asked[number] += reversed(asked)
+                self._changed.notify_all()
+
+    def _ask(self, client: ElasticClient, number: int, asked: deque[Request]) -> bool:
+        """Ask for what comes next; return False if a place is to be given free for now."""
+        patience = self._config.progress_timeout / 3
+        while len(asked) < _ASKED:
+            if (request := self._next(number, 0.0 if asked else patience)) is None:
+                break
+            if asked and len(request.parts) > _SHORT:
+                with self._changed:
+                    self._asked[number].append(request)
+                break
+            asked.append(request)
+            regions = [
+                Region(part.parameter, part.offset, [*part.box.size], [*part.stride])
+                for part in request.parts
+            ]
+            client.ask_regions(self._ranks[number].weights, regions)
+        return bool(asked)
+
     def _bring(
         self,
         client: ElasticClient,
         rank: Rank,
-        request: Request,
+        asked: deque[Request],
         staging: torch.Tensor,
         pace: "_Pace",
     ) -> None:
-        """Fetch parts, and put them where they belong."""
+        """Receive what was asked for first, and put it where it belongs."""
+        request = asked[0]
         nbytes = request.nbytes
-        regions = [
-            Region(part.parameter, part.offset, [*part.box.size], [*part.stride])
-            for part in request.parts
-        ]
         started = time.monotonic()
-        try:
-            with client.ended_after(_OVERDUE * self._config.progress_timeout):
-                client.regions(rank.weights, regions, nbytes, self._places(request, staging))
-        except SourceLost:
-            with self._changed:
-                self._asked[request.rank].append(request)  # for another connection
-            raise
+        with client.ended_after(_OVERDUE * self._config.progress_timeout):
+            client.receive_regions(nbytes, self._places(request, staging))
+        asked.popleft()
         pace.came(rank.address, nbytes, time.monotonic() - started)
         metrics.count(metrics.RECEIVED_BYTES, "serving", by=nbytes)
         with self._changed:
@@ -360,7 +388,9 @@ class Reader:
     def _target(self, part: Part) -> torch.Tensor:
         with self._changed:
             if (known := self._memory.get(part.tensor)) is None:
-                known = self._memory[part.tensor] = _zeros(self._fetch.tensors[part.tensor])
+                make = np.empty if part.tensor in self._whole else np.zeros
+                known = _made(self._fetch.tensors[part.tensor], make)
+                self._memory[part.tensor] = known
             return known
 
     def _fail(self, why: str) -> None:
@@ -370,10 +400,10 @@ class Reader:
             self._changed.notify_all()
 
 
-def _zeros(seen: Seen) -> torch.Tensor:
-    """Return a tensor whose memory costs nothing before it is written; torch's own writes it."""
+def _made(seen: Seen, make: Callable[..., NDArray[np.uint8]]) -> torch.Tensor:
+    """Return a tensor whose memory comes from numpy, which takes large pages for large ones."""
     dtype = dtype_of(seen.dtype)
-    memory = np.zeros(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
+    memory = make(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
 
 
