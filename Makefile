@@ -15,9 +15,9 @@ BIN := $(VENV)/bin
 VENV_NPU := .venv/ascend-$(ASCEND)
 BIN_NPU := $(VENV_NPU)/bin
 
-.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-conformance test-e2e fuzz proof \
-	proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet clean venv-oldest \
-	test-ut-oldest test-newest test-others
+.PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-simulation test-conformance \
+	test-e2e fuzz proof proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet \
+	clean venv-oldest test-ut-oldest test-newest test-others
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST),"
 	@echo "               and the tests on simulated NPUs"
 	@echo "make test-ut   unit tests"
+	@echo "make test-simulation  2,000 schedules of small fleets in virtual time"
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make fuzz      damaged requests, handshakes, answers, bodies, groups (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
 	@echo "make test-e2e  end-to-end tests with real vllm serve processes"
@@ -60,6 +61,9 @@ demo: venv
 
 test-ut: venv
 	$(BIN)/python -m pytest tests/ut $(PYTEST_ARGS)
+
+test-simulation: venv
+	$(BIN)/python -m pytest tests/simulation $(PYTEST_ARGS)
 
 test-conformance: venv
 	$(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
@@ -133,6 +137,7 @@ step = @start=$$(date +%s); $(2); code=$$?; \
 
 # Unit tests and conformance have deadlines of a second or two, so nothing runs beside them. Those
 # that run processes wait for them most of the time: two at once, each printed whole when it ends.
+# The simulation has no deadline in real time, so it runs beside them.
 test:
 	$(call step,vLLM $(NEWEST),$(MAKE) venv VLLM=$(NEWEST))
 	$(call step,lint and documentation,$(MAKE) --jobs=2 --output-sync=target lint docs venv-oldest venv-npu)
@@ -141,7 +146,7 @@ test:
 	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
 	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-others)
 
-WITHOUT_VLLM := test_fleet_simulation.py test_matrix.py test_patch_set.py \
+WITHOUT_VLLM := test_matrix.py test_patch_set.py \
 	$(patsubst %,model_loader/netloader/test_netloader_%.py,http overload scheduler source_queue tls)
 
 venv-oldest:
@@ -154,6 +159,7 @@ test-ut-oldest:
 
 test-newest:
 	$(call step,fuzz,$(MAKE) fuzz VLLM=$(NEWEST))
+	$(call step,simulation,$(MAKE) test-simulation VLLM=$(NEWEST))
 	$(call step,end-to-end tests,$(MAKE) test-e2e VLLM=$(NEWEST))
 
 # The older version gets the end-to-end tests that matter most.

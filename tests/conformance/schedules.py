@@ -2,6 +2,9 @@
 
 import contextlib
 import random
+from unittest import mock
+
+from vllm_ascend.model_loader.netloader.interaction import source_queue
 
 from .faults import holding_back, lie, lie_at_times
 from .fleet import cut_off, fleet
@@ -9,8 +12,10 @@ from .models import MIB, rows
 from .sides import source, until
 from .test_leaks import used
 
-# Where nobody can have everything any more, a load is to end soon.
-_SOON = {"source_wait": 60.0, "progress_timeout": 1.0}
+# Where nobody can have everything any more, a load is to end soon, also if all that it knows are
+# gone or bring nothing: it asks them again for as long as it may.
+_SOON = {"source_wait": 5.0, "progress_timeout": 1.0}
+_GRACE = 3.0
 
 
 def play(way, number):
@@ -28,6 +33,8 @@ def play(way, number):
         fleet(way, count, rows, **its | (_SOON if orphans else {})) as replicas,
         contextlib.ExitStack() as stack,
     ):
+        if orphans:
+            stack.enter_context(mock.patch.object(source_queue, "_GRACE", _GRACE))
         gone = set()
         if stalls:
             stack.enter_context(holding_back(chance.choice(replicas).server, chance.randint(0, 9)))

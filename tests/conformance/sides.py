@@ -7,6 +7,7 @@ is possible, and else in one of its own. Whoever is to be killed is in one of it
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -357,6 +358,7 @@ class Process:
 
 
 def _obey(orders, index, environment):
+    gc.freeze()  # what was imported stays, and is much to look through for garbage each time
     os.environ.update(environment)
     torch.set_num_threads(1)
     ways.INDEX = index

@@ -1,31 +1,23 @@
 """The list behind the guide's table of models, beside the tests that pytest finds."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.npu_sim.matrix import CLASSES, NOT_RUN, ROWS
 
-TESTS = Path(__file__).parents[1]
 RUN = [row for row in ROWS if row.run != NOT_RUN]
 
 
+_COLLECT = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+
+
 @pytest.fixture(scope="module")
-def collected():
+def collected(forks):
     """The tests in the files that the list names, below tests/."""
-    files = sorted({str(TESTS / row.test.partition("::")[0]) for row in RUN})
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *files)
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=TESTS.parent,
-        env=os.environ | {"CONFORMANCE_WAYS": "hccl"},
-        capture_output=True,
-        text=True,
-    )
+    files = sorted({f"tests/{row.test.partition('::')[0]}" for row in RUN})
+    options = ("-q", "-p", "no:cacheprovider", "--collect-only")
+    done = forks.run(_COLLECT, *options, *files, CONFORMANCE_WAYS="hccl")
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^tests/(.+::.+)$", done.stdout, re.M))
 

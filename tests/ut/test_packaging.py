@@ -1,19 +1,19 @@
 """The two wheels, what happens when the wrong one is installed, and the command that says it."""
 
+import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
-from pathlib import Path
 
 import pytest
 
 from vllm_ascend.model_loader import netloader
 
-PROJECT = Path(__file__).parents[2]
+from .forks import PROJECT, inherited
+
 NETLOADER = "vllm_ascend/model_loader/netloader"
 VERSION = netloader.__version__
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE"}
@@ -41,11 +41,6 @@ ascend = vllm_ascend:register
 """
 
 
-def inherited():
-    ours = {"NETLOADER_OVERLAY", "PYTHONPATH", "VLLM_PLUGINS"}
-    return {name: value for name, value in os.environ.items() if name not in ours}
-
-
 def run(*arguments, cwd, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
@@ -57,8 +52,9 @@ def run(*arguments, cwd, **environment):
 
 
 def build(tree, **environment):
-    command = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q")
-    return run(*command, "-w", str(tree / "dist"), ".", cwd=tree, **environment)
+    """Do what `pip wheel` does, in the only process of it that matters here."""
+    code = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    return run("-c", code, cwd=tree, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -176,63 +172,19 @@ def python(site, *arguments, **environment):
     return run(*arguments, cwd=site.parent, PYTHONPATH=str(site), **environment)
 
 
-# Importing vLLM takes seconds: each case is a child of one process that has done most of it.
-_CHILDREN = """
-import json, os, runpy, sys, traceback
-import vllm.model_executor.layers.attention
+# The check, after vLLM has looked for platforms.
+_CHECK = """
+import runpy, sys
 from vllm.plugins import load_plugins_by_group
-assert "vllm_ascend" not in sys.modules
-for line in sys.stdin:
-    site, arguments, environment = json.loads(line)
-    if child := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.chdir(os.path.dirname(site))
-    for number, name in (1, "stdout"), (2, "stderr"):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    sys.path.insert(0, site)
-    sys.argv[1:] = arguments
-    os.environ.update(environment)
-    status = 2
-    try:
-        platforms = [*load_plugins_by_group("vllm.platform_plugins")]
-        print("platforms:", platforms, file=sys.stderr, flush=True)
-        runpy.run_module("vllm_ascend.model_loader.netloader", run_name="__main__")
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+platforms = [*load_plugins_by_group("vllm.platform_plugins")]
+print("platforms:", platforms, file=sys.stderr, flush=True)
+runpy.run_module("vllm_ascend.model_loader.netloader", run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def children(tmp_path_factory):
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", _CHILDREN],
-        cwd=tmp_path_factory.mktemp("children"),
-        env=inherited() | {"VLLM_LOGGING_STREAM": "ext://sys.stderr"},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        yield process
-        process.kill()
-
-
 @pytest.fixture
-def check(site, children):
-    """Run the check, which imports vLLM, after vLLM has looked for platforms."""
-
-    def run(*arguments, **environment):
-        print(json.dumps([str(site), arguments, environment]), file=children.stdin, flush=True)
-        lines = iter(children.stdout.readline, "")
-        status = next(int(line) for line in lines if line.strip("-\n").isdecimal())
-        said = [(site.parent / name).read_text() for name in ("stdout", "stderr")]
-        return subprocess.CompletedProcess("check", status, *said)
-
-    return run
+def check(site, forks):
+    return functools.partial(forks.run, _CHECK, site=site, folder=site.parent)
 
 
 def last_line_of(tried):

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 import vllm_ascend
 from tests.ut.model_loader.netloader.support import python
 
-# Each order in a child of a process that has imported what takes long, and that they share.
+# Each order in a child of its own.
 _ORDERS = """
 import logging, os, sys
 logging.disable()
@@ -30,12 +30,6 @@ def face():
     from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 def lost():
     sys.modules[name] = None
-if os.fork() == 0:
-    hook()
-    print("torch" in sys.modules, package in sys.modules, len(ours()), flush=True)
-    os._exit(0)
-os.wait()
-import torch, vllm.model_executor.layers.attention
 import vllm_ascend.model_loader.netloader as netloader
 errors = []
 netloader.logger.error = lambda *line: errors.append(line)
@@ -56,7 +50,7 @@ for order in sys.argv[1:]:
 """
 
 
-def test_the_load_format_is_there_in_whichever_order_things_are_imported():
+def test_the_load_format_is_there_in_whichever_order_things_are_imported(forks):
     orders = [
         "plugins face",
         "hook hook find loaders",
@@ -72,14 +66,26 @@ def test_the_load_format_is_there_in_whichever_order_things_are_imported():
     ]
     # Where it cannot be registered, the other load formats are there all the same.
     failing = ["lost hook loaders", "lost loaders hook"]
-    process = python("-c", _ORDERS, *orders, *failing)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert output.splitlines() == [
-        "False False 1",  # the hook imports neither torch nor vLLM's loaders
+    done = forks.run(_ORDERS, *orders, *failing)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
         *(f"{order} True 0 True []" for order in orders),
         *(f"{order} False 1 True []" for order in failing),
     ]
+
+
+_HOOK = """
+import sys, vllm_ascend
+vllm_ascend.register_model_loader()
+ours = [finder for finder in sys.meta_path if "vllm_ascend" in type(finder).__module__]
+print("torch" in sys.modules, "vllm.model_executor.model_loader" in sys.modules, len(ours))
+"""
+
+
+def test_the_hook_imports_neither_torch_nor_the_loaders_of_vllm():
+    process = python("-c", _HOOK)
+    output, _ = process.communicate(timeout=200)
+    assert output.split() == ["False", "False", "1"]
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point():
