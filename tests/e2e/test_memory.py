@@ -308,7 +308,8 @@ def test_for_linear_layers_a_source_takes_about_twice_the_memory_of_an_instance_
         )
         del model
     others = taken[0] - linear
-    assert taken[1] - others == pytest.approx(2 * linear, rel=0.15)
+    copies = 2 if torch.cpu._is_avx512_supported() else 1  # as the section says
+    assert taken[1] - others == pytest.approx(copies * linear, rel=0.15)
 
 
 def test_every_row_of_the_table_that_concerns_a_cpu_is_measured_here() -> None:

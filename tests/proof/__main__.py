@@ -219,8 +219,8 @@ def prove_and_print(row: Row) -> bool:
     """Print the line of a row; return whether it ended as it should."""
     started = time.monotonic()
     proved = True
-    if not row.runs:
-        loaded, reloaded = "-", f"this vLLM cannot run it on a CPU (from {row.oldest} on)"
+    if row.lacks:
+        loaded, reloaded = "-", row.lacks
     else:
         with tempfile.TemporaryDirectory() as folder:
             try:

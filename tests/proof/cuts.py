@@ -134,7 +134,7 @@ def main(names: list[str]) -> int:
         pair = Pair(Path(place))
         try:
             for number, row in enumerate(row for row in ROWS if row.name in names or not names):
-                if row.runs:
+                if not row.lacks:
                     folder = Path(place, f"row{number}")
                     make(row, folder)
                     proof = Proof(row, folder, OnCpu(folder, pair))

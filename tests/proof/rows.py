@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import vllm
 from packaging.version import Version
+from vllm.platforms import current_platform
 
 from tools.make_model import ADAPTER_RANK, make_adapter, make_model
 
@@ -24,6 +26,7 @@ from .models import (
 # Before, vLLM finds no layer behind that of a LoRA adapter when it loads a checkpoint.
 LORA_RELOADS = Version(vllm.__version__) >= Version("0.28")
 POOLING = {"runner": "pooling"}
+FOUR_BIT = "cpu_gemm_wna16"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Row:
         reload: a part of the reason with which its reload in place may be refused; empty: none.
         from_disk: whether the first instance reloads from the disk of the second one at last.
         oldest: the vLLM before which it cannot run.
+        operator: of vLLM's kernels, without which it cannot run; CPUs with AVX2 only have fewer.
     """
 
     name: str
@@ -50,11 +54,17 @@ class Row:
     reload: str = ""
     from_disk: bool = False
     oldest: str = ""
+    operator: str = ""
 
     @property
-    def runs(self) -> bool:
-        """Whether this vLLM can run it."""
-        return not self.oldest or Version(vllm.__version__) >= Version(self.oldest)
+    def lacks(self) -> str:
+        """Why this vLLM cannot run it on this CPU; empty: it can."""
+        if self.oldest and Version(vllm.__version__) < Version(self.oldest):
+            return f"this vLLM cannot run it on a CPU (from {self.oldest} on)"
+        current_platform.import_kernels()
+        if self.operator and not hasattr(torch.ops._C, self.operator):
+            return f"this vLLM cannot run it on this CPU (no {self.operator})"
+        return ""
 
 
 def _standard(arch: str, path: Path, seed: int) -> None:
@@ -157,8 +167,8 @@ ROWS = [
     Row("DeepSeek-V2, MLA", partial(_other, "deepseek-v2"), reload=IN_PLACE, oldest="0.28"),
     Row("W8A8, static", partial(_standard, "w8a8-static"), reload=IN_PLACE),
     Row("W8A8, dynamic", partial(_standard, "w8a8-dynamic"), reload=IN_PLACE),
-    Row("AWQ", partial(_four_bit, "awq"), reload=IN_PLACE),
-    Row("W4A16", partial(_four_bit, "w4a16"), reload=IN_PLACE),
+    Row("AWQ", partial(_four_bit, "awq"), reload=IN_PLACE, operator=FOUR_BIT),
+    Row("W4A16", partial(_four_bit, "w4a16"), reload=IN_PLACE, operator=FOUR_BIT),
     Row("classifier", _classifier, "classify", POOLING),
     Row("embedding, Dense", _dense, "embed", POOLING),
     Row("reranker", partial(_reranker, False), "classify", POOLING),
