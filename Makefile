@@ -141,8 +141,7 @@ step = @start=$$(date +%s); $(2); code=$$?; \
 test:
 	$(call step,vLLM $(NEWEST),$(MAKE) venv VLLM=$(NEWEST))
 	$(call step,lint and documentation,$(MAKE) --jobs=2 --output-sync=target lint docs venv-oldest venv-npu)
-	$(call step,unit tests,$(MAKE) test-ut VLLM=$(NEWEST))
-	$(call step,unit tests on vLLM $(OLDEST),$(MAKE) test-ut-oldest)
+	$(call step,unit tests,$(MAKE) --jobs=2 --output-sync=target test-ut test-ut-oldest)
 	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
 	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-others)
 

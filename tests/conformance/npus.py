@@ -78,6 +78,7 @@ def used():
     """What this process uses, of all that a leak would make grow."""
     gc.collect()
     torch.npu.current_stream().synchronize()
+    torch.npu.empty_cache()  # what is kept for each stream, of which a busy machine uses more
     counted = counts()
     # The simulator has a thread and a file for each stream that was ever used, of those that
     # torch_npu hands out in turn.

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 from tools.netloader_view import Load, find_loads, find_sent, read_address
-from tools.vllm_server import Completion, VllmServer, launch
+from tools.vllm_server import Completion, Launch, VllmServer
 
 from .forking import forking
 
@@ -76,11 +76,12 @@ def running(
     *,
     arguments: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    start: Launch = fork,
 ) -> Iterator[Instance]:
     """Runs an instance, ready to answer, whose files are in a folder made for it.
 
-    One with an environment of its own is started as a user would start it, others are forked from a
-    process that has imported vLLM.
+    It is forked from a process that has imported vLLM. With `launch` it starts as a user would
+    start it, which takes six times as long; variables that an import reads need it.
     """
     folder.mkdir()
     prefix = folder / "rank"
@@ -90,7 +91,7 @@ def running(
         extra_config={"OUTPUT_PREFIX": str(prefix), "SOURCE_WAIT": 0} | config,
         arguments=arguments,
         environment=environment,
-        launch=launch if environment else fork,
+        launch=start,
     )
     with server:
         yield Instance(server, prefix)

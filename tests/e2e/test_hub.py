@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.e2e.hub import Hub, HubModel, cached_files, serving
 from tools.netloader_view import source_list
+from tools.vllm_server import launch
 
 from .support import Model, running
 
@@ -123,11 +124,12 @@ def place(model: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 def test_vllm_serve_by_a_models_name(place: Place, tmp_path: Path) -> None:
     seed_home, client_home = tmp_path / "seed-home", tmp_path / "client-home"
     hub = place.hub
-    with running(tmp_path / "seed", NAME, {}, environment=hub.environment(seed_home)) as seed:
+    start = partial(running, model=NAME, start=launch)
+    with start(tmp_path / "seed", config={}, environment=hub.environment(seed_home)) as seed:
         sent = len(hub.weights_sent())
         config = {"SOURCE": source_list({0: [seed.address()]})}
-        with running(
-            tmp_path / "client", NAME, config, environment=hub.environment(client_home)
+        with start(
+            tmp_path / "client", config=config, environment=hub.environment(client_home)
         ) as client:
             assert client.say() == seed.say()
             [load] = client.loads()

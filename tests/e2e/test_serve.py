@@ -18,12 +18,12 @@ from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from tests.name_server import name_server
 from tools.make_model import make_adapter
 from tools.netloader_view import find_loads, source_list
-from tools.vllm_server import ServerError, VllmServer, free_port
+from tools.vllm_server import ServerError, VllmServer, free_port, launch
 from vllm_ascend.model_loader.netloader.credentials import derived_from
 
 from .killing_proxy import killing_proxy
 from .ranks import Pair
-from .support import COMMAND, PROMPTS, TOKENS, drafting, holding, metrics, running
+from .support import COMMAND, PROMPTS, TOKENS, drafting, fork, holding, metrics, running
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -70,7 +70,9 @@ def test_client_is_a_source_and_config_file_goes_first(
     # Nothing of the model is on disk but what a source has given.
     fetched = tmp_path / "fetched"
     subprocess.run([*COMMAND, "fetch", client.address(), str(fetched)], check=True)
-    with running(tmp_path / "third", fetched, beside, environment=environment) as third:
+    with running(
+        tmp_path / "third", fetched, beside, environment=environment, start=launch
+    ) as third:
         assert third.say() == said
         assert_loaded_from(third, client)
         assert metrics(third.address())["netloader_received_bytes_total"] > 0
@@ -147,7 +149,6 @@ def pair_said(pair, said):
     return completions
 
 
-# Python runs it at the start of each process, before anything asks for an address.
 _RESOLVER = """
 import dns.resolver
 dns.resolver.default_resolver = dns.resolver.Resolver(configure=False)
@@ -160,8 +161,6 @@ def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_pat
     ports = [free_port() for _ in range(5)]
     records = [f"0 1 {port} localhost." for port in ports]
     with name_server("fleet.test", *records) as port, ExitStack() as stack:
-        (tmp_path / "sitecustomize.py").write_text(_RESOLVER.format(port=port))
-        path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
         instances = []
         for index, listen in enumerate(ports):
             config = {"MODEL": "llama", "SOURCE": "dnssrv+fleet.test", "LISTEN_PORT": listen}
@@ -170,7 +169,8 @@ def test_five_instances_started_at_once_with_one_name_read_the_disk_once(tmp_pat
                     llama.full if index else llama.bare,
                     tmp_path / f"{index}.txt",
                     extra_config=config,
-                    environment={"PYTHONPATH": path},
+                    environment={"RUN_FIRST": _RESOLVER.format(port=port)},
+                    launch=fork,
                 )
             )
             stack.callback(instances[-1].kill)

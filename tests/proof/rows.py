@@ -27,6 +27,8 @@ from .models import (
 LORA_RELOADS = Version(vllm.__version__) >= Version("0.28")
 POOLING = {"runner": "pooling"}
 FOUR_BIT = "cpu_gemm_wna16"
+# Without, vLLM leaves the weights of linear layers where they are, and views of them stay right.
+PACKED = torch.cpu._is_avx512_supported()
 
 
 @dataclass(frozen=True)
@@ -175,5 +177,5 @@ ROWS = [
     Row("reranker, tied", partial(_reranker, True), "classify", POOLING),
     Row("BERT", _bert, "embed", POOLING),
     Row("Whisper", _whisper, ""),
-    Row("Mamba-2", _mamba2, "", reload=IN_PLACE),
+    Row("Mamba-2", _mamba2, "", reload=IN_PLACE if PACKED else ""),
 ]
