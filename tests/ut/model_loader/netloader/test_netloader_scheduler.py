@@ -658,24 +658,21 @@ def test_a_source_sends_each_block_once_before_it_sends_one_twice():
     assert not first.sends("a", Run(1, 1))
 
 
-def test_when_all_was_sent_to_somebody_a_client_looks_for_it_elsewhere_for_a_while():
+def test_when_all_was_sent_to_somebody_the_next_one_gets_it_when_that_one_had_time_to_pass_it_on():
     clock = Ticks()
     first = FirstCopy(3, clock)
     for client, number in ("a", 0), ("b", 1), ("b", 2):
         assert first.sends(client, Run(number, number))
-    clock.now = 10.0
-    assert first.sends("a", Run(0, 0))
+    clock.now = 0.1
     assert not first.sends("a", Run(1, 1))
-    for tenths in range(102, 110, 2):
-        clock.now = tenths / 10
-        assert not first.sends("a", Run(1, 1))
-    assert not first.sends("a", Run(2, 2))
-    clock.now = 11.1
-    assert first.sends("a", Run(1, 1))  # it may reach nobody else
-    assert not first.sends("a", Run(2, 2))
-    clock.now = 12.5
-    assert not first.sends("a", Run(2, 2))  # it has asked now and then: it gets others elsewhere
-    assert not first.sends("b", Run(0, 0))
+    clock.now = 8.0
+    assert first.sends("a", Run(1, 1))
+    assert not first.sends("c", Run(1, 2))  # which a has got just now
+    assert first.sends("c", Run(2, 2))
+    clock.now = 8.9
+    assert not first.sends("c", Run(1, 1))
+    clock.now = 9.2  # an eighth of the time so far
+    assert first.sends("c", Run(1, 1))
 
 
 def test_what_a_client_got_that_is_gone_is_sent_again():
@@ -684,94 +681,82 @@ def test_what_a_client_got_that_is_gone_is_sent_again():
     first.gone("a")
     assert first.sends("b", Run(0, 0))
     assert not first.sends("a", Run(0, 0))
+    first.gone("b", complete=True)
+    assert not first.sends("a", Run(0, 0))
     first.gone("nobody")
+
+
+def test_what_one_that_is_gone_has_passed_on_keeps_nothing_back():
+    clock = Ticks()
+    first = FirstCopy(3, clock)
+    for client, number in ("a", 0), ("b", 1), ("b", 2):
+        assert first.sends(client, Run(number, number))
+    first.gone("a")  # nobody asks for what it got
+    clock.now = 1.0
+    assert first.sends("c", Run(1, 1))
 
 
 def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     clock = Ticks()
     first = FirstCopy(3, clock)
     assert first.sends("a", Run(0, 0))
+    assert first.sends("a", Run(1, 1))
     assert not first.sends("b", Run(0, 0))
     clock.now = 3.0
     assert first.sends("b", Run(0, 0))
-    assert not first.sends("b", Run(0, 0))
-    clock.now = 6.0
-    assert first.sends("b", Run(0, 0))  # it may still reach nobody else
-    assert first.sends("b", Run(1, 1))
-    assert not first.sends("b", Run(0, 0))
-
-
-def a_copy_to_two(runs, pace_of_b):
-    """What a source that sends to two has sent when one has got so many runs, one a second."""
-    clock = Ticks()
-    first, numbers = FirstCopy(1000, clock), itertools.count()
-    for second in range(runs):
-        clock.now = float(second)
-        for client in "ab" if second % pace_of_b == 0 or second < 2 else "a":
-            number = next(numbers)
-            assert first.sends(client, Run(number, number))
-    return first, clock, next(numbers)
-
-
-def test_what_a_much_slower_client_got_is_sent_to_others_as_well():
-    first, _, after = a_copy_to_two(12, 2)
-    assert not first.sends("a", Run(after - 2, after - 2))  # which b has got
-    first, clock, after = a_copy_to_two(12, 10)
-    assert first.sends("a", Run(after - 2, after - 2))
-    clock.now += 0.5
-    assert not first.sends("b", Run(after, after))  # which a is to get first
-    clock.now += 2.0
-    assert first.sends("b", Run(after, after))
-    assert first.sends("a", Run(after, after))  # as if nobody had it
-
-
-def test_what_others_ask_for_again_later_counts_as_sent_to_nobody():
-    first, _, after = a_copy_to_two(8, 1)
-    assert not first.sends("a", Run(after - 1, after - 1))  # b has got it just now
-    assert first.sends("a", Run(1, 1))  # b should have passed it on by now
     assert not first.sends("b", Run(1, 1))
+    clock.now = 6.0
+    assert first.sends("b", Run(1, 1))  # it may still reach nobody else
+    assert first.sends("b", Run(2, 2))
+
+
+def a_copy_to_three(runs):
+    """A source that has sent runs of 1,000 to three, one a second to each: a 0, b 1, c 2, a 3."""
+    clock = Ticks()
+    first = FirstCopy(1000, clock)
+    for number in range(runs):
+        clock.now = number / 3
+        assert first.sends("abc"[number % 3], Run(number, number))
+    return first, clock
+
+
+def test_who_passes_on_nothing_is_to_ask_others_until_all_was_sent():
+    first, clock = a_copy_to_three(60)
+    assert not first.sends("a", Run(1, 1))
+    assert first.sends("b", Run(60, 60))
+    assert not first.sends("c", Run(1, 1))  # the same one again
+    assert first.sends("b", Run(61, 61))
+    assert not first.sends("c", Run(4, 4))
+    assert not first.sends("b", Run(62, 62))
+    assert first.sends("a", Run(62, 62))
+    clock.now += 3.0
+    assert first.sends("b", Run(63, 63))  # it may reach nobody else
+    assert not first.sends("b", Run(64, 64))
+    assert first.sends("a", Run(64, 999))
+    assert first.sends("b", Run(0, 0))
+
+
+def test_who_has_had_no_time_to_pass_something_on_is_not_said_to_pass_on_nothing():
+    first, _ = a_copy_to_three(60)
+    for number in (52, 55, 58):
+        assert not first.sends("a", Run(number, number))
+    assert first.sends("b", Run(100, 100))
 
 
 def test_what_a_newcomer_asks_for_says_nothing_of_who_has_got_it():
-    first, clock, _ = a_copy_to_two(8, 1)
-    for number in range(8):
+    first, _ = a_copy_to_three(60)
+    for number in range(60):
         assert not first.sends("newcomer", Run(number, number))
-    clock.now += 1.0  # it knows others by now, and lacks these all the same
-    assert first.sends("newcomer", Run(0, 0))
+    assert all(first.sends(client, Run(100 + i, 100 + i)) for i, client in enumerate("abc"))
 
 
-def test_who_passes_on_nothing_gets_next_to_nothing():
-    first, _, after = a_copy_to_two(20, 1)
-    first.sends("c", Run(after, after))
-    for number in range(3, 9, 2):
-        assert first.sends("a", Run(number, number))
-    assert not first.sends("a", Run(after - 1, after - 1))
-    assert first.sends("b", Run(900, 900))
-    assert first.sends("a", Run(9, 9))  # that was one too many
-    assert first.sends("a", Run(after - 1, after - 1))
-    assert not first.sends("b", Run(901, 901))
-
-
-def test_who_takes_much_and_passes_on_nothing_makes_nobody_slow():
-    clock, numbers = Ticks(), itertools.count()
-    first, got = FirstCopy(1000, clock), []
-    for second in range(61):
-        clock.now = float(second)
-        for client in "abc" if second % 5 == 0 else "a":
-            number = next(numbers)
-            if first.sends(client, Run(number, number)) and client == "a":
-                got.append(number)
-    number = next(numbers)
-    assert not first.sends("b", Run(number, number))  # it looks slow beside a
-    for old in got[:8]:
-        first.sends("c", Run(old, old))
-    assert first.sends("b", Run(number, number))
-
-
-@pytest.mark.parametrize("client", "ab")
+@pytest.mark.parametrize("client", "abc")
 def test_nobody_can_say_of_most_clients_that_they_pass_on_nothing(client):
-    first, _, after = a_copy_to_two(20, 1)
-    first.sends("liar", Run(after, after))
-    for number in range(16):
+    first, clock = a_copy_to_three(6)
+    first.sends("liar", Run(100, 100))
+    for number in range(6, 60):
+        clock.now = number / 3
+        first.sends("abc"[number % 3], Run(number, number))
+    for number in range(40):
         first.sends("liar", Run(number, number))
     assert first.sends(client, Run(901, 901))

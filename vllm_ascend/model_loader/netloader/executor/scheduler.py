@@ -27,14 +27,16 @@ _SLOW = 1.0
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
-# Seconds for which a client looks for a run elsewhere once everything has been sent to somebody;
-# and how often it asks meanwhile at least, if it gets nothing elsewhere.
-_ELSEWHERE, _ASKS_EVERY = 1.0, 0.3
-# How many times longer a client takes for a run than another one that passes on little.
+# Seconds without a run after which a source is not counted on for others' runs.
+_ELSEWHERE = 1.0
+# A client has passed on what it got when its source has sent so many runs more, or when this part
+# of the time so far has gone, if that is less; but not before so many seconds.
+_PASSED_ON, _PART_PASSED_ON, _LEAST_PASSED_ON = 32, 8, 0.2
+# Of so many runs of a client one, and as many blocks at least, are asked for by others later before
+# it is said to pass on little.
+_PART_MISSED, _LEAST_MISSED = 16, 2
+# How many times longer than from another source a run takes from one that is left aside at the end.
 _MUCH_SLOWER = 3
-# Of a client's runs, how many later others ask for one again if they cannot get it there; and how
-# many blocks they ask for again at least before this is said of the client.
-_LONG_AGO, _LEAST_MISSED, _PART_MISSED = 4, 4, 8
 
 C = TypeVar("C")
 
@@ -453,13 +455,14 @@ def _least(counts: Sequence[int], among: int) -> int:
 class FirstCopy(Generic[C]):
     """Decides whether a source sends a run now: each block once before it sends one twice.
 
-    As long as there are blocks that it has sent to nobody, a client is to ask others for those
-    that they have got. A client that got nothing for a while gets one of those: it may reach
-    nobody else.
+    As long as there are blocks that it has sent to nobody, a client gets those, and is to ask
+    others for the rest. Once everything has been sent to somebody, a client gets what it still asks
+    for: whoever got it may be slow, or lie. The next one does only when that one has had time to
+    pass it on. A client that got nothing for a while gets what it asks for: it may reach nobody
+    else.
 
-    A client that takes much longer than another one, and one whose blocks others ask for again
-    long after it got them, passes on little or nothing. What it has got counts as sent to nobody,
-    and it is to ask others, too.
+    Where others ask for many of a client's blocks long after it got them, it passes on little or
+    nothing. Until everything has been sent it is to ask others, too.
 
     Args:
         count: number of blocks.
@@ -468,97 +471,69 @@ class FirstCopy(Generic[C]):
 
     def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._sent_to: list[C | None] = [None] * count
-        self._unsent = count
+        self._began = clock()
+        self._runs = 0
+        # To whom a block was sent last, and when; None: nobody has it from here.
+        self._sent: list[tuple[C, float] | None] = [None] * count
+        self._unsent = {*range(count)}
         self._clients: dict[C, _Client] = {}
 
     def sends(self, client: C, run: Run) -> bool:
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
-        me = self._clients.setdefault(client, _Client(now))
+        me = self._clients.setdefault(client, _Client(now, now))
         blocks = range(run.first, run.last + 1)
-        if not self._unsent:
-            others = any(self._sent_to[block] != client for block in blocks)
-            since, last = me.asked.get(run.first, (now, now))
-            if now - last > _ASKS_EVERY:
-                since = now
-            me.asked[run.first] = since, now
-            return not others or now - since >= _ELSEWHERE
-        if now - me.began >= _ELSEWHERE:  # a newcomer has not heard yet what others have
-            for holder in {self._sent_to[block] for block in blocks} - {None, client}:
-                assert holder is not None
-                self._ask_again(holder, blocks, now)
-        others = any(self._sent_to[block] not in (None, client) for block in blocks)
-        passes_on = self._passes_on(client, now)
-        if (others or not passes_on) and now - me.served < STARVED:
-            return False
+        others = {
+            block: sent
+            for block in blocks
+            if (sent := self._sent[block]) is not None and sent[0] != client
+        }
+        part = min(1 / _PART_PASSED_ON, _PASSED_ON / max(self._runs, 1))
+        long_ago = now - max(_LEAST_PASSED_ON, part * (now - self._began))
+        if now - me.served < STARVED:
+            if not self._unsent:
+                if any(when >= long_ago for _, when in others.values()):
+                    return False
+            else:
+                for block, (holder, when) in others.items():
+                    if me.began <= when < long_ago and holder in self._clients:
+                        self._clients[holder].missed.add(block)
+                if others or not self._passes_on(me):
+                    return False
         me.served = now
         me.runs += 1
-        if passes_on:
-            for block in blocks:
-                if self._sent_to[block] is None:
-                    self._sent_to[block], me.sent[block] = client, now
-                    self._unsent -= 1
+        self._runs += 1
+        self._unsent.difference_update(blocks)
+        self._sent[run.first : run.last + 1] = [(client, now)] * len(blocks)
         return True
 
     def gone(self, client: C, *, complete: bool = False) -> None:
         """Record that a client asks no more; unless `complete`, it passes on nothing either."""
-        one = self._clients.pop(client, None)
-        if one is not None and not complete:
-            self._release(one)
+        if self._clients.pop(client, None) is not None and not complete:
+            self._sent = [None if sent and sent[0] == client else sent for sent in self._sent]
 
-    def _ask_again(self, holder: C, blocks: Iterable[int], now: float) -> None:
-        """Take note that another client asks for what a client has got."""
-        one = self._clients.get(holder)
-        if one is None:  # it is complete, and has gone
-            return
-        long_ago = now - _LONG_AGO * (now - one.began) / max(one.runs, 1)
-        for block in blocks:
-            if one.sent.get(block, now) < long_ago:
-                del one.sent[block]
-                self._sent_to[block] = None
-                self._unsent += 1
-                one.missed += 1
-        if not self._passes_on(holder, now):
-            self._release(one)
-
-    def _passes_on(self, client: C, now: float) -> bool:
-        one = self._clients[client]
-        if one.misses():
-            # Those that ask may be those that lie: it is not to be said of most.
-            accused = sum(other.misses() for other in self._clients.values())
-            return 2 * accused > len(self._clients)
-        # One that takes much and passes on nothing says nothing of the others.
-        others = (other for other in self._clients.values() if not other.misses())
-        fastest = max(other.pace(now) for other in others)
-        asked = fastest * (now - one.began) / _MUCH_SLOWER
-        return one.runs < _LEAST_HELD or one.runs > asked
-
-    def _release(self, one: "_Client") -> None:
-        for block in one.sent:
-            self._sent_to[block] = None
-        self._unsent += len(one.sent)
-        one.sent.clear()
+    def _passes_on(self, one: "_Client") -> bool:
+        # Those that ask may be those that lie: it is not to be said of most.
+        missed = sum(other.is_missed for other in self._clients.values())
+        return not one.is_missed or 2 * missed > len(self._clients)
 
 
 @dataclass
 class _Client:
-    """What a source knows of one that it sends to: `runs` since `began`."""
+    """What a source knows of one that it sends to.
+
+    Attributes:
+        began: when it asked first.
+        served: when it got something last.
+        runs: that it got.
+        missed: blocks that others asked for long after it got them.
+    """
 
     began: float
-    served: float = field(init=False)
+    served: float
     runs: int = 0
-    missed: int = 0  # blocks that others have asked for again
-    sent: dict[int, float] = field(default_factory=dict)  # blocks that it was the first to get
-    # When first and last for what others have got.
-    asked: dict[int, tuple[float, float]] = field(default_factory=dict)
+    missed: set[int] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self.served = self.began
-
-    def misses(self) -> bool:
-        return self.missed >= max(_LEAST_MISSED, self.runs / _PART_MISSED)
-
-    def pace(self, now: float) -> float:
-        # The first runs are asked for at once.
-        return max(0, self.runs - _LEAST_HELD) / (now - self.began) if now > self.began else 0.0
+    @property
+    def is_missed(self) -> bool:
+        return len(self.missed) >= max(_LEAST_MISSED, self.runs / _PART_MISSED)
