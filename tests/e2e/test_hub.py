@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from tests.e2e.hub import Hub, HubModel, cached_files, serving
 from tools.netloader_view import source_list
-from tools.vllm_server import launch
 
+from .forking import forking
 from .support import Model, running
 
 NAME = "tests/llama"
@@ -121,16 +121,20 @@ def place(model: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield Place(hub, folders, start, path)
 
 
+def at_home(hub: Hub, home: Path) -> dict[str, Any]:
+    """How an instance is started that has a cache of its own, for whose place imports look."""
+    environment = hub.environment(home)
+    start = forking("vllm.entrypoints.cli.serve", environment=lambda: environment)
+    return {"environment": environment, "start": start}
+
+
 def test_vllm_serve_by_a_models_name(place: Place, tmp_path: Path) -> None:
     seed_home, client_home = tmp_path / "seed-home", tmp_path / "client-home"
     hub = place.hub
-    start = partial(running, model=NAME, start=launch)
-    with start(tmp_path / "seed", config={}, environment=hub.environment(seed_home)) as seed:
+    with running(tmp_path / "seed", NAME, {}, **at_home(hub, seed_home)) as seed:
         sent = len(hub.weights_sent())
         config = {"SOURCE": source_list({0: [seed.address()]})}
-        with start(
-            tmp_path / "client", config=config, environment=hub.environment(client_home)
-        ) as client:
+        with running(tmp_path / "client", NAME, config, **at_home(hub, client_home)) as client:
             assert client.say() == seed.say()
             [load] = client.loads()
             assert seed.address() in load.sources

@@ -462,12 +462,13 @@ def nothing_grows():
 
 
 def fail_once():
-    """Lets a transfer to device 1 fail."""
+    """Lets a transfer to device 1 fail; returns the groups, which should outlive what follows."""
     fault("recv:async_error@1")
     sent, received, _ = make_tensors()
     pair = make_pair()
     start(pair, sent, received)
     wait_until(lambda: counts()["p2p_pending"] <= 1)
+    return pair
 
 
 @case
@@ -539,16 +540,18 @@ def a_dead_peer_can_go_unnoticed():
 
 @case
 def a_failed_stream_leaves_the_others_alone():
-    fail_once()
+    pair = fail_once()
     fine = on_both(lambda: None, lambda: torch.ones(3, device="npu:1").cpu().tolist())[1]
+    assert pair
     assert fine == [1.0] * 3
 
 
 @case
 def a_failed_stream_can_stop_its_device():
     os.environ["NPU_SIM_ON_FAILURE"] = "device"
-    fail_once()
+    pair = fail_once()
     broken = on_both(lambda: None, lambda: torch.ones(3, device="npu:1").cpu().tolist())[1]
+    assert pair
     assert isinstance(broken, RuntimeError), broken
 
 
