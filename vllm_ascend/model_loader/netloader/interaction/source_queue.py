@@ -21,6 +21,8 @@ from ..utils import Address, one_line
 
 # Seconds between two attempts at a source: at first, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+# A pause of more than this part of the time so far might be most of a load.
+_PART_PAUSED = 2
 _FIRST_PAUSE_NAMED = 0.1  # at first, of those that others name, as they may begin to load just now
 # Seconds for which a source is asked again, whatever the deadline says, whose session has brought
 # something and has ended because it did not suit at the moment; also those since something has
@@ -98,7 +100,8 @@ class SourceQueue:
         self._in_state[_State.NEW] += self._sources
         self._heard = 0
         self._known = {source.address: source for source in self._sources}
-        self._deadline = clock() + seconds
+        self._began = clock()
+        self._deadline = self._began + seconds
         self._changed = threading.Condition()
         self._problems: Mapping[str, SourceError] = {}
         self._idle = 0
@@ -311,7 +314,8 @@ class SourceQueue:
                     source.graces += 1
                     source.until = self._clock() + _GRACE
                 first = _FIRST_PAUSE_NAMED if source.hearsay else _FIRST_PAUSE
-                pause = min(first * 2 ** min(source.attempts - 1, 10), _LONGEST_PAUSE)
+                longest = max(first, (self._clock() - self._began) / _PART_PAUSED)
+                pause = min(first * 2 ** min(source.attempts - 1, 10), longest, _LONGEST_PAUSE)
                 asked_for = error.retry_after if isinstance(error, SourceError) else 0.0
                 # Jitter keeps clients that were refused together from coming back together.
                 source.due = self._clock() + max(pause, asked_for) * self._spread(0.75, 1.25)
