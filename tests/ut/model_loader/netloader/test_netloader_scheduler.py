@@ -673,6 +673,12 @@ def test_when_all_was_sent_to_somebody_the_next_one_gets_it_when_that_one_had_ti
     assert not first.sends("c", Run(1, 1))
     clock.now = 9.2  # an eighth of the time so far
     assert first.sends("c", Run(1, 1))
+    clock.now = 100.0  # after a long time in which nobody wanted anything
+    assert first.sends("d", Run(1, 1))
+    clock.now = 101.9
+    assert not first.sends("e", Run(1, 1))
+    clock.now = 102.1
+    assert first.sends("e", Run(1, 1))
 
 
 def test_what_a_client_got_that_is_gone_is_sent_again():

@@ -969,6 +969,7 @@ def test_who_is_refused_for_now_is_named_to_others():
 
 
 def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody(monkeypatch):
+    monkeypatch.setattr(scheduler, "_LEAST_PASSED_ON", 60.0)
     to = server(offer())
     weights = offer().store.digests.weights
     one, other, plain = joins(to, relayed(1))[0], joins(to, relayed(2))[0], joins(to)[0]
@@ -977,7 +978,8 @@ def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody(monkey
     fetched(to, weights, 3, 8, by=plain)
     fetched(to, weights, 6, 11, by=other)
     assert refusal(to.blocks, other, weights, 3, 8)[0] == "ask_others"
-    monkeypatch.setattr(scheduler, "_ELSEWHERE", 0.0)
+    for name in ("_LEAST_PASSED_ON", "_PASSED_ON"):
+        monkeypatch.setattr(scheduler, name, 0.0)
     fetched(to, weights, 3, 8, by=other)
     to = server(offer())
     one, other = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
@@ -1017,6 +1019,7 @@ def test_over_http_there_are_as_many_relays_as_sessions():
 def test_through_groups_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody(
     monkeypatch,
 ):
+    monkeypatch.setattr(scheduler, "_LEAST_PASSED_ON", 60.0)
     to, store, _ = on_accelerator()
     weights = store.digests.weights
     one, other, plain = (
@@ -1027,7 +1030,8 @@ def test_through_groups_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_
     assert other.sizes([(3, 5), (6, 6), (5, 7)]) == [None, MIB, None]
     assert plain.sizes([(3, 5)]) == [3 * MIB]
     assert other.sizes([(7, 11), (3, 5)]) == [5 * MIB, None]
-    monkeypatch.setattr(scheduler, "_ELSEWHERE", 0.0)
+    for name in ("_LEAST_PASSED_ON", "_PASSED_ON"):
+        monkeypatch.setattr(scheduler, name, 0.0)
     assert other.sizes([(3, 5)]) == [3 * MIB]
 
 

@@ -489,14 +489,14 @@ class FirstCopy(Generic[C]):
             if (sent := self._sent[block]) is not None and sent[0] != client
         }
         part = min(1 / _PART_PASSED_ON, _PASSED_ON / max(self._runs, 1))
-        long_ago = now - max(_LEAST_PASSED_ON, part * (now - self._began))
+        passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
         if now - me.served < STARVED:
             if not self._unsent:
-                if any(when >= long_ago for _, when in others.values()):
+                if any(now - when <= min(passed_on, STARVED) for _, when in others.values()):
                     return False
             else:
                 for block, (holder, when) in others.items():
-                    if me.began <= when < long_ago and holder in self._clients:
+                    if me.began <= when < now - passed_on and holder in self._clients:
                         self._clients[holder].missed.add(block)
                 if others or not self._passes_on(me):
                     return False
