@@ -7,8 +7,6 @@ VLLM := $(NEWEST)
 PYTHON := $(shell command -v python3.11 || echo python3)
 SIZE := small
 PYTEST_ARGS :=
-NPU_TESTS := tests/npu_sim
-NPU_CONFORMANCE := tests/npu_sim/test_conformance.py
 FUZZ_N := 100000
 FUZZ_SEED := 0
 
@@ -19,7 +17,7 @@ BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-simulation test-conformance \
 	test-e2e fuzz proof proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet \
-	clean venv-oldest test-ut-oldest test-npu-conformance test-newest test-others
+	clean venv-oldest test-ut-oldest test-newest test-others
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -105,10 +103,7 @@ overlay-npu: venv-npu
 # The simulator is built before pytest, whose time limit is for tests.
 test-npu: overlay-npu
 	$(BIN_NPU)/python -m tests.npu_sim.simulator
-	$(BIN_NPU)/python -m pytest $(NPU_TESTS) $(PYTEST_ARGS)
-
-test-npu-conformance:
-	$(MAKE) test-npu NPU_TESTS=$(NPU_CONFORMANCE)
+	$(BIN_NPU)/python -m pytest tests/npu_sim $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -140,13 +135,13 @@ simulate-fleet: venv
 step = @start=$$(date +%s); $(2); code=$$?; \
 	echo "$(1): exit status $$code after $$(($$(date +%s) - start)) s"; exit $$code
 
-# Unit tests and conformance have deadlines of a second or two, so only their like, which wait most of
-# the time, run beside them. The rest starts instances: two at once, each printed whole when it ends.
+# Unit tests and conformance have deadlines of a second or two, so nothing but their like runs beside
+# them. The rest has longer ones: two at once, each printed whole when it ends.
 test:
 	$(call step,vLLM $(NEWEST),$(MAKE) venv VLLM=$(NEWEST))
 	$(call step,lint and documentation,$(MAKE) --jobs=2 --output-sync=target lint docs venv-oldest venv-npu)
 	$(call step,unit tests,$(MAKE) --jobs=2 --output-sync=target test-ut test-ut-oldest)
-	$(call step,conformance,$(MAKE) --jobs=2 --output-sync=target test-conformance test-npu-conformance)
+	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
 	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-others)
 
 WITHOUT_VLLM := test_matrix.py test_patch_set.py \
@@ -167,7 +162,7 @@ test-newest:
 
 # The older version gets the end-to-end tests that matter most.
 test-others:
-	$(call step,simulated NPUs,$(MAKE) test-npu PYTEST_ARGS="--ignore=$(NPU_CONFORMANCE) $(PYTEST_ARGS)")
+	$(call step,simulated NPUs,$(MAKE) test-npu)
 	$(call step,end-to-end tests on vLLM $(OLDEST),$(MAKE) test-e2e VLLM=$(OLDEST) PYTEST_ARGS="-m core $(PYTEST_ARGS)")
 
 clean:

@@ -43,15 +43,16 @@ def identity(way, **changes):
 
 
 def settings(way, **changes):
+    soon = 10.0 if way.on_npu else 5.0  # where many processes share few cores, groups take seconds
     usual = {
         "source": {},
         "listen_host": HOST,
         "transport": way.transport,
         "chunk_mib": 1,
         "source_wait": 0.0,
-        "connect_timeout": 5.0,
-        "handshake_timeout": 5.0,
-        "progress_timeout": 5.0,
+        "connect_timeout": soon,
+        "handshake_timeout": soon,
+        "progress_timeout": soon,
     }
     return NetLoaderConfig(**usual | changes)
 

@@ -39,8 +39,8 @@ pytestmark = pytest.mark.ways(WAY)
 
 # torch_npu's watchdog looks for errors once a second, and ends the process that has one.
 WATCHDOG = 2.5
-QUICK = {"max_sources": 1, "handshake_timeout": 5.0, "progress_timeout": 3.0}
-LONGEST = 5.0 + 3.0 + 5.0 + 2.0
+QUICK = {"max_sources": 1, "handshake_timeout": 8.0, "progress_timeout": 6.0}
+LONGEST = 8.0 + 6.0 + 5.0 + 2.0
 
 
 @pytest.fixture
