@@ -24,7 +24,7 @@ help:
 	@echo "make demo-npu  the same with vLLM Ascend $(ASCEND) and torch_npu on simulated NPUs"
 	@echo "make test      lint, docs, unit and end-to-end tests, on vLLM $(NEWEST) and $(OLDEST),"
 	@echo "               and the tests on simulated NPUs"
-	@echo "make test-ut   unit tests"
+	@echo "make test-ut   unit tests, in two processes"
 	@echo "make test-simulation  2,000 schedules of small fleets in virtual time"
 	@echo "make test-conformance  whole loads between real sources and clients, over HTTP and in groups"
 	@echo "make fuzz      damaged requests, handshakes, answers, bodies, groups (FUZZ_N=$(FUZZ_N), FUZZ_SEED=$(FUZZ_SEED))"
@@ -60,7 +60,7 @@ demo: venv
 	$(BIN)/python -m demo.demo --size $(SIZE)
 
 test-ut: venv
-	$(BIN)/python -m pytest tests/ut $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/ut --numprocesses=2 $(PYTEST_ARGS)
 
 test-simulation: venv
 	$(BIN)/python -m pytest tests/simulation $(PYTEST_ARGS)
@@ -143,7 +143,8 @@ step = @start=$$(date +%s); $(2); code=$$?; \
 test:
 	$(call step,vLLM $(NEWEST),$(MAKE) venv VLLM=$(NEWEST))
 	$(call step,lint and documentation,$(MAKE) --jobs=2 --output-sync=target lint docs venv-oldest venv-npu)
-	$(call step,unit tests,$(MAKE) --jobs=2 --output-sync=target test-ut test-ut-oldest)
+	$(call step,unit tests,$(MAKE) test-ut VLLM=$(NEWEST))
+	$(call step,unit tests on vLLM $(OLDEST),$(MAKE) test-ut-oldest)
 	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
 	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-npu test-e2e-oldest)
 

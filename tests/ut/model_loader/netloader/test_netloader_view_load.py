@@ -48,7 +48,7 @@ from vllm_ascend.model_loader.netloader.loading.view import (
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
 
-from .support import DEVICE, HOST, bytes_of, random_tensor, settings, store_of
+from .support import DEVICE, HOST, bytes_of, random_tensor, settings, store_of, until
 
 LAYERS = 3
 CHECKPOINT = {
@@ -322,11 +322,17 @@ def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
         assert time.monotonic() - started < 10
 
 
+def places_taken(address):
+    with view_reader.connect(address, settings()) as client:
+        return client.status().places_taken
+
+
 def test_an_instance_without_room_is_waited_for():
     with sources(1, max_sessions=1) as source, contextlib.ExitStack() as stack:
         config = settings()
         instance = find_instance(source.addresses, identity(tp=2), config, 0)
         (rank,) = instance.ranks
+        assert until(lambda: not places_taken(rank.address))  # by what has just found it
         held = view_reader.connected(
             rank.address, identity(), config, rank.weights, instance.digest
         )
