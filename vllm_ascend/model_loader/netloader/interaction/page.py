@@ -120,7 +120,7 @@ function show(status, seconds) {
         ranks.map(([rank, end]) => [rank, end.address, model.ranks[rank] || ""])));
     }
   });
-  main.append(make("h2", "Feeds " + status.sessions.length + " sessions"));
+  main.append(make("h2", "Sessions"));
   main.append(make("p", status.places_taken + " of " + status.places + " places are taken, " +
     size(status.bytes_sent) + " sent since the start"));
   if (status.sessions.length) {
