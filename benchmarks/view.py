@@ -9,6 +9,7 @@ that is what a client does before it knows what to fetch.
 import contextlib
 import copy
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from vllm_ascend.model_loader.netloader.executor.view.records import Seen, decod
 from vllm_ascend.model_loader.netloader.loading.view import needs_of
 
 SIZE = "medium"  # half a GB
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CLIENT = {"MODEL": "bench", "FALLBACK": False, "LISTEN_PORT": 0}
 _LOADED = re.compile(r"loaded \d+ tensors, ([\d.]+) ([MG])B in ([\d.]+) s")
 _MB = {"M": 1.0, "G": 1e3}
@@ -52,6 +54,8 @@ def measure(rounds: int) -> dict[str, Any]:
 def loads(rounds: int, folder: Path) -> dict[str, Any]:
     """Load with one and two ranks from one and two ranks, and return what each pair came to.
 
+    All processes share the cores, so torch has one thread in each: more would wait actively.
+
     Returns:
         `2_to_1` and so on -> `mb`: what all ranks fetched; `needed`: how many times what they
         need that is; `s`: the median of the seconds until the last rank had it; `of_equal`: how
@@ -65,7 +69,7 @@ def loads(rounds: int, folder: Path) -> dict[str, Any]:
         pairs = {name: folder / name for name in ("sources", "clients")}
         for place in (*pairs.values(), folder / "single"):
             place.mkdir()
-        sources, clients = (Pair(place) for place in pairs.values())
+        sources, clients = (Pair(place, **ONE_THREAD) for place in pairs.values())
         stack.callback(sources.kill)
         stack.callback(clients.kill)
         single = Single(folder / "single")
@@ -121,6 +125,7 @@ class Single:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.with_suffix(".log").open("w"),
+            env=os.environ | ONE_THREAD,
             text=True,
         )
 

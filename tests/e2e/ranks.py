@@ -16,9 +16,14 @@ from .views import View, load_view
 
 
 class Pair:
-    """Two processes: the ranks of every instance here."""
+    """Two processes: the ranks of every instance here.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for what they write.
+        environment: what they have in it besides.
+    """
+
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         self.names = iter(range(10**6))
         self.ranks = [
@@ -28,7 +33,7 @@ class Pair:
                 stdout=subprocess.PIPE,
                 stderr=(folder / f"log{rank}.txt").open("w"),
                 # Different ones, so that vLLM's ranks share no memory that outlives them.
-                env=os.environ | {"VLLM_DIST_IDENT": str(rank)},
+                env=os.environ | {"VLLM_DIST_IDENT": str(rank)} | environment,
                 text=True,
             )
             for rank in (0, 1)

@@ -193,16 +193,16 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
     monkeypatch.setattr(view_reader, "_ANSWER", 40)
     monkeypatch.setattr(view_reader, "_AHEAD", ahead)
     most, held = 0, set()
-    made_of = view_reader._made
+    made_of = view_reader._Memory.tensor
 
-    def counted(seen, *rest):
+    def counted(memory, seen):
         nonlocal most
-        made = made_of(seen, *rest)
+        made = made_of(memory, seen)
         held.add(seen.name)
         most = max(most, sum(CHECKPOINT[name].nbytes for name in held))
         return made
 
-    monkeypatch.setattr(view_reader, "_made", counted)
+    monkeypatch.setattr(view_reader._Memory, "tensor", counted)
 
     class Slow(Model):
         def load_weights(self, weights):
@@ -221,6 +221,33 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
     assert is_as_from_disk(model)
     # What is read, what may come ahead, and the tensor that the last answer begins with.
     assert most <= 2 * 256 + ahead + 256
+
+
+def test_memory_is_used_again_once_nobody_has_anything_that_was_made_of_it(monkeypatch):
+    monkeypatch.setattr(view_reader, "_AHEAD", 1000)
+    memory = view_reader._Memory()
+
+    def made(rows, dtype="float32"):
+        return memory.tensor(Seen("any", dtype, (rows, 5)))
+
+    first = made(10)
+    at, part = first.data_ptr(), first[3:, ::2]
+    del first
+    assert made(10).data_ptr() != at
+    part.fill_(3.0)
+    kept = made(10)
+    assert kept.data_ptr() != at
+    del part
+    assert made(4).data_ptr() != at, "more than half of it would be for nothing"
+    again = made(12, "bfloat16")
+    assert (again.data_ptr(), again.shape, again.dtype) == (at, (12, 5), torch.bfloat16)
+    large = made(60)  # more than is kept
+    at = large.data_ptr()
+    del large
+    assert not [one for one in memory._free.values() if one.ctypes.data == at]
+    memory.close()
+    del again
+    assert not memory._free
 
 
 def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):

@@ -4,8 +4,9 @@ import contextlib
 import random
 import threading
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -32,7 +33,7 @@ from .sessions import connect
 
 _ANSWER = 8 << 20  # bytes of one answer
 _AT_ONCE = 1 << 20  # bytes of it that are read, hashed and put in their places one after the other
-_AHEAD = 256 << 20  # bytes that come before they are read
+_AHEAD = 64 << 20  # bytes that come before they are read
 _ASKED = 2  # answers that a connection waits for, so that the source makes one while one is read
 _SHORT = 256  # parts of a request that a source need not read while it sends an answer
 _OVERDUE = 3  # times PROGRESS_TIMEOUT for one answer to come, whatever comes now and then
@@ -127,6 +128,38 @@ class _Pace:
         self._nbytes, self._seconds = 0, 0.0
 
 
+class _Memory:
+    """Memory for tensors: what nobody has any more is used again, as to find pages takes long."""
+
+    def __init__(self) -> None:
+        # By its address. What gives it back may run within anything, so no lock is held for this.
+        self._free: dict[int, NDArray[np.uint8]] = {}
+        self._most = _AHEAD
+
+    def tensor(self, seen: Seen) -> torch.Tensor:
+        """Return a tensor of any values; one thread at a time may ask."""
+        dtype = dtype_of(seen.dtype)
+        nbytes = prod(seen.shape) * dtype.itemsize
+        fit = [one for one in [*self._free.values()] if nbytes <= one.nbytes <= 2 * nbytes]
+        if fit:
+            whole = self._free.pop(min(fit, key=len).ctypes.data)
+        else:
+            whole = np.empty(nbytes, dtype=np.uint8)  # numpy takes large pages for large ones
+        mine = whole[:nbytes]
+        # Whatever is made of it keeps it alive.
+        weakref.finalize(mine, self._give_back, whole).atexit = False
+        return torch.from_numpy(mine).view(dtype).reshape(seen.shape)
+
+    def _give_back(self, whole: NDArray[np.uint8]) -> None:
+        if sum(one.nbytes for one in [*self._free.values()]) + whole.nbytes <= self._most:
+            self._free[whole.ctypes.data] = whole
+
+    def close(self) -> None:
+        """Keep nothing for tensors to come."""
+        self._most = 0
+        self._free.clear()
+
+
 class Reader:
     """Reads the tensors of a checkpoint from ranks, while it is used as a context.
 
@@ -160,20 +193,15 @@ class Reader:
         self._asked: list[list[Request]] = [
             one[::-1] for one in requests(fetch, _ANSWER, api.MAX_REGIONS)
         ]
-        self._left = Counter(
-            part.tensor for each in self._asked for request in each for part in request.parts
-        )
-        needed = Counter[int]()
+        self._left, self._needed = Counter[int](), Counter[int]()  # parts, bytes of each tensor
         for part in (part for parts in fetch.parts for part in parts):
-            needed[part.tensor] += part.nbytes
-        self._needed = needed
-        count = Counter[int]()
-        for part in (part for parts in fetch.parts for part in parts):
-            count[part.tensor] += prod(part.box.size)
-        self._whole = {at for at, n in count.items() if n == prod(fetch.tensors[at].shape)}
+            self._needed[part.tensor] += part.nbytes
+        for request in (request for asked in self._asked for request in asked):
+            self._left.update(part.tensor for part in request.parts)
         self._at = 0  # the tensor that is taken next
         self._read = 0  # bytes that the tensors before it needed
-        self._memory: dict[int, torch.Tensor] = {}
+        self._tensors: dict[int, torch.Tensor] = {}  # those of which something has come
+        self._memory = _Memory()
         self._clients: set[ElasticClient] = set()
         self._gave: Counter[Address] = Counter()
         self._progress = time.monotonic()
@@ -206,6 +234,7 @@ class Reader:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._memory.close()
 
     def shares(self) -> str:
         """Return the ranks with what each gave, for the log."""
@@ -226,10 +255,10 @@ class Reader:
                 self._changed.wait_for(partial(self._has, number))
                 if self.failure:
                     raise LoadFailed(self.failure)
-                tensor = self._memory.pop(number, None)
+                tensor = self._tensors.pop(number, None)
                 self._read += self._needed[number]
             if tensor is None:
-                tensor = _made(seen, np.zeros)
+                tensor = torch.zeros(seen.shape, dtype=dtype_of(seen.dtype))
             for box, kept in self._fetch.kept.get(number, {}).items():
                 box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
             yield seen.name, tensor
@@ -387,10 +416,9 @@ class Reader:
 
     def _target(self, part: Part) -> torch.Tensor:
         with self._changed:
-            if (known := self._memory.get(part.tensor)) is None:
-                make = np.empty if part.tensor in self._whole else np.zeros
-                known = _made(self._fetch.tensors[part.tensor], make)
-                self._memory[part.tensor] = known
+            if (known := self._tensors.get(part.tensor)) is None:
+                known = self._memory.tensor(self._fetch.tensors[part.tensor])
+                self._tensors[part.tensor] = known
             return known
 
     def _fail(self, why: str) -> None:
@@ -398,13 +426,6 @@ class Reader:
             if not self._over:  # else it was cut on this side
                 self.failure = self.failure or why
             self._changed.notify_all()
-
-
-def _made(seen: Seen, make: Callable[..., NDArray[np.uint8]]) -> torch.Tensor:
-    """Return a tensor whose memory comes from numpy, which takes large pages for large ones."""
-    dtype = dtype_of(seen.dtype)
-    memory = make(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
 
 
 def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
