@@ -704,16 +704,46 @@ def test_what_one_that_is_gone_has_passed_on_keeps_nothing_back():
 
 def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     clock = Ticks()
-    first = FirstCopy(3, clock)
-    assert first.sends("a", Run(0, 0))
-    assert first.sends("a", Run(1, 1))
+    first = FirstCopy(100, clock)
+    for number in range(60):
+        clock.now = number / 60
+        assert first.sends("a", Run(number, number))
     assert not first.sends("b", Run(0, 0))
-    clock.now = 3.0
+    clock.now += 2.1
     assert first.sends("b", Run(0, 0))
     assert not first.sends("b", Run(1, 1))
-    clock.now = 6.0
+    clock.now += 2.1
     assert first.sends("b", Run(1, 1))  # it may still reach nobody else
-    assert first.sends("b", Run(2, 2))
+    assert first.sends("b", Run(99, 99))
+
+
+def test_where_many_are_served_in_turn_nothing_for_one_turn_is_not_long():
+    clock = Ticks()
+    first = FirstCopy(1000, clock)
+    for number in range(100):
+        clock.now = number / 5
+        assert first.sends(number % 50, Run(number, number))  # each gets one every ten seconds
+    assert not first.sends("late", Run(0, 0))
+    clock.now += 20.0
+    assert not first.sends("late", Run(0, 0))
+    for number in range(100, 400):
+        clock.now += 0.2
+        assert first.sends(number % 50, Run(number, number))
+    assert first.sends("late", Run(0, 0))
+
+
+def test_a_time_in_which_nobody_was_there_is_not_one_in_which_little_was_sent():
+    clock = Ticks()
+    first = FirstCopy(100, clock)
+    assert first.sends("a", Run(0, 0))
+    first.gone("a", complete=True)
+    clock.now = 1000.0
+    for number in range(1, 60):
+        clock.now += 1 / 60
+        assert first.sends("b", Run(number, number))
+    assert not first.sends("c", Run(1, 1))
+    clock.now += 2.1
+    assert first.sends("c", Run(1, 1))
 
 
 def a_copy_to_three(runs):
@@ -735,7 +765,7 @@ def test_who_passes_on_nothing_is_to_ask_others_until_all_was_sent():
     assert not first.sends("c", Run(4, 4))
     assert not first.sends("b", Run(62, 62))
     assert first.sends("a", Run(62, 62))
-    clock.now += 3.0
+    clock.now += 5.0
     assert first.sends("b", Run(63, 63))  # it may reach nobody else
     assert not first.sends("b", Run(64, 64))
     assert first.sends("a", Run(64, 999))

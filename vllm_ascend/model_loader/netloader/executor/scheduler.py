@@ -27,6 +27,8 @@ _SLOW = 1.0
 _REVIEW = 1.0
 # Seconds without a run from a source after which it sends what it has sent to others before.
 STARVED = 2.0
+# How many turns that is at least, where each of its clients gets a run in turn.
+_TURNS = 4
 # Seconds without a run after which a source is not counted on for others' runs.
 _ELSEWHERE = 1.0
 # A client has passed on what it got when its source has sent so many runs more, or when this part
@@ -458,8 +460,8 @@ class FirstCopy(Generic[C]):
     As long as there are blocks that it has sent to nobody, a client gets those, and is to ask
     others for the rest. Once everything has been sent to somebody, a client gets what it still asks
     for: whoever got it may be slow, or lie. The next one does only when that one has had time to
-    pass it on. A client that got nothing for a while gets what it asks for: it may reach nobody
-    else.
+    pass it on. A client that got nothing for a while, and for some turns of all clients, gets what
+    it asks for: it may reach nobody else.
 
     Where others ask for many of a client's blocks long after it got them, it passes on little or
     nothing. Until everything has been sent it is to ask others, too.
@@ -481,6 +483,8 @@ class FirstCopy(Generic[C]):
     def sends(self, client: C, run: Run) -> bool:
         """Return whether a client gets a run that it asks for; it counts as sent then."""
         now = self._clock()
+        if not self._clients:  # nobody was there for a while
+            self._began, self._runs = now, 0
         me = self._clients.setdefault(client, _Client(now, now))
         blocks = range(run.first, run.last + 1)
         others = {
@@ -490,7 +494,9 @@ class FirstCopy(Generic[C]):
         }
         part = min(1 / _PART_PASSED_ON, _PASSED_ON / max(self._runs, 1))
         passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
-        if now - me.served < STARVED:
+        # What one gets whose turn comes as often as that of others.
+        turn = len(self._clients) * (now - self._began) / max(self._runs, 1)
+        if now - me.served < max(STARVED, _TURNS * turn):
             if not self._unsent:
                 if any(now - when <= min(passed_on, STARVED) for _, when in others.values()):
                     return False
