@@ -8,6 +8,7 @@ import time
 import types
 
 import msgspec
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -248,6 +249,22 @@ def test_memory_is_used_again_once_nobody_has_anything_that_was_made_of_it(monke
     memory.close()
     del again
     assert not memory._free
+
+
+def test_a_tensor_of_which_nothing_is_read_takes_no_memory(monkeypatch):
+    made = []
+    zeros = view_reader._zeros
+
+    def counted(seen):
+        before = psutil.Process().memory_info().rss
+        made.append(zeros(msgspec.structs.replace(seen, shape=(1 << 28,))))  # 512 MiB
+        assert psutil.Process().memory_info().rss - before < 64 << 20
+        return zeros(seen)
+
+    monkeypatch.setattr(view_reader, "_zeros", counted)
+    with sources(2) as source:
+        take(source.addresses, Model())
+    assert made
 
 
 def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):

@@ -258,7 +258,7 @@ class Reader:
                 tensor = self._tensors.pop(number, None)
                 self._read += self._needed[number]
             if tensor is None:
-                tensor = torch.zeros(seen.shape, dtype=dtype_of(seen.dtype))
+                tensor = _zeros(seen)
             for box, kept in self._fetch.kept.get(number, {}).items():
                 box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
             yield seen.name, tensor
@@ -426,6 +426,13 @@ class Reader:
             if not self._over:  # else it was cut on this side
                 self.failure = self.failure or why
             self._changed.notify_all()
+
+
+def _zeros(seen: Seen) -> torch.Tensor:
+    """Return a tensor of zeros in memory that is not touched, which torch would do."""
+    dtype = dtype_of(seen.dtype)
+    memory = np.zeros(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
 
 
 def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
