@@ -702,12 +702,17 @@ def test_what_one_that_is_gone_has_passed_on_keeps_nothing_back():
     assert first.sends("c", Run(1, 1))
 
 
+def send_in_turn(first, clients, numbers, seconds):
+    """Send runs one by one, each to the next client and so many seconds after the one before."""
+    for number in numbers:
+        first._clock.now += seconds
+        assert first.sends(clients[number % len(clients)], Run(number, number))
+
+
 def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     clock = Ticks()
     first = FirstCopy(100, clock)
-    for number in range(60):
-        clock.now = number / 60
-        assert first.sends("a", Run(number, number))
+    send_in_turn(first, "a", range(60), 1 / 60)
     assert not first.sends("b", Run(0, 0))
     clock.now += 2.1
     assert first.sends("b", Run(0, 0))
@@ -720,15 +725,11 @@ def test_a_client_that_gets_nothing_gets_what_it_asks_for():
 def test_where_many_are_served_in_turn_nothing_for_one_turn_is_not_long():
     clock = Ticks()
     first = FirstCopy(1000, clock)
-    for number in range(100):
-        clock.now = number / 5
-        assert first.sends(number % 50, Run(number, number))  # each gets one every ten seconds
+    send_in_turn(first, range(50), range(100), 0.2)  # each gets one every ten seconds
     assert not first.sends("late", Run(0, 0))
     clock.now += 20.0
     assert not first.sends("late", Run(0, 0))
-    for number in range(100, 400):
-        clock.now += 0.2
-        assert first.sends(number % 50, Run(number, number))
+    send_in_turn(first, range(50), range(100, 400), 0.2)
     assert first.sends("late", Run(0, 0))
 
 
@@ -738,9 +739,7 @@ def test_a_time_in_which_nobody_was_there_is_not_one_in_which_little_was_sent():
     assert first.sends("a", Run(0, 0))
     first.gone("a", complete=True)
     clock.now = 1000.0
-    for number in range(1, 60):
-        clock.now += 1 / 60
-        assert first.sends("b", Run(number, number))
+    send_in_turn(first, "b", range(1, 60), 1 / 60)
     assert not first.sends("c", Run(1, 1))
     clock.now += 2.1
     assert first.sends("c", Run(1, 1))
@@ -750,9 +749,7 @@ def a_copy_to_three(runs):
     """A source that has sent runs of 1,000 to three, one a second to each: a 0, b 1, c 2, a 3."""
     clock = Ticks()
     first = FirstCopy(1000, clock)
-    for number in range(runs):
-        clock.now = number / 3
-        assert first.sends("abc"[number % 3], Run(number, number))
+    send_in_turn(first, "abc", range(runs), 1 / 3)
     return first, clock
 
 

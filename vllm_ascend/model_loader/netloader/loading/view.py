@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass, replace
-from math import prod
 
 import msgspec
 import psutil
@@ -34,7 +33,15 @@ from ..executor.chunks.manifest import RAW
 from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, same_reading
-from ..executor.view.records import MOST_ENTRIES, Copy, Records, Seen, decode, dtype_of
+from ..executor.view.records import (
+    MOST_ENTRIES,
+    Copy,
+    Records,
+    Seen,
+    decode,
+    dtype_of,
+    nbytes_of,
+)
 from ..identity import OF_EACH_TENSOR, ModelIdentity
 from ..interaction import api
 from ..interaction.api import Done
@@ -349,7 +356,7 @@ def whole_checkpoint(
         raise LoadFailed(f"{instance}: {one_line(error)}") from None
     if missing:
         raise LoadFailed(f"{instance}: {shortened(str(missing[0]))}")
-    nbytes = sum(prod(seen.shape) * dtype_of(seen.dtype).itemsize for seen in read.values())
+    nbytes = sum(nbytes_of(seen.shape, seen.dtype) for seen in read.values())
     if nbytes * ranks_here > (available := psutil.virtual_memory().available):
         raise LoadFailed(
             f"{instance}: a reload through a view takes {size(nbytes)} of host memory for each of "

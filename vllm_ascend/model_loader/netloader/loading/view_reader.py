@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..executor.chunks.digests import of_instance
 from ..executor.memory import INTEGER, host_view
 from ..executor.view.boxes import box_of
 from ..executor.view.fetch import Fetch, Part, Request, pieces, requests
-from ..executor.view.records import Kept, Records, Seen, dtype_of
+from ..executor.view.records import Kept, Records, Seen, dtype_of, nbytes_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
@@ -132,27 +131,27 @@ class _Memory:
     """Memory for tensors: what nobody has any more is used again, as to find pages takes long."""
 
     def __init__(self) -> None:
-        # By its address. What gives it back may run within anything, so no lock is held for this.
+        # By `id`. What gives memory back may run within anything, so no lock is held for this.
         self._free: dict[int, NDArray[np.uint8]] = {}
         self._most = _AHEAD
 
     def tensor(self, seen: Seen) -> torch.Tensor:
-        """Return a tensor of any values; one thread at a time may ask."""
-        dtype = dtype_of(seen.dtype)
-        nbytes = prod(seen.shape) * dtype.itemsize
+        """Return a tensor of any values: what is not fetched of it is not read.
+
+        One thread at a time may ask.
+        """
+        nbytes = nbytes_of(seen.shape, seen.dtype)
         fit = [one for one in [*self._free.values()] if nbytes <= one.nbytes <= 2 * nbytes]
-        if fit:
-            whole = self._free.pop(min(fit, key=len).ctypes.data)
-        else:
-            whole = np.empty(nbytes, dtype=np.uint8)  # numpy takes large pages for large ones
+        # numpy takes large pages for large ones.
+        whole = self._free.pop(id(min(fit, key=len))) if fit else np.empty(nbytes, dtype=np.uint8)
         mine = whole[:nbytes]
         # Whatever is made of it keeps it alive.
         weakref.finalize(mine, self._give_back, whole).atexit = False
-        return torch.from_numpy(mine).view(dtype).reshape(seen.shape)
+        return _tensor_of(mine, seen)
 
     def _give_back(self, whole: NDArray[np.uint8]) -> None:
         if sum(one.nbytes for one in [*self._free.values()]) + whole.nbytes <= self._most:
-            self._free[whole.ctypes.data] = whole
+            self._free[id(whole)] = whole
 
     def close(self) -> None:
         """Keep nothing for tensors to come."""
@@ -430,9 +429,11 @@ class Reader:
 
 def _zeros(seen: Seen) -> torch.Tensor:
     """Return a tensor of zeros in memory that is not touched, which torch would do."""
-    dtype = dtype_of(seen.dtype)
-    memory = np.zeros(prod(seen.shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(memory).view(dtype).reshape(seen.shape)
+    return _tensor_of(np.zeros(nbytes_of(seen.shape, seen.dtype), dtype=np.uint8), seen)
+
+
+def _tensor_of(memory: NDArray[np.uint8], seen: Seen) -> torch.Tensor:
+    return torch.from_numpy(memory).view(dtype_of(seen.dtype)).reshape(seen.shape)
 
 
 def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:

@@ -4,14 +4,12 @@ Pure: equal records give equal requests. A checkpoint tensor is made anew of the
 reads, and of nothing else. Each box is fetched once, from one rank.
 """
 
-import functools
 import time
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,7 +17,7 @@ import msgspec
 from ...errors import LoadFailed, ProtocolError
 from .boxes import Box, without
 from .casts import gives, keeps
-from .records import Copy, Kept, Records, Seen, chain_of, dtype_of
+from .records import Copy, Kept, Records, Seen, chain_of, dtype_of, nbytes_of
 
 # A tensor that is read in more boxes is fetched as the box around them.
 _MOST_BOXES = 1024
@@ -49,7 +47,7 @@ class Part(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that travel."""
-        return _nbytes(self.box.size, self.through[-1])
+        return nbytes_of(self.box.size, self.through[-1])
 
 
 class Request(NamedTuple):
@@ -121,11 +119,6 @@ class _Offer(NamedTuple):
 class _Wanted(NamedTuple):
     box: Box
     through: tuple[str, ...]  # dtypes that lose something, the same at the source; empty: none may
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _nbytes(size: tuple[int, ...], dtype: str) -> int:
-    return prod(size) * dtype_of(dtype).itemsize
 
 
 def catalog(ranks: Sequence[Records]) -> list[Seen]:

@@ -207,6 +207,16 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def nbytes_of(shape: tuple[int, ...], dtype: str) -> int:
+    """Return how many bytes a tensor has.
+
+    Raises:
+        ProtocolError: see `dtype_of`.
+    """
+    return prod(shape) * dtype_of(dtype).itemsize
+
+
 def name_of(dtype: torch.dtype) -> str:
     """Return a dtype's name, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
