@@ -9,7 +9,7 @@ from vllm_ascend.model_loader.netloader.config import Transport
 
 from .faults import flipped
 from .models import COUNT
-from .sides import fresh, load, load_here, loading, rows, source, store_of, until
+from .sides import PATIENCE, fresh, load, load_here, loading, rows, source, store_of, until
 from .ways import GlooDevice, Way
 
 pytestmark = pytest.mark.ways(Way.STREAM)
@@ -46,6 +46,34 @@ def test_a_source_that_cannot_form_a_group_sends_over_http(way):
     with source(way, store) as running:
         assert said_of_http(load(way, [running], **QUICK).check())
         until(lambda: running.sessions == 0)
+
+
+class Slow(GlooDevice):
+    """Takes longer to form a group than a source waits for a silent client."""
+
+    def create_group(self, store, rank, local_host, timeout, gone):
+        time.sleep(3 * SOON)
+        return super().create_group(store, rank, local_host, timeout, gone)
+
+
+def test_a_source_waits_for_a_group_that_takes_longer_than_its_progress_timeout(way):
+    with source(way, handshake_timeout=PATIENCE, progress_timeout=SOON) as running:
+        outcome = load_here(way, [running], device=Slow(), handshake_timeout=PATIENCE).check()
+    assert not outcome.said("no process group")
+
+
+class Patient(GlooDevice):
+    """Goes on forming a group until the source has ended the connection."""
+
+    def create_group(self, store, rank, local_host, timeout, gone):
+        until(gone)
+        raise RuntimeError("the peer has hung up")
+
+
+def test_a_source_that_has_ended_the_connection_meanwhile_is_asked_again_over_http(way):
+    with source(way, handshake_timeout=SOON, progress_timeout=SOON) as running:
+        outcome = load_here(way, [running], device=Patient(), handshake_timeout=PATIENCE).check()
+        assert "the peer has hung up" in said_of_http(outcome)
 
 
 def test_a_source_that_sends_over_http_only_says_so(way):

@@ -162,6 +162,11 @@ class ServedGroup:
             self._formed.set_exception(error)
             raise
 
+    @property
+    def forming(self) -> bool:
+        """Whether it is neither formed yet, nor known that it cannot be."""
+        return not self._formed.done()
+
     def call_when_formed(self, call: Callable[[], object]) -> None:
         """Call something when the group is formed, or could not be."""
         self._formed.add_done_callback(lambda _: call())

@@ -71,10 +71,11 @@ class Group:
     """Says back what it is told, and sends nothing."""
 
     max_bytes = 1 << 20
+    forming = False
 
     def __init__(self):
         self.sent = []
-        self.settled = 0
+        self.unsettled = None
         self.failure = None
 
     def exchange(self, values):
@@ -89,7 +90,8 @@ class Group:
         self.sent.append(runs)
 
     def settle(self):
-        self.settled += 1
+        if self.unsettled is not None:
+            raise self.unsettled
 
 
 class Service:
@@ -792,6 +794,16 @@ def test_what_ended_a_group_is_the_answer_to_the_next_question(source, known):
             client._wire._sock.shutdown(socket.SHUT_WR)
         with pytest.raises(SourceBusy, match="asleep: sleeping"):
             send(client, group._id, [])
+
+
+def test_a_silent_client_is_told_that_what_was_sent_does_not_arrive(hasty, log):
+    with hasty.client() as client:
+        client.open_group(DIGEST)
+        hasty.service.groups[0].unsettled = Refusal(Code.TRANSFER_FAILED, "no progress for 1 s")
+        assert until(client.hung_up)
+        assert "transfer_failed: no progress for 1 s" in str(client.last_words())
+    assert until(lambda: hasty.server.sessions == 0)
+    assert not [line for line in log if line.endswith("failed")]
 
 
 def test_whoever_waits_in_vain_for_last_words_can_still_say_why(source):

@@ -99,6 +99,10 @@ class Group(Protocol):
         """
 
     @property
+    def forming(self) -> bool:
+        """Whether it is still being formed, which has a deadline of its own."""
+
+    @property
     def max_bytes(self) -> int:
         """Size of a run that is not to be exceeded."""
 
@@ -376,19 +380,19 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         self._wire.allow(self._server.handshake_timeout, 1 << 20)
         while not self.close_connection:
-            begin = self._peek()
-            if not begin:
-                return
-            self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
-            self.close_connection = True  # until the request has been read to its end
-            if begin == b"{":
-                error = NotAdmitted("other_netloader", _OTHER_NETLOADER)
-                self._server.door.note(self._session.peer, error)
-                self._refused = True
-                self._wire.send([_NACK])
-                return
+            self.close_connection = True  # until a request has been read to its end
             self.command = ""
             try:
+                begin = self._peek()
+                if not begin:
+                    return
+                self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
+                if begin == b"{":
+                    error = NotAdmitted("other_netloader", _OTHER_NETLOADER)
+                    self._server.door.note(self._session.peer, error)
+                    self._refused = True
+                    self._wire.send([_NACK])
+                    return
                 if begin == _TLS:
                     self._server.door.note(self._session.peer, NotAdmitted("tls", _NO_TLS_HERE))
                     raise Refusal(Code.BAD_REQUEST, "this instance has no TLS")
@@ -399,17 +403,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _peek(self) -> bytes:
         """Return the first byte of the next request, nothing at the end of the connection."""
-        try:
-            return self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
-        except TimeoutError:
-            if not self._groups:
-                raise
-        # A client whose bytes still move is slow, not gone.
-        with self._calls():
-            for group in self._groups.values():
-                group.settle()
-        self._wire.allow(self._server.idle_timeout, 1 << 20)
-        return self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+        settled = not self._groups
+        while True:
+            try:
+                return self.rfile.peek(1)[:1]  # type: ignore[attr-defined]
+            except TimeoutError:
+                if settled:
+                    raise
+            # A client that still forms a group, or whose bytes still move, is slow, not gone.
+            groups = self._groups.values()
+            with self._calls():
+                for group in groups:
+                    group.settle()
+            settled = not any(group.forming for group in groups)
+            self._wire.allow(self._server.idle_timeout, 1 << 20)
 
     def _answer(self) -> None:
         plain = _PLAIN_GET.match(self.rfile.peek())  # type: ignore[attr-defined]

@@ -409,6 +409,11 @@ class Sessions:
                     address,
                     one_line(error),
                 )
+                if client.hung_up():  # it has waited less for the group than this side
+                    with self._connect(address) as client:
+                        client.join(Join(self._identity, store.digests.weights, self._peer))
+                        self._transfer_over_http(address, client, store, scheduler, peer)
+                    return
             else:
                 through = GroupReceiver(control, group, store, accelerator, control.max_bytes)
                 with group, self._news_of(address, store, scheduler, peer):
@@ -417,6 +422,16 @@ class Sessions:
                     except RuntimeError as error:  # torch's, which says what failed and not why
                         raise client.last_words() or error from None
                 return
+        self._transfer_over_http(address, client, store, scheduler, peer)
+
+    def _transfer_over_http(
+        self,
+        address: Address,
+        client: ElasticClient,
+        store: BlockStore,
+        scheduler: Scheduler,
+        peer: Peer,
+    ) -> None:
         session = _HttpSession(peer, client)
         if not peer.trusted:
             with self._lock:
