@@ -409,7 +409,7 @@ def test_a_send_that_fails_on_its_stream_ends_inference_where_that_stops_the_dev
     assert client.call(multiply) == 8 * 8 * 8
 
 
-HANGS = 16  # seconds that a communicator hangs: longer than the deadline of a handshake
+HANGS = 20  # seconds that a communicator hangs: longer than any deadline of a handshake
 
 
 @pytest.mark.parametrize("side", ["source", "client"])
@@ -418,10 +418,10 @@ def test_where_a_communicator_hangs_the_weights_come_over_http(way, two, side):
     address = source.call(serve, WAY)
     begun = time.monotonic()
     (source if side == "source" else client).call(set_fault, "init:hang@1")
-    outcome = loads(client, address).check()
+    outcome = loads(client, address, handshake_timeout=4.0).check()
     assert outcome.said("so the weights come over HTTP")
-    assert outcome.seconds < 5 + 7, outcome
-    assert source.call(wait_for_no_sessions) < 5 + 7
+    source.call(wait_for_no_sessions)
+    assert time.monotonic() - begun < HANGS, "they waited for the communicator"
     # While the thread that hangs is still there, and again when HCCL has let it go.
     loads(client, address).check()
     time.sleep(max(0, begun + HANGS + 1 - time.monotonic()))
@@ -567,7 +567,7 @@ def grown(before, now):
 
 
 LEAK_FAULTS = [
-    # some have to fetch a chunk again, and some fail
+    # some have to fetch a chunk again, some fail, and where no group is formed they come over HTTP
     [("clear", "clear"), ("clear", "recv:flip=3@3")],
     [("send:stall@2", "clear"), ("clear", "recv:stall=1000@4"), ("send:stall@1", "clear")],
 ]
@@ -576,9 +576,10 @@ LEAK_FAULTS = [
 @pytest.mark.parametrize("faults", LEAK_FAULTS, ids=["", "failing"])
 def test_loads_in_a_row_leave_nothing_behind(way, two, faults):
     failing = len(faults) == 3
-    deadlines = {"handshake_timeout": 1.0, "progress_timeout": 0.3} if failing else {}
+    deadlines = {"handshake_timeout": 2.0, "progress_timeout": 0.3} if failing else {}
     source, client = two()
     address = source.call(serve, WAY, models.packed, **deadlines)
+    failed = []
 
     def load_often(times):
         for number in range(times):
@@ -586,7 +587,8 @@ def test_loads_in_a_row_leave_nothing_behind(way, two, faults):
                 process.call(set_fault, "clear")
                 process.call(set_fault, spec)
             outcome = loads(client, address, models.packed, **deadlines)
-            outcome.check_failed() if failing else outcome.check()
+            (outcome.check_right_or_failed if failing else outcome.check)()
+            failed.append(bool(outcome.reasons))
             source.call(wait_for_no_sessions)
         return [settled(source), settled(client)]
 
@@ -602,3 +604,4 @@ def test_loads_in_a_row_leave_nothing_behind(way, two, faults):
     assert not any(more), more
     for used in now:
         assert used["communicators"] == used["pending"] == 0, used
+    assert any(failed) == failing
