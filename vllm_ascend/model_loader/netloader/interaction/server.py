@@ -27,6 +27,7 @@ MAX_CONNECTIONS = 64
 _MOST_READING = 2  # of the connections, files or records
 _TURN = 1.0  # seconds to wait for that
 _LAST_WORDS = 0.2  # seconds for sessions to tell their clients why the server stops
+_FORMING = 0.5  # seconds until a group that is being formed is looked at again
 _LINGER = 1.0  # seconds for a peer to stop sending once it was told that it need not
 _JSON, _TEXT, _BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
 _TLS = b"\x16"  # how a handshake begins
@@ -380,19 +381,19 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         self._wire.allow(self._server.handshake_timeout, 1 << 20)
         while not self.close_connection:
-            self.close_connection = True  # until a request has been read to its end
+            begin = self._peek()
+            if not begin:
+                return
+            self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
+            self.close_connection = True  # until the request has been read to its end
+            if begin == b"{":
+                error = NotAdmitted("other_netloader", _OTHER_NETLOADER)
+                self._server.door.note(self._session.peer, error)
+                self._refused = True
+                self._wire.send([_NACK])
+                return
             self.command = ""
             try:
-                begin = self._peek()
-                if not begin:
-                    return
-                self._wire.allow(self._server.handshake_timeout, api.MAX_HEAD)
-                if begin == b"{":
-                    error = NotAdmitted("other_netloader", _OTHER_NETLOADER)
-                    self._server.door.note(self._session.peer, error)
-                    self._refused = True
-                    self._wire.send([_NACK])
-                    return
                 if begin == _TLS:
                     self._server.door.note(self._session.peer, NotAdmitted("tls", _NO_TLS_HERE))
                     raise Refusal(Code.BAD_REQUEST, "this instance has no TLS")
@@ -412,11 +413,15 @@ class _Handler(BaseHTTPRequestHandler):
                     raise
             # A client that still forms a group, or whose bytes still move, is slow, not gone.
             groups = self._groups.values()
-            with self._calls():
-                for group in groups:
-                    group.settle()
+            try:
+                with self._calls():
+                    for group in groups:
+                        group.settle()
+            except Refusal as refusal:
+                self._refuse(refusal)  # nobody has asked, but this is why the connection ends
+                return b""
             settled = not any(group.forming for group in groups)
-            self._wire.allow(self._server.idle_timeout, 1 << 20)
+            self._wire.allow(self._server.idle_timeout if settled else _FORMING, 1 << 20)
 
     def _answer(self) -> None:
         plain = _PLAIN_GET.match(self.rfile.peek())  # type: ignore[attr-defined]
