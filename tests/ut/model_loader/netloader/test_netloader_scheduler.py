@@ -431,6 +431,42 @@ def test_what_a_source_declined_comes_after_all_else_that_it_has():
         assert [taken(scheduler, seed) for _ in range(4)] == [[1], [2], [3], [0]]
 
 
+def bring(scheduler, peer, seconds):
+    [run] = scheduler.take(peer, 1)
+    scheduler._clock.now += seconds
+    scheduler.done(run)
+
+
+@pytest.mark.parametrize("seconds, is_relieved", [(0.1, True), (0.2, True), (0.5, False)])
+def test_a_source_that_feeds_many_is_left_to_others_that_bring_as_much(seconds, is_relieved):
+    scheduler, _ = of_relays(100)
+    seed, other = Peer(), Peer(trusted=False)
+    with scheduler.session(seed), scheduler.session(other):
+        scheduler._clock.now += 32
+        bring(scheduler, seed, 0.1)
+        bring(scheduler, other, seconds)
+        assert taken(scheduler, seed) != []  # it has not said that others are to be asked
+        scheduler.declined(seed, Run(50, 50))
+        assert (taken(scheduler, seed) == []) == is_relieved
+        if is_relieved:
+            assert scheduler.asks_again(seed) == scheduler._clock.now + 1
+            scheduler._clock.now += 1  # nobody brings anything any more
+            assert taken(scheduler, seed) != []
+
+
+def test_a_source_of_a_short_load_is_left_to_others_for_a_short_time():
+    scheduler, _ = of_relays(100)
+    seed, other = Peer(), Peer(trusted=False)
+    with scheduler.session(seed), scheduler.session(other):
+        bring(scheduler, seed, 0.8)
+        bring(scheduler, other, 0.8)
+        scheduler.declined(seed, Run(50, 50))
+        scheduler._clock.now += 0.05
+        assert taken(scheduler, seed) == []
+        scheduler._clock.now += 0.06
+        assert taken(scheduler, seed) != []
+
+
 def test_sources_that_come_and_go_leave_nothing_with_the_others():
     scheduler, [relay] = of_relays(100, range(100))
     for _ in range(50):

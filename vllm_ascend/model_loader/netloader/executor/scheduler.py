@@ -31,13 +31,15 @@ STARVED = 2.0
 _TURNS = 4
 # Seconds without a run after which a source is not counted on for others' runs.
 _ELSEWHERE = 1.0
+# Part of the time so far, if that is less, for which a source is left to others that have brought.
+_PART_RELIEVED = 16
 # A client has passed on what it got when its source has sent so many runs more, or when this part
 # of the time so far has gone, if that is less; but not before so many seconds.
 _PASSED_ON, _PART_PASSED_ON, _LEAST_PASSED_ON = 32, 8, 0.2
 # Of so many runs of a client one, and as many blocks at least, are asked for by others later before
 # it is said to pass on little.
 _PART_MISSED, _LEAST_MISSED = 16, 2
-# How many times longer than from another source a run takes from one that is left aside at the end.
+# How many times longer than from another source a run takes from one that brings much less.
 _MUCH_SLOWER = 3
 
 C = TypeVar("C")
@@ -72,6 +74,7 @@ class Peer:
         self._runs = 0  # of an incomplete one, by number, a bit for each, while it has a session
         self._declined = 0  # by number
         self._ask_again = 0.0
+        self._prefers_others = False
 
 
 class Scheduler:
@@ -187,6 +190,7 @@ class Scheduler:
             self._held.pop(run, None)
             number = self._number_of[run.first]
             peer._declined |= 1 << number
+            peer._prefers_others = peer.trusted
             now = self._clock()
             lacking = peer._declined
             for one in self._sessions:
@@ -365,11 +369,26 @@ class Scheduler:
 
     def asks_again(self, peer: Peer) -> float | None:
         """Return when a source is asked again for what it declined; None: it may be asked now."""
-        if not peer._declined or self._clock() >= peer._ask_again:
-            return None
-        return peer._ask_again
+        again = max(peer._ask_again if peer._declined else 0.0, self._relieved_until(peer))
+        return again if self._clock() < again else None
+
+    def _relieved_until(self, peer: Peer) -> float:
+        """Return until when a source that feeds many is left to those that bring as much."""
+        if not peer._prefers_others:
+            return 0.0
+        brought = max(
+            (
+                one._got
+                for one in self._sessions
+                if one.complete and not one.trusted and one.seconds <= _MUCH_SLOWER * peer.seconds
+            ),
+            default=self._began,
+        )
+        return brought + min((brought - self._began) / _PART_RELIEVED, _ELSEWHERE)
 
     def _best(self, peer: Peer) -> int | None:
+        if self._clock() < self._relieved_until(peer):
+            return None
         there = self._wanted if peer.complete else self._wanted & peer._runs
         if peer._declined:  # what was declined comes last
             if accepted := there & ~peer._declined:
