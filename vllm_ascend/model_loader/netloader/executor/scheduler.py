@@ -74,7 +74,7 @@ class Peer:
         self._runs = 0  # of an incomplete one, by number, a bit for each, while it has a session
         self._declined = 0  # by number
         self._ask_again = 0.0
-        self._prefers_others = False
+        self._prefers_others = False  # it has declined something, and `SOURCE` names it
 
 
 class Scheduler:
@@ -368,7 +368,7 @@ class Scheduler:
         return lacking != 0
 
     def asks_again(self, peer: Peer) -> float | None:
-        """Return when a source is asked again for what it declined; None: it may be asked now."""
+        """Return when a source that wants others to be asked is asked again; None: now."""
         again = max(peer._ask_again if peer._declined else 0.0, self._relieved_until(peer))
         return again if self._clock() < again else None
 
