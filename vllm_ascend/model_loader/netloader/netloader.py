@@ -703,11 +703,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 load.records = load_through_view(
                     instance,
                     model,
-                    model.load_weights,
                     partial(read_through, self._disk, model, model_config),
                     load.identity,
                     self._config,
                     load.worker,
+                    in_place=load.device.accelerator is None,
                 )
         finally:
             over.set()

@@ -1,5 +1,6 @@
 """What is fetched of a checkpoint, and in which requests, for loads cut in any two ways."""
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from vllm_ascend.model_loader.netloader.executor.view.fetch import (
     Part,
     catalog,
     find,
+    is_copied,
     requests,
     same_reading,
 )
@@ -23,6 +25,7 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
     Records,
     Seen,
 )
+from vllm_ascend.model_loader.netloader.loading.view_reader import InPlace, put
 
 from .test_netloader_view import Rank, checkpoints, cuttings, load, pretend, same
 
@@ -53,8 +56,15 @@ def test_a_load_of_what_was_fetched_is_a_load_of_the_checkpoint(data):
         records, here = load(into, {one.name: made[i] for i, one in enumerate(fetch.tensors)})
         assert same_reading(records, needs)
         expected.load_weights(checkpoint.items())
+        assert is_copied(needs)
+        straight = Rank(cuts)
+        places = InPlace(needs, straight)
+        for _, part in parts:
+            values = box_of(made[part.tensor], part.box).clone()
+            put(places.places(fetch.tensors[part.tensor], part.box), part.box, values)
         for name, weight in expected.named_parameters():
             assert same(here[name], weight), name
+            assert same(straight.get_parameter(name), weight), name
 
 
 def rank_of(*tensors, dtype="float32"):
@@ -153,6 +163,19 @@ def test_loads_that_differ_in_values_only_read_the_same():
     other = rank_of(seen("t", [WHOLE], [Kept((0, 0), (1, 1))]))
     assert same_reading(one, other)
     assert not same_reading(one, rank_of(seen("t", [HALF], [Kept((0, 0), (1, 1))])))
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        rank_of(seen("t", [WHOLE], [Kept((0, 0), (1, 1))])),
+        msgspec.structs.replace(rank_of(seen("t", [WHOLE])), computed={"p": "aten.mul_"}),
+        msgspec.structs.replace(rank_of(seen("t", [WHOLE])), overwritten=True),
+    ],
+)
+def test_what_does_more_than_copying_is_no_mere_copy(needs):
+    assert is_copied(rank_of(seen("t", [WHOLE, HALF])))
+    assert not is_copied(needs)
 
 
 def experts(rank, tp, step=64, order=lambda expert: expert):

@@ -20,7 +20,12 @@ from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instan
 from vllm_ascend.model_loader.netloader.executor.model.raw import viewed_through
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.boxes import Unmapped, box_of, row_major
-from vllm_ascend.model_loader.netloader.executor.view.fetch import catalog, find, same_reading
+from vllm_ascend.model_loader.netloader.executor.view.fetch import (
+    catalog,
+    find,
+    is_copied,
+    same_reading,
+)
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
@@ -46,6 +51,7 @@ from vllm_ascend.model_loader.netloader.loading.view import (
     needs_of,
     records_by_name,
 )
+from vllm_ascend.model_loader.netloader.loading.view_reader import InPlace, put
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
 
@@ -110,8 +116,28 @@ class Model(nn.Module):
                 own.copy_(tensor[first : first + half])
 
 
-def loaded(**cut):
-    model, trace = Model(**cut), Trace()
+class Copying(Model):
+    """One that computes nothing, and has a tensor twice."""
+
+    def __init__(self, rank=0, tp=1, dtype=torch.bfloat16):
+        super().__init__(rank, tp, dtype)
+        self.tied = nn.Parameter(torch.full((16, 12), 7.0, dtype=dtype), requires_grad=False)
+        self.passes = 0
+
+    def load_weights(self, weights):
+        self.passes += 1
+        for name, tensor in weights:
+            if name.endswith("scale"):
+                self.get_parameter(f"scale{name[7]}").data.copy_(tensor.reshape(1))
+                continue
+            if name == "layers.1.up":  # every element between two others
+                self.tied.data[:, :4].copy_(tensor[:, ::2])
+                self.tied.data[:, 4:].copy_(tensor)
+            super().load_weights([(name, tensor)])
+
+
+def loaded(of=Model, **cut):
+    model, trace = of(**cut), Trace()
     with trace:
         # What nobody reads is gone when loading is over, as if it had come from files.
         model.load_weights(trace.watch((name, CHECKPOINT[name].clone()) for name in CHECKPOINT))
@@ -153,18 +179,19 @@ def sources(tp, change=lambda view: view, models=None, **options):
         yield Sources(servers, addresses, offers)
 
 
-def take(addresses, model, tried=(), instance=None, **options):
+def take(addresses, model, tried=(), instance=None, in_place=True, **options):
     """Load through the first instance's view."""
     config = settings(**{"source_wait": 0.0} | options)
     who = identity(rank=model.rank, tp=model.tp)
     instance = instance or find_instance(addresses, who, config, 0, tried)
     load = model.load_weights
-    load_through_view(instance, model, load, load, who, config, 0)
+    load_through_view(instance, model, load, who, config, 0, in_place=in_place)
     return instance
 
 
 def is_as_from_disk(model):
-    expected = tensors_of(loaded(rank=model.rank, tp=model.tp)[0])
+    of = Copying if isinstance(model, Copying) else Model
+    expected = tensors_of(loaded(of, rank=model.rank, tp=model.tp, dtype=model.embed.dtype)[0])
     return all(
         torch.equal(bytes_of(one), bytes_of(expected[name]))
         for name, one in tensors_of(model).items()
@@ -179,6 +206,23 @@ def test_a_rank_gets_from_those_of_any_other_size_what_the_disk_gives(there, her
             model = Model(rank, here)
             take(source.addresses[-1:], model, connections=connections)
             assert is_as_from_disk(model)
+
+
+@pytest.mark.parametrize("most_bytes", [20, 8 << 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("there", "here"), [(2, 1), (1, 2), (4, 2), (2, 4), (1, 1)])
+def test_what_is_only_copied_goes_straight_where_it_belongs(
+    monkeypatch, there, here, dtype, most_bytes
+):
+    monkeypatch.setattr(view_reader, "_ANSWER", most_bytes)
+    with sources(there) as source:
+        for rank in range(here):
+            model = Copying(rank, here, dtype)
+            take(source.addresses[-1:], model)
+            assert is_as_from_disk(model) and model.passes == 1
+            elsewhere = Copying(rank, here, dtype)
+            take(source.addresses[-1:], elsewhere, in_place=False)
+            assert is_as_from_disk(elsewhere) and elsewhere.passes == 2
 
 
 def test_only_what_is_read_is_fetched():
@@ -267,11 +311,12 @@ def test_a_tensor_of_which_nothing_is_read_takes_no_memory(monkeypatch):
     assert made
 
 
-def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch):
+@pytest.mark.parametrize("model", [Model, Copying])
+def test_bytes_that_are_not_what_their_digest_says_are_noticed(monkeypatch, model):
     wrong = types.SimpleNamespace(update=lambda elements: None, digest=lambda: bytes(16))
     monkeypatch.setattr(serve, "xxhash", types.SimpleNamespace(xxh3_128=lambda: wrong))
     with sources(2) as source, pytest.raises(LoadFailed, match="regions came with wrong bytes"):
-        take(source.addresses, Model())
+        take(source.addresses, model())
 
 
 def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weights(monkeypatch):
@@ -965,7 +1010,7 @@ def test_the_log_says_in_what_the_two_sides_are_cut_differently(log, there, here
         instance = dataclasses.replace(instance, identity=identity(**there))
         model = Model()
         load = model.load_weights
-        load_through_view(instance, model, load, load, identity(**here), config, 0)
+        load_through_view(instance, model, load, identity(**here), config, 0, in_place=True)
     assert log[-1].endswith(f" through their view of the checkpoint ({said})")
 
 
@@ -1092,6 +1137,13 @@ def test_whatever_a_model_does_with_what_it_reads_is_fetched(dtype, load):
     came = torch.zeros_like(checkpoint)
     for part in fetch.parts[0]:
         box_of(came, part.box).copy_(box_of(checkpoint, part.box))
+    if is_copied(needs):
+        straight, own = made(), Seen("w", name_of(dtype), (4, 8))
+        for part in fetch.parts[0]:
+            values = box_of(came, part.box).clone()
+            put(InPlace(needs, straight).places(own, part.box), part.box, values)
+        assert torch.equal(bytes_of(straight.p), bytes_of(disk.p))
+        assert straight.outside.eq(disk.outside).all() and straight.aside.eq(disk.aside).all()
     trace, weights = Trace(), [("w", came)]
     del came
     with trace:

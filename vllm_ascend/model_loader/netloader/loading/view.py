@@ -1,8 +1,9 @@
 """A load through a view: the checkpoint as the ranks of an instance have it that is cut otherwise.
 
-vLLM's own `load_weights` decides what is done with a checkpoint. Here it gets one whose tensors are
-made anew, in memory of their own, of what it reads of them: once with tensors that have no values,
-which tells what that is, and once with the values, which come from the ranks meanwhile.
+vLLM's own `load_weights` decides what is done with a checkpoint. Here it gets one whose tensors
+have no values, which tells what it copies where. If that is all it does, the values come straight
+into the host's memory. Else it gets one whose tensors are made anew, in memory of their own, of
+what it reads of them, and the values come from the ranks meanwhile.
 """
 
 import gc
@@ -32,7 +33,7 @@ from ..executor.chunks.digests import is_one_of, of_instance
 from ..executor.chunks.manifest import RAW
 from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
-from ..executor.view.fetch import catalog, find, same_reading
+from ..executor.view.fetch import catalog, find, is_copied, same_reading
 from ..executor.view.records import (
     MOST_ENTRIES,
     Copy,
@@ -48,7 +49,7 @@ from ..interaction.api import Done
 from ..interaction.discovery import reached_at
 from ..utils import Address, logger, one_line, rate, shortened, size
 from .sessions import connect
-from .view_reader import PAUSE, Rank, Reader, Weights, confirm, connected, said_of
+from .view_reader import PAUSE, InPlace, Rank, Reader, Weights, confirm, connected, said_of
 
 _RECORDS_AT_ONCE = 8  # ranks that are asked
 _RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
@@ -240,22 +241,23 @@ def records_by_name(sources: Iterable[Address], config: NetLoaderConfig, weights
 def load_through_view(
     instance: Instance,
     model: nn.Module,
-    pretend: Callable[[Weights], object],
     fill: Callable[[Weights], object],
     identity: ModelIdentity,
     config: NetLoaderConfig,
     worker: int,
+    *,
+    in_place: bool,
 ) -> Records:
     """Fill a model with what the ranks of an instance have.
 
     Args:
         instance: where the weights come from.
         model: what is filled; if that fails, what it has is anything.
-        pretend: has the model load tensors without values.
         fill: has the model load tensors, and checks that it has got all.
         identity: of the rank that loads.
         config: deadlines, connections.
         worker: number of this process among all workers of the instance, for the log.
+        in_place: whether the model's memory is the host's.
 
     Returns:
         How the weights came from the checkpoint.
@@ -266,7 +268,7 @@ def load_through_view(
     started = time.monotonic()
     records = [rank.records for rank in instance.ranks]
     try:
-        needs = needs_of(model, pretend, catalog(records))
+        needs = needs_of(model, fill, catalog(records))
         fetch, missing = find(needs, records, identity.rank)
     except (LayoutUnsupported, LoadFailed, ProtocolError, Unmapped) as error:
         raise LoadFailed(f"{instance}: {one_line(error)}") from None
@@ -279,12 +281,17 @@ def load_through_view(
         sum(map(len, fetch.parts)),
         size(fetch.nbytes),
     )
+    straight = InPlace(needs, model) if in_place and is_copied(needs) else None
     trace = Trace()
-    reader = Reader(fetch, instance.ranks, instance.digest, identity, config)
+    reader = Reader(fetch, instance.ranks, instance.digest, identity, config, straight)
     failure = ""
     try:
-        with reader, trace:
-            fill(trace.watch(reader.tensors()))
+        with reader:
+            if straight is not None:
+                reader.finish()
+            else:
+                with trace:
+                    fill(trace.watch(reader.tensors()))
     except Exception as error:  # also of a model that gets nothing more
         failure = reader.failure or f"{type(error).__name__}: {one_line(error)}"
         logger.debug("NetLoader: loading through a view", exc_info=True)
@@ -292,7 +299,7 @@ def load_through_view(
     if failure:
         raise LoadFailed(f"{instance}: {failure}")
     try:
-        seen = trace.records(model)
+        seen = trace.records(model) if straight is None else needs
     except Unmapped as error:
         raise LoadFailed(f"{instance}: {error}") from None
     if not same_reading(needs, seen):
@@ -405,13 +412,13 @@ def _whole(seen: Seen) -> Copy:
 
 
 def needs_of(
-    model: nn.Module, pretend: Callable[[Weights], object], tensors: Sequence[Seen]
+    model: nn.Module, fill: Callable[[Weights], object], tensors: Sequence[Seen]
 ) -> Records:
     """Return what a model reads of a checkpoint, and what it would write where.
 
     Args:
         model: it keeps what it has.
-        pretend: has it load tensors.
+        fill: has it load tensors.
         tensors: of the checkpoint.
 
     Raises:
@@ -425,7 +432,7 @@ def needs_of(
     try:
         empty = [(one.name, _without_values(one)) for one in tensors]  # unwatched
         with trace:
-            pretend(trace.watch(_taken(empty)))
+            fill(trace.watch(_taken(empty)))
         needs = trace.records(model)
     except Exception as error:
         logger.debug("NetLoader: loading tensors without values", exc_info=True)

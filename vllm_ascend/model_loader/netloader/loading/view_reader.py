@@ -1,4 +1,7 @@
-"""What reads the tensors of a checkpoint from the ranks of an instance, ahead of who takes them."""
+"""What reads the tensors of a checkpoint from the ranks of an instance.
+
+They go into memory of their own, ahead of who takes them, or straight into a model's parameters.
+"""
 
 import contextlib
 import random
@@ -6,23 +9,24 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from .. import metrics
 from ..config import NetLoaderConfig
 from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost, SourceRefused
 from ..executor.chunks.digests import of_instance
 from ..executor.memory import INTEGER, host_view
-from ..executor.view.boxes import box_of
-from ..executor.view.fetch import Fetch, Part, Request, pieces, requests
-from ..executor.view.records import Kept, Records, Seen, dtype_of, nbytes_of
+from ..executor.view.boxes import Box, box_of
+from ..executor.view.fetch import Fetch, Part, Request, copies_in, pieces, requests
+from ..executor.view.records import Copy, Kept, Records, Seen, chain_of, dtype_of, nbytes_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
@@ -159,6 +163,58 @@ class _Memory:
         self._free.clear()
 
 
+class _Place(NamedTuple):
+    """Where elements of a checkpoint tensor go.
+
+    Attributes:
+        box: which elements.
+        memory: theirs, of the box's size.
+        through: dtypes that they go through, from that which they are seen as to that in memory.
+    """
+
+    box: Box
+    memory: torch.Tensor
+    through: tuple[str, ...]
+
+    def put(self, values: torch.Tensor) -> None:
+        """Set the elements to others, of any dtype of the same size as the first one."""
+        values = values.view(dtype_of(self.through[0]))
+        for name in self.through[1:]:
+            values = values.to(dtype_of(name))
+        # Not by torch: its threads wait for each other, and others read and hash meanwhile.
+        np.copyto(_numbers(self.memory), _numbers(values))
+
+
+class InPlace:
+    """The host's memory that a model has for what loading copies there.
+
+    Args:
+        needs: what a load copies where, and that is all it does; see `fetch.is_copied`.
+        model: its parameters are in the host's memory.
+    """
+
+    def __init__(self, needs: Records, model: nn.Module) -> None:
+        named = {
+            **dict(model.named_buffers(remove_duplicate=False)),
+            **dict(model.named_parameters(remove_duplicate=False)),
+        }
+        self._parameters = [named[parameter.name].detach() for parameter in needs.parameters]
+        self._needs = {seen.name: seen for seen in needs.tensors}
+        self._copies: dict[str, Callable[[Box], Iterator[tuple[Box, Copy]]]] = {}
+
+    def places(self, seen: Seen, box: Box) -> list[_Place]:
+        """Return where the elements of a box of a tensor go."""
+        if (copies := self._copies.get(seen.name)) is None:
+            copies = self._copies[seen.name] = copies_in(self._needs[seen.name])
+        return [self._place(part, copy, chain_of(copy, seen)) for part, copy in copies(box)]
+
+    def _place(self, box: Box, copy: Copy, through: tuple[str, ...]) -> _Place:
+        parameter = self._parameters[copy.parameter]
+        first = parameter.storage_offset() + copy.at(box.start)
+        memory = parameter.view(dtype_of(through[-1])).as_strided(box.size, copy.stride, first)
+        return _Place(box, memory, through)
+
+
 class Reader:
     """Reads the tensors of a checkpoint from ranks, while it is used as a context.
 
@@ -168,6 +224,7 @@ class Reader:
         instance: digest of what they have.
         identity: of the rank that loads.
         config: deadlines, connections.
+        model: where everything goes; None: into memory that is made for it.
 
     Attributes:
         failure: why nothing more comes; empty: there is no failure.
@@ -180,8 +237,10 @@ class Reader:
         instance: str,
         identity: ModelIdentity,
         config: NetLoaderConfig,
+        model: InPlace | None = None,
     ) -> None:
         self.failure = ""
+        self._model = model
         self._fetch = fetch
         self._ranks = ranks
         self._instance = instance
@@ -197,7 +256,8 @@ class Reader:
             self._needed[part.tensor] += part.nbytes
         for request in (request for asked in self._asked for request in asked):
             self._left.update(part.tensor for part in request.parts)
-        self._at = 0  # the tensor that is taken next
+        # The tensor that is taken next; all are wanted at once where nobody takes any.
+        self._at = 0 if model is None else len(fetch.tensors)
         self._read = 0  # bytes that the tensors before it needed
         self._tensors: dict[int, torch.Tensor] = {}  # those of which something has come
         self._memory = _Memory()
@@ -240,6 +300,24 @@ class Reader:
         if len(self._gave) == 1:
             return str(*self._gave)
         return ", ".join(f"{address} ({size(gave)})" for address, gave in self._gave.items())
+
+    def finish(self) -> None:
+        """Return once everything is where the model has it.
+
+        Raises:
+            LoadFailed: nothing more comes.
+        """
+        assert self._model is not None
+        for number, boxes in self._fetch.kept.items():
+            seen = self._fetch.tensors[number]
+            for box, kept in boxes.items():
+                values = _values_of(kept, dtype_of(seen.dtype))
+                put(self._model.places(seen, box), box, values)
+        with self._changed:
+            for number in self._left:
+                self._changed.wait_for(partial(self._has, number))
+            if self.failure:
+                raise LoadFailed(self.failure)
 
     def tensors(self) -> Weights:
         """Yield all tensors in order, each once everything of it is here that is read.
@@ -398,20 +476,23 @@ class Reader:
             staged = []
             at = 0
             for part in piece:
-                place = box_of(self._target(part), part.box)
-                if len(part.through) > 1 or not place.is_contiguous():
-                    host = staging[at : at + part.nbytes]
+                places = self._places_of(part)
+                if (memory := _memory_for(part, places)) is None:
+                    memory = staging[at : at + part.nbytes]
                     at += part.nbytes
-                    staged.append((part, place, host))
-                    views.append(host_view(host))
-                else:
-                    views.append(host_view(place))
+                    staged.append((part, places, memory))
+                views.append(host_view(memory))
             yield views
-            for part, place, host in staged:
-                came = _elements(host, part.through[-1]).reshape(part.box.size)
-                came = came.to(dtype_of(part.through[0]))
-                # Not by torch: its threads wait for each other, and others read and hash meanwhile.
-                np.copyto(_numbers(place), _numbers(came))
+            for part, places, memory in staged:
+                came = _elements(memory, part.through[-1]).reshape(part.box.size)
+                put(places, part.box, came.to(dtype_of(part.through[0])))
+
+    def _places_of(self, part: Part) -> list[_Place]:
+        """Return where what comes of a tensor goes."""
+        seen = self._fetch.tensors[part.tensor]
+        if self._model is not None:
+            return self._model.places(seen, part.box)
+        return [_Place(part.box, box_of(self._target(part), part.box), (seen.dtype,))]
 
     def _target(self, part: Part) -> torch.Tensor:
         with self._changed:
@@ -425,6 +506,23 @@ class Reader:
             if not self._over:  # else it was cut on this side
                 self.failure = self.failure or why
             self._changed.notify_all()
+
+
+def _memory_for(part: Part, places: Sequence[_Place]) -> torch.Tensor | None:
+    """Return the memory into which a part can come as it travels."""
+    if len(part.through) > 1 or len(places) != 1:
+        return None
+    place = places[0]
+    as_it_is = len(place.through) == 1 and place.box == part.box
+    return place.memory if as_it_is and place.memory.is_contiguous() else None
+
+
+def put(places: Iterable[_Place], box: Box, values: torch.Tensor) -> None:
+    """Put the elements of a box where they, or some of them, go."""
+    for place in places:
+        steps = zip(place.box.start, box.start, strict=True)
+        inside = Box(tuple(a - b for a, b in steps), place.box.size)
+        place.put(box_of(values, inside))
 
 
 def _zeros(seen: Seen) -> torch.Tensor:

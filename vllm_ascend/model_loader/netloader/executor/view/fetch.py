@@ -1,7 +1,7 @@
 """What of a checkpoint a rank fetches from the ranks of a source, and in which requests.
 
-Pure: equal records give equal requests. A checkpoint tensor is made anew of the boxes that loading
-reads, and of nothing else. Each box is fetched once, from one rank.
+Pure: equal records give equal requests. Of a checkpoint tensor the boxes are fetched that loading
+reads, and nothing else. Each box is fetched once, from one rank.
 """
 
 import time
@@ -332,6 +332,25 @@ def _around(boxes: Sequence[Box]) -> Box:
     ends = [[a + n for a, n in zip(*box, strict=True)] for box in boxes]
     end = map(max, zip(*ends, strict=True))
     return Box(start, tuple(b - a for a, b in zip(start, end, strict=True)))
+
+
+def is_copied(needs: Records) -> bool:
+    """Return whether a load does nothing but copy, in whatever order its tensors come."""
+    kept = any(seen.kept for seen in needs.tensors)
+    return not (kept or needs.computed or needs.overwritten)
+
+
+def copies_in(need: Seen) -> Callable[[Box], Iterator[tuple[Box, Copy]]]:
+    """Return what gives, for a box of a tensor, the copies of it, each with its part of the box."""
+    copies = _joined(need.copies)
+    near = _near([copy.box for copy in copies])
+
+    def found(box: Box) -> Iterator[tuple[Box, Copy]]:
+        for number in near(box):
+            if (both := box.meet(copies[number].box)) is not None:
+                yield both, copies[number]
+
+    return found
 
 
 def requests(fetch: Fetch, most_bytes: int, most_parts: int) -> list[list[Request]]:
