@@ -454,6 +454,17 @@ def test_a_source_that_feeds_many_is_left_to_others_that_bring_as_much(seconds, 
             assert taken(scheduler, seed) != []
 
 
+def test_a_source_is_not_left_to_another_one_that_only_says_that_it_has_everything():
+    scheduler, _ = of_relays(100)
+    seed, other = Peer(), Peer(trusted=False)
+    with scheduler.session(seed):
+        scheduler._clock.now += 32
+        bring(scheduler, seed, 0.1)
+        scheduler.declined(seed, Run(50, 50))
+        with scheduler.session(other):
+            assert taken(scheduler, seed) != []
+
+
 def test_a_source_of_a_short_load_is_left_to_others_for_a_short_time():
     scheduler, _ = of_relays(100)
     seed, other = Peer(), Peer(trusted=False)
@@ -789,20 +800,38 @@ def a_copy_to_three(runs):
     return first, clock
 
 
-def test_who_passes_on_nothing_is_to_ask_others_until_all_was_sent():
+def test_who_passes_on_nothing_is_to_ask_others_and_gets_little_meanwhile():
     first, clock = a_copy_to_three(60)
-    assert not first.sends("a", Run(1, 1))
+    assert not first.sends("a", Run(49, 49))
     assert first.sends("b", Run(60, 60))
-    assert not first.sends("c", Run(1, 1))  # the same one again
+    assert not first.sends("c", Run(49, 49))  # the same one again
     assert first.sends("b", Run(61, 61))
-    assert not first.sends("c", Run(4, 4))
+    assert not first.sends("c", Run(46, 46))
     assert not first.sends("b", Run(62, 62))
     assert first.sends("a", Run(62, 62))
     clock.now += 5.0
+    assert not first.sends("b", Run(63, 63))
+    clock.now += 200.0
     assert first.sends("b", Run(63, 63))  # it may reach nobody else
     assert not first.sends("b", Run(64, 64))
     assert first.sends("a", Run(64, 999))
-    assert first.sends("b", Run(0, 0))
+    assert not first.sends("b", Run(0, 0))
+    assert first.sends("c", Run(0, 0))
+    clock.now += 1000.0
+    assert first.sends("b", Run(1, 1))
+
+
+def test_a_block_that_is_missed_for_long_counts_for_several():
+    first, _ = a_copy_to_three(60)
+    assert not first.sends("a", Run(31, 31))
+    assert not first.sends("b", Run(60, 60))
+
+
+def test_where_all_are_slow_to_pass_something_on_nobody_is_said_not_to():
+    first, _ = a_copy_to_three(60)
+    for number in range(30):
+        first.sends("abc"[(number + 1) % 3], Run(number, number))
+    assert all(first.sends(client, Run(60 + i, 60 + i)) for i, client in enumerate("abc"))
 
 
 def test_who_has_had_no_time_to_pass_something_on_is_not_said_to_pass_on_nothing():

@@ -29,6 +29,8 @@ _REVIEW = 1.0
 STARVED = 2.0
 # How many turns that is at least, where each of its clients gets a run in turn.
 _TURNS = 4
+# How many times longer a client waits that passes on little.
+_PATIENCE = 4
 # Seconds without a run after which a source is not counted on for others' runs.
 _ELSEWHERE = 1.0
 # Part of the time so far, if that is less, for which a source is left to others that have brought.
@@ -36,9 +38,10 @@ _PART_RELIEVED = 16
 # A client has passed on what it got when its source has sent so many runs more, or when this part
 # of the time so far has gone, if that is less; but not before so many seconds.
 _PASSED_ON, _PART_PASSED_ON, _LEAST_PASSED_ON = 32, 8, 0.2
-# Of so many runs of a client one, and as many blocks at least, are asked for by others later before
-# it is said to pass on little.
-_PART_MISSED, _LEAST_MISSED = 16, 2
+# Of so many runs of a client one, and as many blocks at least, are missed by others before it is
+# said to pass on little, and so many times as many as those of other clients. A block that is
+# missed for so many times as long as it takes to pass one on counts for as many.
+_PART_MISSED, _LEAST_MISSED, _MUCH_MORE = 16, 2, 2
 # How many times longer than from another source a run takes from one that brings much less.
 _MUCH_SLOWER = 3
 
@@ -380,7 +383,9 @@ class Scheduler:
             (
                 one._got
                 for one in self._sessions
-                if one.complete and not one.trusted and one.seconds <= _MUCH_SLOWER * peer.seconds
+                if one.complete
+                and not one.trusted
+                and 0 < one.seconds <= _MUCH_SLOWER * peer.seconds
             ),
             default=self._began,
         )
@@ -482,8 +487,9 @@ class FirstCopy(Generic[C]):
     pass it on. A client that got nothing for a while, and for some turns of all clients, gets what
     it asks for: it may reach nobody else.
 
-    Where others ask for many of a client's blocks long after it got them, it passes on little or
-    nothing. Until everything has been sent it is to ask others, too.
+    Where others ask for a client's blocks long after it got them, and for those of other clients
+    much less, it passes on little or nothing. It is to ask others, and waits longer until it gets
+    what it asks for.
 
     Args:
         count: number of blocks.
@@ -512,19 +518,24 @@ class FirstCopy(Generic[C]):
             if (sent := self._sent[block]) is not None and sent[0] != client
         }
         part = min(1 / _PART_PASSED_ON, _PASSED_ON / max(self._runs, 1))
-        passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
         # What one gets whose turn comes as often as that of others.
         turn = len(self._clients) * (now - self._began) / max(self._runs, 1)
-        if now - me.served < max(STARVED, _TURNS * turn):
+        passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
+        passes_on = self._passes_on(me)
+        patience = max(STARVED, _TURNS * turn) * (1 if passes_on else _PATIENCE)
+        if now - me.served < patience:
             if not self._unsent:
                 if any(now - when <= min(passed_on, STARVED) for _, when in others.values()):
                     return False
             else:
+                long = max(passed_on, 2 * turn)
                 for block, (holder, when) in others.items():
-                    if me.began <= when < now - passed_on and holder in self._clients:
-                        self._clients[holder].missed.add(block)
-                if others or not self._passes_on(me):
+                    if me.began <= when < now - long and holder in self._clients:
+                        self._clients[holder].misses(block, (now - when) / long)
+                if others:
                     return False
+            if not passes_on:
+                return False
         me.served = now
         me.runs += 1
         self._runs += 1
@@ -538,9 +549,13 @@ class FirstCopy(Generic[C]):
             self._sent = [None if sent and sent[0] == client else sent for sent in self._sent]
 
     def _passes_on(self, one: "_Client") -> bool:
-        # Those that ask may be those that lie: it is not to be said of most.
-        missed = sum(other.is_missed for other in self._clients.values())
-        return not one.is_missed or 2 * missed > len(self._clients)
+        if one.missing < max(_LEAST_MISSED, one.runs / _PART_MISSED):
+            return True
+        # Those that ask may be those that lie, and all may be slow to pass something on. So only
+        # those do not that are missed much more than the others.
+        others = [other for other in self._clients.values() if other is not one]
+        missing, runs = sum(other.missing for other in others), sum(other.runs for other in others)
+        return one.missing * runs <= _MUCH_MORE * missing * one.runs
 
 
 @dataclass
@@ -551,14 +566,18 @@ class _Client:
         began: when it asked first.
         served: when it got something last.
         runs: that it got.
-        missed: blocks that others asked for long after it got them.
+        missing: how many times as long as it takes to pass one on others have missed its blocks.
     """
 
     began: float
     served: float
     runs: int = 0
-    missed: set[int] = field(default_factory=set)
+    missing: float = 0.0
+    _missed: dict[int, float] = field(default_factory=dict)  # by block
 
-    @property
-    def is_missed(self) -> bool:
-        return len(self.missed) >= max(_LEAST_MISSED, self.runs / _PART_MISSED)
+    def misses(self, block: int, times: float) -> None:
+        """Count a block that others ask for."""
+        more = times - self._missed.get(block, 0.0)
+        if more > 0:
+            self._missed[block] = times
+            self.missing += more
