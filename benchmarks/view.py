@@ -179,7 +179,7 @@ def plans(folder: Path) -> dict[str, Any]:
             own = copy.deepcopy(vllm_config)
             with worker(own), set_default_torch_dtype(dtype), torch.device(device):
                 models[device] = initialize_model(vllm_config=own, model_config=own.model_config)
-        empty = [(one.name, torch.empty(one.shape, device="meta")) for one in seen]
+        empty = [(one.name, torch.empty(one.shape, dtype=dtype, device="meta")) for one in seen]
         begun = time.thread_time()
         models["meta"].load_weights(iter(empty))
         alone = time.thread_time()
