@@ -481,7 +481,8 @@ def test_memory_is_prefaulted_while_a_view_is_read_and_not_longer(monkeypatch, p
             begun.set()
             ended.append(stop.wait(20))
 
-    def load_through_view(*_):
+    def load_through_view(*_, in_place):
+        assert in_place
         assert begun.wait(20)
         if problem:
             raise problem
