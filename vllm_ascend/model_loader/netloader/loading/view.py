@@ -288,6 +288,7 @@ def load_through_view(
     try:
         with reader:
             if straight is not None:
+                straight.put_kept(fetch)
                 reader.finish()
             else:
                 with trace:

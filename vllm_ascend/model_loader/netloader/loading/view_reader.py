@@ -208,6 +208,13 @@ class InPlace:
             copies = self._copies[seen.name] = copies_in(self._needs[seen.name])
         return [self._place(part, copy, chain_of(copy, seen)) for part, copy in copies(box)]
 
+    def put_kept(self, fetch: Fetch) -> None:
+        """Put the values where they go that came along with the records."""
+        for number, boxes in fetch.kept.items():
+            seen = fetch.tensors[number]
+            for box, kept in boxes.items():
+                put(self.places(seen, box), box, _values_of(kept, dtype_of(seen.dtype)))
+
     def _place(self, box: Box, copy: Copy, through: tuple[str, ...]) -> _Place:
         parameter = self._parameters[copy.parameter]
         first = parameter.storage_offset() + copy.at(box.start)
@@ -307,12 +314,6 @@ class Reader:
         Raises:
             LoadFailed: nothing more comes.
         """
-        assert self._model is not None
-        for number, boxes in self._fetch.kept.items():
-            seen = self._fetch.tensors[number]
-            for box, kept in boxes.items():
-                values = _values_of(kept, dtype_of(seen.dtype))
-                put(self._model.places(seen, box), box, values)
         with self._changed:
             for number in self._left:
                 self._changed.wait_for(partial(self._has, number))
