@@ -5,6 +5,7 @@ Each rank is a worker of vLLM Ascend, without an engine, in a process forked fro
 has imported everything. What two instances have is equal if inference uses equal tensors, too.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -100,7 +101,8 @@ def main(names):
     wrong = 0
     for row in ROWS:
         if row.config and (row.name in names or not names):
-            with tempfile.TemporaryDirectory() as place:
+            with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+                # vLLM looks at models in processes that take modules from where they begin.
                 folder = Path(place)
                 maker = os.fork()  # so that this process has no threads
                 if not maker:
