@@ -801,24 +801,39 @@ def a_copy_to_three(runs):
 
 
 def test_who_passes_on_nothing_is_to_ask_others_and_gets_little_meanwhile():
-    first, clock = a_copy_to_three(60)
+    first, _ = a_copy_to_three(60)
     assert not first.sends("a", Run(49, 49))
     assert first.sends("b", Run(60, 60))
     assert not first.sends("c", Run(49, 49))  # the same one again
     assert first.sends("b", Run(61, 61))
     assert not first.sends("c", Run(46, 46))
     assert not first.sends("b", Run(62, 62))
-    assert first.sends("a", Run(62, 62))
-    clock.now += 5.0
-    assert not first.sends("b", Run(63, 63))
-    clock.now += 200.0
-    assert first.sends("b", Run(63, 63))  # it may reach nobody else
-    assert not first.sends("b", Run(64, 64))
-    assert first.sends("a", Run(64, 999))
+    send_in_turn(first, "ac", range(62, 112), 0.1)
+    assert not first.sends("b", Run(112, 112))  # in 5 s
+    assert first.sends("a", Run(112, 999))
     assert not first.sends("b", Run(0, 0))
     assert first.sends("c", Run(0, 0))
-    clock.now += 1000.0
-    assert first.sends("b", Run(1, 1))
+
+
+def test_who_passes_on_nothing_and_reaches_nobody_else_gets_something_now_and_then():
+    first, clock = a_copy_to_three(60)
+    first.sends("a", Run(31, 31))
+    got = 0
+    for number in range(60, 660):
+        clock.now += 0.1
+        assert first.sends("ac"[number % 2], Run(number, number))
+        got += first.sends("b", Run(999 - got, 999 - got))
+    assert 3 <= got <= 10
+
+
+def test_who_passes_on_nothing_gets_what_it_asks_for_if_nobody_else_does():
+    first, clock = a_copy_to_three(60)
+    first.sends("a", Run(31, 31))
+    assert not first.sends("b", Run(60, 60))
+    clock.now += 2.1
+    assert all(first.sends("b", Run(number, number)) for number in range(60, 70))
+    assert first.sends("a", Run(70, 70))
+    assert not first.sends("b", Run(71, 71))
 
 
 def test_a_block_that_is_missed_for_long_counts_for_several():

@@ -521,7 +521,7 @@ class FirstCopy(Generic[C]):
         # What one gets whose turn comes as often as that of others.
         turn = len(self._clients) * (now - self._began) / max(self._runs, 1)
         passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
-        passes_on = self._passes_on(me)
+        passes_on = self._passes_on(me, now)
         patience = max(STARVED, _TURNS * turn) * (1 if passes_on else _PATIENCE)
         if now - me.served < patience:
             if not self._unsent:
@@ -548,12 +548,14 @@ class FirstCopy(Generic[C]):
         if self._clients.pop(client, None) is not None and not complete:
             self._sent = [None if sent and sent[0] == client else sent for sent in self._sent]
 
-    def _passes_on(self, one: "_Client") -> bool:
+    def _passes_on(self, one: "_Client", now: float) -> bool:
+        others = [other for other in self._clients.values() if other is not one]
+        if all(now - other.served > STARVED for other in others):
+            return True  # at least it is nobody's loss
         if one.missing < max(_LEAST_MISSED, one.runs / _PART_MISSED):
             return True
         # Those that ask may be those that lie, and all may be slow to pass something on. So only
         # those do not that are missed much more than the others.
-        others = [other for other in self._clients.values() if other is not one]
         missing, runs = sum(other.missing for other in others), sum(other.runs for other in others)
         return one.missing * runs <= _MUCH_MORE * missing * one.runs
 
