@@ -762,11 +762,37 @@ def test_a_client_that_gets_nothing_gets_what_it_asks_for():
     send_in_turn(first, "a", range(60), 1 / 60)
     assert not first.sends("b", Run(0, 0))
     clock.now += 2.1
+    assert first.sends("a", Run(60, 60))
     assert first.sends("b", Run(0, 0))
     assert not first.sends("b", Run(1, 1))
     clock.now += 2.1
+    assert first.sends("a", Run(61, 61))
     assert first.sends("b", Run(1, 1))  # it may still reach nobody else
     assert first.sends("b", Run(99, 99))
+
+
+def test_a_run_that_takes_long_is_not_one_that_was_waited_for():
+    clock = Ticks()
+    first = FirstCopy(100, clock)
+    for number, client in enumerate("abc"):
+        assert first.sends(client, Run(number, number))
+    clock.now += 60.0
+    assert not first.sends("a", Run(1, 1))
+    assert first.sends("a", Run(3, 3))
+
+
+def test_what_nobody_wants_any_more_keeps_nothing_back():
+    clock = Ticks()
+    first = FirstCopy(1000, clock)
+    send_in_turn(first, "abc", range(999), 0.01)
+    lacking = {"a": {*range(1, 999, 3)}, "b": {*range(2, 999, 3)}, "c": {*range(0, 999, 3)}}
+    began = clock.now
+    while any(lacking.values()):  # they do not reach each other
+        clock.now += 0.01
+        assert clock.now - began < 6.0, lacking
+        for client, blocks in lacking.items():
+            got = next((one for one in blocks if first.sends(client, Run(one, one))), None)
+            blocks.discard(got)
 
 
 def test_where_many_are_served_in_turn_nothing_for_one_turn_is_not_long():

@@ -484,12 +484,13 @@ class FirstCopy(Generic[C]):
     As long as there are blocks that it has sent to nobody, a client gets those, and is to ask
     others for the rest. Once everything has been sent to somebody, a client gets what it still asks
     for: whoever got it may be slow, or lie. The next one does only when that one has had time to
-    pass it on. A client that got nothing for a while, and for some turns of all clients, gets what
-    it asks for: it may reach nobody else.
+    pass it on. A client that is told to ask others for a while, and for some turns of all clients,
+    gets what it asks for: it may reach nobody else. If meanwhile nobody got what nobody had, that
+    counts as sent: all that are here have it from others.
 
     Where others ask for a client's blocks long after it got them, and for those of other clients
     much less, it passes on little or nothing. It is to ask others, and waits longer until it gets
-    what it asks for.
+    what it asks for, unless nobody else got anything for a while.
 
     Args:
         count: number of blocks.
@@ -500,6 +501,8 @@ class FirstCopy(Generic[C]):
         self._clock = clock
         self._began = clock()
         self._runs = 0
+        self._news, self._last_news = 0, self._began  # runs that nobody had, and when one was sent
+        self._unwanted = False  # what is unsent
         # To whom a block was sent last, and when; None: nobody has it from here.
         self._sent: list[tuple[C, float] | None] = [None] * count
         self._unsent = {*range(count)}
@@ -510,6 +513,7 @@ class FirstCopy(Generic[C]):
         now = self._clock()
         if not self._clients:  # nobody was there for a while
             self._began, self._runs = now, 0
+            self._news, self._last_news = 0, now
         me = self._clients.setdefault(client, _Client(now, now))
         blocks = range(run.first, run.last + 1)
         others = {
@@ -518,28 +522,32 @@ class FirstCopy(Generic[C]):
             if (sent := self._sent[block]) is not None and sent[0] != client
         }
         part = min(1 / _PART_PASSED_ON, _PASSED_ON / max(self._runs, 1))
-        # What one gets whose turn comes as often as that of others.
-        turn = len(self._clients) * (now - self._began) / max(self._runs, 1)
         passed_on = max(_LEAST_PASSED_ON, part * (now - self._began))
+        # What one gets whose turn comes as often as that of others. Runs that are sent again do not
+        # count, as these wait for it.
+        turn = len(self._clients) * (self._last_news - self._began) / max(self._news, 1)
         passes_on = self._passes_on(me, now)
         patience = max(STARVED, _TURNS * turn) * (1 if passes_on else _PATIENCE)
-        if now - me.served < patience:
-            if not self._unsent:
-                if any(now - when <= min(passed_on, STARVED) for _, when in others.values()):
-                    return False
+        if me.refused is None or now - me.refused < patience:
+            if not self._unsent or self._unwanted:
+                refused = any(now - when <= min(passed_on, STARVED) for _, when in others.values())
             else:
                 long = max(passed_on, 2 * turn)
                 for block, (holder, when) in others.items():
                     if me.began <= when < now - long and holder in self._clients:
                         self._clients[holder].misses(block, (now - when) / long)
-                if others:
-                    return False
-            if not passes_on:
+                refused = bool(others)
+            if refused or not passes_on:
+                me.refused = now if me.refused is None else me.refused
                 return False
-        me.served = now
+        elif self._last_news <= me.refused:
+            self._unwanted = True
+        if not self._unsent.isdisjoint(blocks):
+            self._unsent.difference_update(blocks)
+            self._news, self._last_news, self._unwanted = self._news + 1, now, False
+        me.served, me.refused = now, None
         me.runs += 1
         self._runs += 1
-        self._unsent.difference_update(blocks)
         self._sent[run.first : run.last + 1] = [(client, now)] * len(blocks)
         return True
 
@@ -567,12 +575,14 @@ class _Client:
     Attributes:
         began: when it asked first.
         served: when it got something last.
+        refused: since when it has been told to ask others; None: it has not, since then.
         runs: that it got.
         missing: how many times as long as it takes to pass one on others have missed its blocks.
     """
 
     began: float
     served: float
+    refused: float | None = None
     runs: int = 0
     missing: float = 0.0
     _missed: dict[int, float] = field(default_factory=dict)  # by block
