@@ -60,7 +60,7 @@ demo: venv
 	$(BIN)/python -m demo.demo --size $(SIZE)
 
 test-ut: venv
-	$(BIN)/python -m pytest tests/ut --numprocesses=2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/ut --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
 
 test-simulation: venv
 	$(BIN)/python -m pytest tests/simulation $(PYTEST_ARGS)

@@ -10,11 +10,13 @@ PROJECT = Path(__file__).parents[2]
 
 _PARENT = """
 import gc, json, os, sys, traceback
+gc.disable()
 answers = os.dup(1)
 os.dup2(2, 1)  # what is imported may write to standard output
 import vllm.model_executor.layers.attention, vllm.tracing
 assert "vllm_ascend" not in sys.modules
 gc.freeze()
+gc.enable()
 for line in sys.stdin:
     code, arguments, site, folder, output, environment = json.loads(line)
     if child := os.fork():
