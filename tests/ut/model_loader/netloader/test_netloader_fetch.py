@@ -18,6 +18,7 @@ from vllm_ascend.model_loader.netloader.executor.view.fetch import (
     requests,
     same_reading,
 )
+from vllm_ascend.model_loader.netloader.executor.view.places import InPlace, put
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Kept,
@@ -25,7 +26,6 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
     Records,
     Seen,
 )
-from vllm_ascend.model_loader.netloader.loading.view_reader import InPlace, put
 
 from .test_netloader_view import Rank, checkpoints, cuttings, load, pretend, same
 

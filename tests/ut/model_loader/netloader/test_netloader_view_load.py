@@ -27,6 +27,7 @@ from vllm_ascend.model_loader.netloader.executor.view.fetch import (
     same_reading,
 )
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
+from vllm_ascend.model_loader.netloader.executor.view.places import InPlace, put
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Records,
@@ -51,7 +52,6 @@ from vllm_ascend.model_loader.netloader.loading.view import (
     needs_of,
     records_by_name,
 )
-from vllm_ascend.model_loader.netloader.loading.view_reader import InPlace, put
 from vllm_ascend.model_loader.netloader.serve import Offer, WeightServer
 from vllm_ascend.model_loader.netloader.utils import Address, parse_name
 

@@ -34,6 +34,7 @@ from ..executor.chunks.manifest import RAW
 from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, is_copied, same_reading
+from ..executor.view.places import InPlace
 from ..executor.view.records import (
     MOST_ENTRIES,
     Copy,
@@ -49,7 +50,7 @@ from ..interaction.api import Done
 from ..interaction.discovery import reached_at
 from ..utils import Address, logger, one_line, rate, shortened, size
 from .sessions import connect
-from .view_reader import PAUSE, InPlace, Rank, Reader, Weights, confirm, connected, said_of
+from .view_reader import PAUSE, Rank, Reader, Weights, confirm, connected, said_of
 
 _RECORDS_AT_ONCE = 8  # ranks that are asked
 _RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
@@ -287,27 +288,19 @@ def load_through_view(
     failure = ""
     try:
         with reader:
-            if straight is not None:
-                straight.put_kept(fetch)
-                reader.finish()
-            else:
+            if straight is None:
                 with trace:
                     fill(trace.watch(reader.tensors()))
+            else:
+                straight.put_kept(fetch)
+                reader.finish()
     except Exception as error:  # also of a model that gets nothing more
         failure = reader.failure or f"{type(error).__name__}: {one_line(error)}"
         logger.debug("NetLoader: loading through a view", exc_info=True)
     # Outside the handler: there the exception would keep the model alive.
     if failure:
         raise LoadFailed(f"{instance}: {failure}")
-    try:
-        seen = trace.records(model) if straight is None else needs
-    except Unmapped as error:
-        raise LoadFailed(f"{instance}: {error}") from None
-    if not same_reading(needs, seen):
-        raise LoadFailed(
-            f"{instance}: loading reads other tensors the second time; this model cannot load "
-            "through a view"
-        )
+    seen = needs if straight is not None else _seen_again(trace, model, needs, instance)
     try:
         confirm(instance.ranks, identity, config, instance.digest)
     except SourceError as error:
@@ -325,6 +318,24 @@ def load_through_view(
         *_placements(instance.identity, identity),
     )
     _tell_what_was_pinned(instance, config, worker)
+    return seen
+
+
+def _seen_again(trace: Trace, model: nn.Module, needs: Records, instance: Instance) -> Records:
+    """Return what a load with values has read, which is what the one without them has.
+
+    Raises:
+        LoadFailed: it is not.
+    """
+    try:
+        seen = trace.records(model)
+    except Unmapped as error:
+        raise LoadFailed(f"{instance}: {error}") from None
+    if not same_reading(needs, seen):
+        raise LoadFailed(
+            f"{instance}: loading reads other tensors the second time; this model cannot load "
+            "through a view"
+        )
     return seen
 
 

@@ -9,24 +9,24 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from .. import metrics
 from ..config import NetLoaderConfig
 from ..errors import LoadFailed, SourceBusy, SourceError, SourceLost, SourceRefused
 from ..executor.chunks.digests import of_instance
-from ..executor.memory import INTEGER, host_view
-from ..executor.view.boxes import Box, box_of
-from ..executor.view.fetch import Fetch, Part, Request, copies_in, pieces, requests
-from ..executor.view.records import Copy, Kept, Records, Seen, chain_of, dtype_of, nbytes_of
+from ..executor.memory import host_view
+from ..executor.view.boxes import box_of
+from ..executor.view.fetch import Fetch, Part, Request, pieces, requests
+from ..executor.view.places import InPlace, Place, put, values_of
+from ..executor.view.records import Records, Seen, dtype_of, nbytes_of
 from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
@@ -163,65 +163,6 @@ class _Memory:
         self._free.clear()
 
 
-class _Place(NamedTuple):
-    """Where elements of a checkpoint tensor go.
-
-    Attributes:
-        box: which elements.
-        memory: theirs, of the box's size.
-        through: dtypes that they go through, from that which they are seen as to that in memory.
-    """
-
-    box: Box
-    memory: torch.Tensor
-    through: tuple[str, ...]
-
-    def put(self, values: torch.Tensor) -> None:
-        """Set the elements to others, of any dtype of the same size as the first one."""
-        values = values.view(dtype_of(self.through[0]))
-        for name in self.through[1:]:
-            values = values.to(dtype_of(name))
-        # Not by torch: its threads wait for each other, and others read and hash meanwhile.
-        np.copyto(_numbers(self.memory), _numbers(values))
-
-
-class InPlace:
-    """The host's memory that a model has for what loading copies there.
-
-    Args:
-        needs: what a load copies where, and that is all it does; see `fetch.is_copied`.
-        model: its parameters are in the host's memory.
-    """
-
-    def __init__(self, needs: Records, model: nn.Module) -> None:
-        named = {
-            **dict(model.named_buffers(remove_duplicate=False)),
-            **dict(model.named_parameters(remove_duplicate=False)),
-        }
-        self._parameters = [named[parameter.name].detach() for parameter in needs.parameters]
-        self._needs = {seen.name: seen for seen in needs.tensors}
-        self._copies: dict[str, Callable[[Box], Iterator[tuple[Box, Copy]]]] = {}
-
-    def places(self, seen: Seen, box: Box) -> list[_Place]:
-        """Return where the elements of a box of a tensor go."""
-        if (copies := self._copies.get(seen.name)) is None:
-            copies = self._copies[seen.name] = copies_in(self._needs[seen.name])
-        return [self._place(part, copy, chain_of(copy, seen)) for part, copy in copies(box)]
-
-    def put_kept(self, fetch: Fetch) -> None:
-        """Put the values where they go that came along with the records."""
-        for number, boxes in fetch.kept.items():
-            seen = fetch.tensors[number]
-            for box, kept in boxes.items():
-                put(self.places(seen, box), box, _values_of(kept, dtype_of(seen.dtype)))
-
-    def _place(self, box: Box, copy: Copy, through: tuple[str, ...]) -> _Place:
-        parameter = self._parameters[copy.parameter]
-        first = parameter.storage_offset() + copy.at(box.start)
-        memory = parameter.view(dtype_of(through[-1])).as_strided(box.size, copy.stride, first)
-        return _Place(box, memory, through)
-
-
 class Reader:
     """Reads the tensors of a checkpoint from ranks, while it is used as a context.
 
@@ -338,7 +279,7 @@ class Reader:
             if tensor is None:
                 tensor = _zeros(seen)
             for box, kept in self._fetch.kept.get(number, {}).items():
-                box_of(tensor, box).copy_(_values_of(kept, tensor.dtype))
+                box_of(tensor, box).copy_(values_of(kept, tensor.dtype))
             yield seen.name, tensor
 
     def _has(self, number: int) -> bool:
@@ -488,12 +429,12 @@ class Reader:
                 came = _elements(memory, part.through[-1]).reshape(part.box.size)
                 put(places, part.box, came.to(dtype_of(part.through[0])))
 
-    def _places_of(self, part: Part) -> list[_Place]:
+    def _places_of(self, part: Part) -> list[Place]:
         """Return where what comes of a tensor goes."""
         seen = self._fetch.tensors[part.tensor]
         if self._model is not None:
             return self._model.places(seen, part.box)
-        return [_Place(part.box, box_of(self._target(part), part.box), (seen.dtype,))]
+        return [Place(part.box, box_of(self._target(part), part.box), (seen.dtype,))]
 
     def _target(self, part: Part) -> torch.Tensor:
         with self._changed:
@@ -509,21 +450,13 @@ class Reader:
             self._changed.notify_all()
 
 
-def _memory_for(part: Part, places: Sequence[_Place]) -> torch.Tensor | None:
+def _memory_for(part: Part, places: Sequence[Place]) -> torch.Tensor | None:
     """Return the memory into which a part can come as it travels."""
     if len(part.through) > 1 or len(places) != 1:
         return None
     place = places[0]
     as_it_is = len(place.through) == 1 and place.box == part.box
     return place.memory if as_it_is and place.memory.is_contiguous() else None
-
-
-def put(places: Iterable[_Place], box: Box, values: torch.Tensor) -> None:
-    """Put the elements of a box where they, or some of them, go."""
-    for place in places:
-        steps = zip(place.box.start, box.start, strict=True)
-        inside = Box(tuple(a - b for a, b in steps), place.box.size)
-        place.put(box_of(values, inside))
 
 
 def _zeros(seen: Seen) -> torch.Tensor:
@@ -535,21 +468,11 @@ def _tensor_of(memory: NDArray[np.uint8], seen: Seen) -> torch.Tensor:
     return torch.from_numpy(memory).view(dtype_of(seen.dtype)).reshape(seen.shape)
 
 
-def _values_of(kept: Kept, dtype: torch.dtype) -> torch.Tensor:
-    """Return the values of a box that came along with the records."""
-    return torch.frombuffer(bytearray(kept.values or b""), dtype=dtype).reshape(kept.size)
-
-
 def _elements(memory: torch.Tensor, dtype: str) -> torch.Tensor:
     kind = dtype_of(dtype)
     if memory.storage_offset() % kind.itemsize:
         memory = memory.clone()
     return memory.view(kind)
-
-
-def _numbers(tensor: torch.Tensor) -> NDArray[Any]:
-    """Return a tensor of host memory as numpy knows it."""
-    return tensor.view(INTEGER.get(tensor.element_size(), tensor.dtype)).numpy()
 
 
 def said_of(address: Address, error: Exception) -> str:
