@@ -89,6 +89,9 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"rank {self.rank} has {self.weights or 'weights without a digest'} of {self.origin}"
 
 
+_REPORTS, _ENDPOINTS = msgspec.json.Decoder(Report), msgspec.json.Decoder(Endpoint)
+
+
 @dataclass(frozen=True)
 class Order:
     """How the ranks load: as they are configured, from sources of one list, or from disk.
@@ -187,7 +190,7 @@ class Ranks:
             raise LoadFailed(
                 f"the ranks of this instance cannot compare their weights: {one_line(error)}"
             ) from None
-        return [msgspec.json.decode(report, type=Report) for report in reports]
+        return [_REPORTS.decode(report) for report in reports]
 
     def publish(self, weights: str | None) -> None:
         """Tell what this rank has from now on; None: its weights are changing, or not known."""
@@ -210,7 +213,7 @@ class Ranks:
     def endpoints(self) -> Mapping[int, Endpoint]:
         """Return where the ranks listen, as far as it is known."""
         said = self._told(_ENDPOINT)
-        return {rank: msgspec.json.decode(one, type=Endpoint) for rank, one in said.items()}
+        return {rank: _ENDPOINTS.decode(one) for rank, one in said.items()}
 
     def publish_host(self, host: str) -> None:
         """Tell on which host this rank is, before it listens there."""

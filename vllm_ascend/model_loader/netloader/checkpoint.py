@@ -84,6 +84,10 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
+_ENTRIES, _INDEXES = msgspec.json.Decoder(_Entry), msgspec.json.Decoder(_Index)
+_HEADERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
 @dataclass(frozen=True)
 class _File:
     path: Path
@@ -235,7 +239,7 @@ def _indexed(folder: Path) -> Mapping[str, str]:
     path = folder / INDEX
     try:
         with path.open("rb") as file:
-            index = msgspec.json.decode(file.read(_MOST_INDEX), type=_Index)
+            index = _INDEXES.decode(file.read(_MOST_INDEX))
     except FileNotFoundError:
         return {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -277,9 +281,9 @@ def _mapped(file: _File) -> dict[str, torch.Tensor]:
     if nbytes < 8 or not 0 < length <= min(nbytes - 8, _MOST_HEADER):
         raise wrong(f"its header of {length} bytes does not fit into {nbytes} bytes")
     try:
-        head = msgspec.json.decode(os.pread(file.number, length, 8), type=dict[str, msgspec.Raw])
+        head = _HEADERS.decode(os.pread(file.number, length, 8))
         head.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(one, type=_Entry) for name, one in head.items()}
+        entries = {name: _ENTRIES.decode(one) for name, one in head.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise wrong(f"its header: {one_line(error)}") from None
     memory = mmap.mmap(file.number, nbytes, access=mmap.ACCESS_READ)

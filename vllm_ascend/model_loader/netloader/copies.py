@@ -21,7 +21,7 @@ from .config import NetLoaderConfig
 from .errors import LoadFailed, NetLoaderError, ProtocolError, SourceError, SourceRefused
 from .executor.chunks.blocks import Blocks, Run
 from .executor.chunks.digests import Digests, combine
-from .executor.chunks.manifest import RAW, Manifest, TensorEntry
+from .executor.chunks.manifest import MANIFESTS, RAW, Manifest, TensorEntry
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
 from .executor.memory import DTYPES, host_view
@@ -178,7 +178,7 @@ def describe(client: ElasticClient, identity: ModelIdentity) -> Description:
     try:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise ProtocolError("sent no manifest")
-        manifest = msgspec.json.decode(joined.manifest, type=Manifest)
+        manifest = MANIFESTS.decode(joined.manifest)
         sizes = [_nbytes(entry) for entry in manifest.tensors if entry.alias_of is None]
         blocks = Blocks(sizes)
         digests = combine(joined.weights.partition(":")[0], manifest, blocks, joined.blocks)

@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
-from ..executor.chunks.manifest import Manifest, Sample
+from ..executor.chunks.manifest import MANIFESTS, Manifest, Sample
 from ..executor.devices import Device, start_prefault
 from ..executor.model.match import match
 from ..executor.scheduler import Scheduler
@@ -225,7 +225,7 @@ class Target:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise SourceRefused(f"{address}: sent no manifest")
         try:
-            manifest = msgspec.json.decode(joined.manifest, type=Manifest)
+            manifest = MANIFESTS.decode(joined.manifest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise SourceRefused(f"{address}: not a valid manifest: {one_line(error)}") from None
         here, there = self._identity.layout, manifest.layout

@@ -67,3 +67,6 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     def names(self) -> list[str]:
         """The names of the tensors that have bytes of their own, in order."""
         return [entry.name for entry in self.tensors if entry.alias_of is None]
+
+
+MANIFESTS = msgspec.json.Decoder(Manifest)

@@ -189,6 +189,9 @@ class _Unread(msgspec.Struct):
     fills: msgspec.Raw = _NONE
 
 
+_UNREAD, _RECORDS = msgspec.msgpack.Decoder(_Unread), msgspec.msgpack.Decoder(Records)
+
+
 def chain_of(copy: Copy, seen: Seen) -> tuple[str, ...]:
     """Return the dtypes that a copy's elements went through, from the first to that in memory."""
     return copy.through or (seen.dtype,)
@@ -252,9 +255,9 @@ def decode(data: bytes, most: int = MOST_ENTRIES) -> Records:
         if not unpack.eof:
             raise ProtocolError(f"records of more than {_MOST_BYTES} bytes, or cut short")
         # Counted first: a few bytes unpack to one object each, which takes far more.
-        if (entries := _entries(msgspec.msgpack.decode(plain, type=_Unread))) > most:
+        if (entries := _entries(_UNREAD.decode(plain))) > most:
             raise ProtocolError(f"records of {entries} entries; allowed: {most}")
-        records = msgspec.msgpack.decode(plain, type=Records)
+        records = _RECORDS.decode(plain)
     except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not records: {error}") from None
     check(records)
