@@ -70,6 +70,7 @@ def gb_per_s(named: dict[str, torch.Tensor], rounds: int) -> float:
     accelerator = cast(Accelerator, device)
     manifest, tensors = describe(named, RAW, {}, device.format_of)
     blocks = Blocks([tensor.nbytes for tensor in tensors])
+    runs = blocks.cut(_CHUNK_BYTES, large_alone=True)
     digests = Digests(bytes(DIGEST_BYTES * blocks.count), "none:0")
 
     def store(complete: bool) -> BlockStore:
@@ -82,14 +83,14 @@ def gb_per_s(named: dict[str, torch.Tensor], rounds: int) -> float:
     def receive() -> None:
         filled = store(complete=False)
         receiver = GroupReceiver(_Answers(blocks), group(CLIENT), filled, accelerator, _CHUNK_BYTES)
-        scheduler = Scheduler(blocks, _CHUNK_BYTES)
+        scheduler = Scheduler(blocks, runs)
         P2PLoad(receiver, filled, scheduler, verify=True, keep_alive=10.0).run()
 
     def send() -> None:
         offered = store(complete=True)
         sender = GroupSender(group(SOURCE), offered, accelerator)
         sends = P2PSend(offered, sender, RateLimiter(None))
-        for run in blocks.cut(_CHUNK_BYTES):
+        for run in runs:
             sends.send(run)
         sender.finish()
 

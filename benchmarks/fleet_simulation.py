@@ -120,19 +120,6 @@ class Result:
     seconds: float
 
 
-class CutOnce(Blocks):
-    """Cut into the same runs for all replicas, as these would fill much memory."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__(sizes)
-        self._runs = super().cut(BLOCK_BYTES)
-
-    def cut(self, chunk_bytes: int) -> list[Run]:
-        """Return the runs, in a list of the caller's own."""
-        assert chunk_bytes == BLOCK_BYTES
-        return [*self._runs]
-
-
 class Node:
     """A replica, or the seed: what its client and its server have between them."""
 
@@ -196,7 +183,8 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
         self.random = random.Random(case.seed)
-        self.blocks = CutOnce([case.chunks * BLOCK_BYTES])
+        self.blocks = Blocks([case.chunks * BLOCK_BYTES])
+        self.runs = self.blocks.cut(BLOCK_BYTES)  # the same for all: they would fill much memory
         self.solo = case.chunks / case.chunks_per_second
         self.seed = Node(self, "seed", case.speeds[0])
         self.seed.offers = self.seed.complete = True
@@ -339,7 +327,9 @@ class Fleet:
         self.most_sources = max(self.most_sources, len(node.downs))
         queue.joined(source.address, source.peer.instance)
         if node.scheduler is None:
-            node.scheduler = Scheduler(self.blocks, BLOCK_BYTES, self.random.shuffle, self.clock)
+            runs = [*self.runs]
+            self.random.shuffle(runs)
+            node.scheduler = Scheduler(self.blocks, runs, self.clock)
             node.offers = True
             self.at(self.now + FIRST_QUESTION, self._ask_for_peers, node, FIRST_QUESTION)
             if node.lying:

@@ -56,7 +56,7 @@ class Link:
 
     def limit(self, rate):
         """Let the source send that many bytes per second."""
-        tbf = f"tbf rate {8 * rate:.0f}bit burst 128kb latency 50ms"
+        tbf = f"tbf rate {8 * rate:.0f}bit burst 256kb latency 50ms"
         run(f"{self._inside} tc qdisc replace dev uplink root {tbf}")
 
 

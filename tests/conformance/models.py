@@ -56,7 +56,7 @@ class Maker:
         return torch_npu.npu_format_cast(tensor, FRACTAL_NZ)
 
 
-COUNT, ROW = 24, MIB // 8
+COUNT, ROW = 24, MIB
 
 
 def rows(make):

@@ -8,7 +8,7 @@ from vllm_ascend.model_loader.netloader.interaction import source_queue
 
 from .faults import holding_back, lie, lie_at_times
 from .fleet import cut_off, fleet
-from .models import MIB, rows
+from .models import ROW, rows
 from .sides import source, until
 from .test_leaks import used
 
@@ -29,7 +29,7 @@ def play(way, number):
     }
     before = used()
     with (
-        source(way, rows, max_send_rate=8 * MIB, max_sessions=chance.randint(1, 4)) as seed,
+        source(way, rows, max_send_rate=64 * ROW, max_sessions=chance.randint(1, 4)) as seed,
         fleet(way, count, rows, **its | (_SOON if orphans else {})) as replicas,
         contextlib.ExitStack() as stack,
     ):

@@ -14,13 +14,12 @@ from vllm_ascend.model_loader.netloader.utils import parse_name
 
 from . import models
 from .fleet import PATIENT, fleet
-from .models import many_rows
+from .models import ROW, many_rows
 from .sides import HOST, identity, load, load_here, loading, log_lines, settings, source, until
 from .ways import Way
 
 ON_CPU = pytest.mark.ways(Way.HTTP, Way.STREAM)
 HTTP = pytest.mark.ways(Way.HTTP)
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def test_without_the_same_secret_there_is_a_reason_and_no_byte(way, secret, othe
 @HTTP
 def test_those_that_load_pass_on_to_each_other_inside_tls(way, secret, other):
     with (
-        source(way, many_rows, max_send_rate=16 * MIB, **PATIENT, **secret) as seed,
+        source(way, many_rows, max_send_rate=128 * ROW, **PATIENT, **secret) as seed,
         fleet(way, 3, **secret) as replicas,
         fleet(way, 1, **other) as [stranger],
     ):
@@ -118,7 +117,7 @@ def test_the_secret_is_exchanged_while_clients_load(way, tmp_path, secret):
     with contextlib.ExitStack() as stack:
         here = {"secret_file": secret_file(theirs, SECRET)}
         client = {"secret_file": secret_file(ours, SECRET)}
-        running = stack.enter_context(source(way, many_rows, max_send_rate=32 * MIB, **here))
+        running = stack.enter_context(source(way, many_rows, max_send_rate=256 * ROW, **here))
         long = stack.enter_context(loading(way, [running], many_rows, **client))
         until(lambda: running.sessions)
         for turn in (

@@ -13,14 +13,14 @@ from .ways import Way
 
 pytestmark = pytest.mark.ways(Way.HTTP)
 
-RATE = 25e6  # bytes per second: little enough that the links and not the CPUs are what limits
+RATE = 100e6  # bytes per second: little enough that the links and not the CPUs are what limits
 # Mapped to root in a user namespace of its own, anybody may set up a network where that is allowed.
 UNSHARE = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
 # All that needs a permission, or a module of the kernel.
 PROBE = (
     "unshare --net true"
     " && ip link add near type veth peer name far"
-    " && tc qdisc add dev far root tbf rate 1mbit burst 128kb latency 50ms"
+    " && tc qdisc add dev far root tbf rate 1mbit burst 256kb latency 50ms"
 )
 
 

@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader.serve import WeightServer
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from .fleet import PATIENT, load_and_relay
-from .models import COUNT, MIB, many_rows, rows
+from .models import COUNT, ROW, many_rows, rows
 from .sides import PATIENCE, load_here, serve, source, until, wait_for_no_sessions
 from .ways import Way
 
@@ -239,7 +239,7 @@ def relay_cases():
 def test_a_relay_goes(way, step, number, started, tmp_path):
     relay, prefix = started(0), f"{tmp_path}/relay-"
     with (
-        source(way, many_rows, max_send_rate=4 * MIB, **PATIENT) as seed,
+        source(way, many_rows, max_send_rate=32 * ROW, **PATIENT) as seed,
         source(way, many_rows) as other,
     ):
         relay.call(signal_relay, step, number)

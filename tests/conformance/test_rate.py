@@ -23,9 +23,9 @@ def test_all_clients_of_a_source_share_its_rate(way):
 
 
 def test_a_load_may_take_longer_than_the_progress_deadline(way):
-    with source(way, max_send_rate=2 * MIB, max_sessions=1, progress_timeout=1.0) as running:
+    with source(way, max_send_rate=TOTAL / 1.5, max_sessions=1, progress_timeout=1.0) as running:
         seconds = load(way, [running], progress_timeout=1.0).check().seconds
-    assert seconds >= (TOTAL - ROW) / (2 * MIB) > 1.4
+    assert seconds >= (TOTAL - ROW) / (TOTAL / 1.5) > 1.4
 
 
 def test_clients_that_share_a_low_rate_do_not_count_as_stalled(way):

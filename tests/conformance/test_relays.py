@@ -24,7 +24,6 @@ from .ways import Way
 pytestmark = pytest.mark.ways(Way.HTTP)
 in_groups_too = pytest.mark.ways(Way.HTTP, Way.STREAM)
 
-MIB = 1 << 20
 COPIES = 1.2
 _LONG = 10 * PATIENCE  # seconds that no test waits for
 ALL = 64  # blocks of `many_rows`
@@ -64,7 +63,7 @@ def patience(monkeypatch):
 
 
 def test_a_source_sends_hardly_more_than_one_copy_to_four_that_start_together(way, patience):
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 4) as replicas:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 4) as replicas:
         start(replicas, seed)
         check(replicas)
         assert seed.status.bytes_sent <= COPIES * seed.store.blocks.nbytes
@@ -74,7 +73,7 @@ def test_a_source_sends_hardly_more_than_one_copy_to_four_that_start_together(wa
 @pytest.mark.ways(Way.STREAM)
 def test_through_groups_a_source_sends_far_less_than_a_copy_to_each_of_four(way, patience):
     """A quarter of so few blocks is asked for ahead in each session, also once all were sent."""
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 4) as replicas:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 4) as replicas:
         start(replicas, seed)
         check(replicas)
         assert seed.status.bytes_sent <= 2.5 * seed.store.blocks.nbytes
@@ -82,7 +81,7 @@ def test_through_groups_a_source_sends_far_less_than_a_copy_to_each_of_four(way,
 
 def test_those_for_whom_the_source_has_no_place_load_from_those_for_whom_it_has(way, patience):
     with (
-        source(way, many_rows, max_send_rate=16 * MIB, max_sessions=1) as seed,
+        source(way, many_rows, max_send_rate=128 * ROW, max_sessions=1) as seed,
         fleet(way, 3) as replicas,
     ):
         start(replicas, seed)
@@ -135,7 +134,7 @@ def test_an_incomplete_source_says_which_blocks_it_has_as_they_come(way):
 
 
 def test_the_peers_of_a_source_are_those_that_load_from_it(way):
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as replicas:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 2) as replicas:
         start(replicas, seed)
         with dial(seed.address) as client:
             weights = seed.store.digests.weights
@@ -150,7 +149,7 @@ def test_the_peers_of_a_source_are_those_that_load_from_it(way):
 
 def test_who_is_refused_for_now_hears_of_others(way):
     with (
-        source(way, many_rows, max_send_rate=8 * MIB, max_sessions=1) as seed,
+        source(way, many_rows, max_send_rate=64 * ROW, max_sessions=1) as seed,
         fleet(way, 1) as [relay],
     ):
         relay.start([seed])
@@ -195,7 +194,7 @@ def test_a_client_asks_its_sources_for_others_while_it_loads(way):
 
 @in_groups_too
 def test_the_log_says_what_was_relayed(way):
-    with source(way, many_rows, max_send_rate=16 * MIB) as seed, fleet(way, 3) as replicas:
+    with source(way, many_rows, max_send_rate=128 * ROW) as seed, fleet(way, 3) as replicas:
         with log_lines() as lines:
             start(replicas, seed)
             check(replicas)
@@ -299,7 +298,7 @@ def test_a_relay_that_has_nothing_new_is_left_where_there_is_one_thread_and_anot
 def test_a_relay_that_dies_costs_what_was_on_its_way(way, started, tmp_path):
     prefix = f"{tmp_path}/relay-"
     process = started(0)
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 3) as replicas:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 3) as replicas:
         process.start(load_and_relay, way, [seed.address], output_prefix=prefix)
         until(lambda: os.path.exists(f"{prefix}0.txt"))
         with open(f"{prefix}0.txt") as file:
@@ -320,7 +319,7 @@ def test_a_relay_that_dies_costs_what_was_on_its_way(way, started, tmp_path):
 def test_when_the_source_dies_after_every_block_exists_somewhere_all_complete(way, started):
     process = started(0)
     address = process.call(_serve, way)
-    with fleet(way, 3, max_send_rate=4 * MIB) as replicas:
+    with fleet(way, 3, max_send_rate=32 * ROW) as replicas:
         start(replicas, address)
         until(lambda: len(blocks_of(replicas)) == ALL)
         process.signal(signal.SIGKILL)
@@ -332,12 +331,12 @@ def test_when_the_source_dies_after_every_block_exists_somewhere_all_complete(wa
 def _serve(way):
     from .sides import serve
 
-    return serve(way, many_rows, max_send_rate=8 * MIB, **PATIENT)
+    return serve(way, many_rows, max_send_rate=64 * ROW, **PATIENT)
 
 
 def test_those_that_lack_the_same_blocks_when_the_source_dies_do_not_wait_for_each_other(way):
     with (
-        source(way, many_rows, max_send_rate=4 * MIB) as seed,
+        source(way, many_rows, max_send_rate=32 * ROW) as seed,
         fleet(way, 3, source_wait=_LONG, progress_timeout=1.0) as replicas,
     ):
         start(replicas, seed)
@@ -368,7 +367,7 @@ def claim(replica):
 @in_groups_too
 @pytest.mark.parametrize("lies", [lie, claim])
 def test_a_relay_that_lies_costs_its_own_session_and_is_not_used_again(way, lies):
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 3) as replicas:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 3) as replicas:
         liar, *honest = replicas
         lies(liar)
         liar.start([seed])
@@ -396,7 +395,7 @@ def repeat(asked):
     ("answer", "text"), [(spin, "does not wait"), (repeat, "more news than there are blocks")]
 )
 def test_a_relay_whose_news_are_none_is_left(way, answer, text):
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [liar, honest]:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 2) as [liar, honest]:
         liar.server.have = lambda *asked: answer(asked)
         liar.start([seed])
         until(lambda: liar.filling is not None)
@@ -408,7 +407,7 @@ def test_a_relay_whose_news_are_none_is_left(way, answer, text):
 
 def test_a_relay_that_lies_on_a_further_connection_is_left(way):
     with (
-        source(way, many_rows, max_send_rate=8 * MIB) as seed,
+        source(way, many_rows, max_send_rate=64 * ROW) as seed,
         fleet(way, 2, connections=2) as [liar, honest],
     ):
         join, blocks, joined = liar.server.join, liar.server.blocks, []
@@ -432,7 +431,7 @@ def test_a_relay_that_lies_on_a_further_connection_is_left(way):
 
 
 def test_a_connection_for_news_that_ends_is_made_anew(way):
-    with source(way, many_rows, max_send_rate=8 * MIB) as seed, fleet(way, 2) as [relay, other]:
+    with source(way, many_rows, max_send_rate=64 * ROW) as seed, fleet(way, 2) as [relay, other]:
         have, fails = relay.server.have, iter([True, True])
 
         def news(session, *asked):

@@ -145,7 +145,7 @@ class Groups:
         control = _Announces(chance, self._store, honest=chance.random() < 0.3)
         with self._group(CLIENT, _Messages(control.message)) as group:
             receiver = GroupReceiver(control, group, here, self._device, MIB)
-            runs = Scheduler(self._store.blocks, _CHUNK)
+            runs = Scheduler(self._store.blocks, self._store.blocks.cut(_CHUNK, large_alone=True))
             try:
                 P2PLoad(receiver, here, runs, verify=True, keep_alive=_AT_ONCE).run()
                 came = True

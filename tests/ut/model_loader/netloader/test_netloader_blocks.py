@@ -133,19 +133,25 @@ def test_a_part_may_be_as_large_as_is_allowed():
 # What is asked for
 
 
-def _check(sizes, chunk_bytes):
+def _check(sizes, chunk_bytes, **how):
     blocks = Blocks(sizes)
-    runs = blocks.cut(chunk_bytes)
+    runs = blocks.cut(chunk_bytes, **how)
     assert [block for run in runs for block in range(run.first, run.last + 1)] == list(
         range(blocks.count)
     )
     for run in runs:
         assert run.first == run.last or blocks.size_of(run) <= chunk_bytes
-        tensors = {blocks.tensor_of(run.first), blocks.tensor_of(run.last)}
-        if len(tensors) > 1:
-            spans = blocks.spans(run)
-            assert all(sizes[span.tensor] * 8 < chunk_bytes for span in spans)
-    return runs
+    return blocks, runs
+
+
+@given(_sizes, _chunks)
+@example([1] * 50, B)
+@example([0, 0, B, 0], B)
+@example([B] * 9, 64 * B)
+def test_every_block_is_asked_for_once_in_runs_as_large_as_are_allowed(sizes, chunk_bytes):
+    blocks, runs = _check(sizes, chunk_bytes)
+    for one, other in itertools.pairwise(runs):
+        assert blocks.size_of(Run(one.first, other.first)) > chunk_bytes
 
 
 @given(_sizes, _chunks)
@@ -153,23 +159,34 @@ def _check(sizes, chunk_bytes):
 @example([B // 8, B // 8 - 1, B // 8 - 1], B)
 @example([0, 0, B, 0], B)
 @example([B] * 9, 64 * B)
-def test_every_block_is_asked_for_once_and_large_tensors_share_no_run(sizes, chunk_bytes):
-    _check(sizes, chunk_bytes)
+def test_large_tensors_share_no_run_where_they_are_alone(sizes, chunk_bytes):
+    blocks, runs = _check(sizes, chunk_bytes, large_alone=True)
+    for one, other in itertools.pairwise(runs):
+        tensors = blocks.tensor_of(one.first), blocks.tensor_of(other.first)
+        if all(sizes[tensor] * 8 < chunk_bytes for tensor in tensors):
+            assert blocks.size_of(Run(one.first, other.first)) > chunk_bytes
+    for run in runs:
+        spans = blocks.spans(run)
+        assert len(spans) == 1 or all(sizes[span.tensor] * 8 < chunk_bytes for span in spans)
 
 
 def test_small_tensors_share_a_run_and_large_ones_are_cut_into_chunks():
-    runs = _check([B // 10] * 25 + [9 * B + 1], 4 * B)
+    sizes = [B // 10] * 25 + [9 * B + 1]
     # Forty tenths of a block fill a chunk; the large one has ten blocks.
+    runs = _check(sizes, 4 * B, large_alone=True)[1]
     assert runs == [Run(0, 24), Run(25, 28), Run(29, 32), Run(33, 34)]
-    assert _check([B // 10] * 45, 4 * B) == [Run(0, 39), Run(40, 44)]
+    assert _check(sizes, 4 * B)[1] == [Run(0, 25), Run(26, 29), Run(30, 33), Run(34, 34)]
+    for large_alone in (False, True):
+        runs = _check([B // 10] * 45, 4 * B, large_alone=large_alone)[1]
+        assert runs == [Run(0, 39), Run(40, 44)]
 
 
 def test_a_thousand_tiny_tensors_are_asked_for_together():
-    assert _check([4] * 2500, B) == [Run(0, 1023), Run(1024, 2047), Run(2048, 2499)]
+    assert _check([4] * 2500, B)[1] == [Run(0, 1023), Run(1024, 2047), Run(2048, 2499)]
 
 
 def test_a_chunk_of_less_than_a_block_has_one():
-    assert _check([3 * B], 1) == [Run(0, 0), Run(1, 1), Run(2, 2)]
+    assert _check([3 * B], 1)[1] == [Run(0, 0), Run(1, 1), Run(2, 2)]
 
 
 @given(_runs())

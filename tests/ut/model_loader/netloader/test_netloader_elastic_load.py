@@ -59,7 +59,7 @@ class Receiver:
 class Client:
     def __init__(self, there, *, verify=True, keep_alive=0.005, **options):
         self.here = incomplete(there, [torch.empty_like(tensor) for tensor in there.tensors])
-        self.scheduler = Scheduler(there.blocks, MIB)
+        self.scheduler = Scheduler(there.blocks, there.blocks.cut(MIB))
         self.receiver = Receiver(there, self.here, **options)
         self.load = P2PLoad(
             self.receiver, self.here, self.scheduler, verify=verify, keep_alive=keep_alive
@@ -134,7 +134,11 @@ def test_many_tensors_that_came_wrong_are_named_in_part():
             self.waiting.pop(0)
 
     load = P2PLoad(
-        Nothing(store, here), here, Scheduler(store.blocks, MIB), verify=True, keep_alive=1
+        Nothing(store, here),
+        here,
+        Scheduler(store.blocks, store.blocks.cut(MIB)),
+        verify=True,
+        keep_alive=1,
     )
     with pytest.raises(TransferCorrupt, match=r"blocks 0-8 \(t0, t1, t2, and 6 more\)"):
         load.run()
@@ -178,7 +182,13 @@ def test_runs_over_the_sources_limit_are_not_asked_for():
                 own.copy_(part)
 
     receiver = Whole(store, here, max_bytes=2 * MIB)
-    P2PLoad(receiver, here, Scheduler(store.blocks, 4 * MIB), verify=True, keep_alive=1).run()
+    P2PLoad(
+        receiver,
+        here,
+        Scheduler(store.blocks, store.blocks.cut(4 * MIB)),
+        verify=True,
+        keep_alive=1,
+    ).run()
     assert here.complete
     assert [runs for runs in receiver.requests if runs] == [[Run(0, 1)], [Run(2, 3)]]
 

@@ -293,7 +293,9 @@ class Session:
         self.here = incomplete(self.there, matched, device)
         self.control = Control(pair.source, self.there, pair.devices[SOURCE])
         self.receiver = GroupReceiver(self.control, pair.client, self.here, device, 64 * MIB)
-        self.scheduler = Scheduler(self.there.blocks, chunk_bytes)
+        self.scheduler = Scheduler(
+            self.there.blocks, self.there.blocks.cut(chunk_bytes, large_alone=True)
+        )
         self.load = P2PLoad(self.receiver, self.here, self.scheduler, verify=True, keep_alive=0.01)
 
 

@@ -14,9 +14,15 @@ from vllm_ascend.model_loader.netloader.executor.scheduler import FirstCopy, Pee
 from .support import MIB, PATIENCE
 
 
+def scheduler_of(sizes, chunk_mib=1, **settings):
+    """A scheduler of tensors of such sizes, in MiB."""
+    blocks = Blocks([size * MIB for size in sizes])
+    return Scheduler(blocks, blocks.cut(chunk_mib * MIB), **settings)
+
+
 def of(count):
     """A scheduler of so many runs, each of which is a block and a tensor."""
-    return Scheduler(Blocks([MIB] * count), MIB)
+    return scheduler_of([1] * count)
 
 
 def numbers(runs):
@@ -106,13 +112,13 @@ def test_what_is_in_place_is_handed_out_to_nobody():
 
 def test_with_nothing_to_fetch_it_is_finished():
     assert of(0).finished
-    assert not Scheduler(Blocks([0]), MIB).finished  # a block without bytes is one to be checked
+    assert not scheduler_of([0]).finished  # a block without bytes is one to be checked
 
 
 @pytest.mark.parametrize("max_bytes", [1, MIB, 3 * MIB, sys.maxsize])
 def test_a_run_over_a_sources_limit_is_handed_out_in_parts(max_bytes):
     blocks = Blocks([8 * MIB, 100, 100, 8 * MIB])
-    scheduler = Scheduler(blocks, 8 * MIB)
+    scheduler = Scheduler(blocks, blocks.cut(8 * MIB))
     taken = []
     while runs := scheduler.take(Peer(), 2, max_bytes=max_bytes):
         for run in runs:
@@ -125,7 +131,7 @@ def test_a_run_over_a_sources_limit_is_handed_out_in_parts(max_bytes):
 
 
 def test_parts_of_a_run_may_go_to_another_source_in_larger_ones():
-    scheduler = Scheduler(Blocks([4 * MIB]), 4 * MIB)
+    scheduler = scheduler_of([4], 4)
     assert scheduler.take(Peer(), 1, max_bytes=MIB) == [Run(0, 0)]
     assert scheduler.take(Peer(), 9) == [Run(1, 1), Run(2, 2), Run(3, 3)]
 
@@ -139,7 +145,7 @@ class Interleavings(RuleBasedStateMachine):
     )
     def begin(self, sizes, chunk_mib):
         self.blocks = Blocks(sizes)
-        self.scheduler = Scheduler(self.blocks, chunk_mib * MIB)
+        self.scheduler = Scheduler(self.blocks, self.blocks.cut(chunk_mib * MIB))
         self.sessions = []
         self.done = []
 
@@ -261,9 +267,11 @@ class Ticks:
         return self.now
 
 
-def of_relays(count, *having, shuffle=None):
+def of_relays(count, *having, order=None):
     """A scheduler, and one incomplete source for each of the lists of blocks that it has."""
-    scheduler = Scheduler(Blocks([MIB] * count), MIB, shuffle, Ticks())
+    blocks = Blocks([MIB] * count)
+    runs = [Run(block, block) for block in order or range(count)]
+    scheduler = Scheduler(blocks, runs, Ticks())
     peers = []
     scheduler.kept = []  # a session that nobody has any more is over
     for blocks in having:
@@ -290,7 +298,7 @@ def test_an_incomplete_source_is_asked_for_what_it_has():
 
 
 def test_a_run_is_there_once_all_its_blocks_are():
-    scheduler = Scheduler(Blocks([8 * MIB]), 4 * MIB)
+    scheduler = scheduler_of([8], 4)
     peer = Peer(complete=False)
     with scheduler.session(peer):
         scheduler.heard(peer, [Run(0, 2), Run(5, 7)], complete=False)
@@ -387,7 +395,7 @@ def test_what_comes_back_can_be_had_from_all_who_have_it():
 
 
 def test_clients_may_have_different_orders():
-    scheduler, [relay] = of_relays(4, [0, 2, 3], shuffle=list.reverse)
+    scheduler, [relay] = of_relays(4, [0, 2, 3], order=[3, 2, 1, 0])
     assert taken(scheduler) == [1]
     assert [taken(scheduler, relay) for _ in range(3)] == [[3], [2], [0]]
 
@@ -600,7 +608,7 @@ def test_who_waits_goes_on_when_another_has_become_slow(monkeypatch):
 
 def test_a_slow_source_that_waits_goes_on_when_a_faster_one_has_gone():
     ticks = Ticks()
-    scheduler, slow, fast = Scheduler(Blocks([MIB] * 9), MIB, None, ticks), Peer(), Peer()
+    scheduler, slow, fast = scheduler_of([1] * 9, clock=ticks), Peer(), Peer()
     over = threading.Event()
 
     def wait():

@@ -74,7 +74,7 @@ class Session:
         matched = match(self.there.manifest, self.blanks, self.blanks.keys(), {})
         self.here = incomplete(self.there, matched, here)
         self.source = loopback(self.there)
-        scheduler = Scheduler(self.there.blocks, chunk_bytes)
+        scheduler = Scheduler(self.there.blocks, self.there.blocks.cut(chunk_bytes))
         receiver = HttpReceiver(self.source, self.here)
         self.load = P2PLoad(receiver, self.here, scheduler, verify=there is here, keep_alive=0.01)
 

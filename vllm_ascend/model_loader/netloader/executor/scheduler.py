@@ -89,36 +89,28 @@ class Scheduler:
 
     Args:
         blocks: what is to be fetched.
-        chunk_bytes: size of a run that is not to be exceeded.
-        shuffle: puts runs into the order in which those come that are equally urgent; None: as
-            they are. Clients with different orders do not all ask a source for the same run.
+        runs: all of them, in the order in which those come that are equally urgent. Clients with
+            different orders do not all ask a source for the same run.
         clock: returns seconds.
     """
 
     def __init__(
-        self,
-        blocks: Blocks,
-        chunk_bytes: int,
-        shuffle: Callable[[list[Run]], object] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, blocks: Blocks, runs: Iterable[Run], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        runs = blocks.cut(chunk_bytes)
-        if shuffle is not None:
-            shuffle(runs)
         self._blocks = blocks
         self._clock = clock
         self._changed = threading.Condition()
         # A run's number says in which order runs come that are equally urgent.
-        self._runs = runs
-        self._wanted = (1 << len(runs)) - 1
+        self._runs = [*runs]
+        self._wanted = (1 << len(self._runs)) - 1
         self._urgent = 0  # that come at once when they are wanted
         # How many incomplete sources have a run: bit by bit, that of the least value first.
         self._having: list[int] = []
         self._number_of = array("q", [0]) * blocks.count  # by block
         for number, run in enumerate(self._runs):
             self._renumber(run, number)
-        self._wanting = len(runs)
-        self._left = len(runs)
+        self._wanting = len(self._runs)
+        self._left = len(self._runs)
         self._held: dict[Run, tuple[Peer, float]] = {}  # by whom, and since when
         self._sessions: Counter[Peer] = Counter()
         self._began = self._reviewed = clock()

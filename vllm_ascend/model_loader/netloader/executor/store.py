@@ -267,7 +267,7 @@ def _hashed(
     device.synchronize()
     readable = device.readable(tensors)
     of_blocks = bytearray()
-    for run in blocks.cut(_HASHED_AT_ONCE):
+    for run in blocks.cut(_HASHED_AT_ONCE, large_alone=True):
         progress(blocks.size_of(run))
         of_blocks += device.digests([read(span, readable) for span in blocks.spans(run)])
     digests = combine(device.digest_algorithm, manifest, blocks, bytes(of_blocks))

@@ -256,8 +256,10 @@ class Target:
         self.lists = []
         groups, relays = in_groups(self._device, self._config), self._relay is not None
         chunk_mib = self._config.chunk_mib or chunk_mib_for(blocks.nbytes, groups, relays)
-        shuffle = random.shuffle if relays else None
-        self._scheduler = Scheduler(blocks, chunk_mib * MIB, shuffle)
+        runs = blocks.cut(chunk_mib * MIB, large_alone=groups)
+        if relays:
+            random.shuffle(runs)
+        self._scheduler = Scheduler(blocks, runs)
         for run in self._scheduler.wanted if self._place is not None else ():
             if not self._store.wrong(run):
                 self._store.add(run)

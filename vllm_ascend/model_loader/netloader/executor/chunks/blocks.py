@@ -5,15 +5,15 @@ shorter, and a tensor without bytes has one block without bytes. Nothing of this
 the bytes travel.
 """
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 BLOCK_BYTES = 1 << 20
 
-# A tensor from this part of a chunk on shares no chunk with others, so that a message can be sent
-# from and received into its own memory.
-_OWN_CHUNK = 8
+# A tensor is large from this part of a chunk on.
+_LARGE = 8
 # Tensors of a run: as many buffers as one system call takes.
 _MOST_TENSORS = 1024
 
@@ -116,42 +116,33 @@ class Blocks:
         """Split a run into such as are no larger than `max_bytes`, or else one block."""
         if self.size_of(run) <= max_bytes:
             return [run]
-        parts = []
-        first, end = run.first, run.last + 1
-        while first < end:
-            limit = self._positions[first] + max_bytes
-            after = max(bisect_right(self._positions, limit, first + 1, end + 1) - 1, first + 1)
-            parts.append(Run(first, after - 1))
-            first = after
-        return parts
+        return list(self._parts(run.first, run.last + 1, max_bytes))
 
-    def cut(self, chunk_bytes: int) -> list[Run]:
-        """Cut all blocks into runs to ask for: no larger than a chunk, or else one block.
-
-        A run has blocks of one large tensor, or of several small ones.
+    def cut(self, chunk_bytes: int, *, large_alone: bool = False) -> list[Run]:
+        """Cut all blocks into runs, which are no larger than a chunk, or else one block.
 
         Args:
             chunk_bytes: bytes of a chunk.
+            large_alone: whether a run that has blocks of a large tensor has no others, so that a
+                message can be sent from and received into the tensor's own memory.
         """
-        return list(self._cut(chunk_bytes))
+        ends = [0, self.count]
+        if large_alone:
+            least = -(-chunk_bytes // _LARGE)
+            large = [tensor for tensor, size in enumerate(self.sizes) if size >= least]
+            ends[1:1] = [end for one in large for end in self.firsts[one : one + 2]]
+        between = itertools.pairwise(ends)
+        return [run for first, end in between for run in self._parts(first, end, chunk_bytes)]
 
-    def _cut(self, chunk_bytes: int) -> Iterator[Run]:
-        step, firsts = max(1, chunk_bytes // BLOCK_BYTES), self.firsts
-        least = -(-chunk_bytes // _OWN_CHUNK)
-        large = [tensor for tensor, size in enumerate(self.sizes) if size >= least]
-        small = 0
-        for tensor in [*large, len(self.sizes)]:
-            while small < tensor:
-                full, most = self._start_of(small) + chunk_bytes, min(tensor, small + _MOST_TENSORS)
-                between = range(small + 1, most + 1)
-                after = small + bisect_right(between, full, key=self._start_of)
-                yield Run(firsts[small], firsts[after] - 1)
-                small = after
-            if tensor < len(self.sizes):
-                after = firsts[tensor + 1]
-                for block in range(firsts[tensor], after, step):
-                    yield Run(block, min(block + step, after) - 1)
-                small = tensor + 1
+    def _parts(self, first: int, end: int, max_bytes: int) -> Iterator[Run]:
+        while first < end:
+            most = self.tensor_of(first) + _MOST_TENSORS
+            last = self.firsts[most] if most < len(self.sizes) else end
+            limit = self._positions[first] + max_bytes
+            after = bisect_right(self._positions, limit, first + 1, min(last, end) + 1) - 1
+            after = max(after, first + 1)
+            yield Run(first, after - 1)
+            first = after
 
     def _start_of(self, tensor: int) -> int:
         return self._positions[self.firsts[tensor]]

@@ -266,7 +266,7 @@ def _changed(raw: BlockStore) -> set[int]:
         if tensor.untyped_storage().nbytes() < _end(tensor)
     }
     changed = set(gone)
-    for run in raw.blocks.cut(_COMPARED_AT_ONCE):
+    for run in raw.blocks.cut(_COMPARED_AT_ONCE, large_alone=True):
         for part in _without(run, gone, raw) if gone else [run]:
             changed |= {raw.blocks.tensor_of(block) for block in raw.wrong(part)}
     return changed
