@@ -2,6 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from .utils import shortened
+
+# Characters of an error about one source, or about one that is of its making: it chooses names and
+# values in them, and they go to logs.
+_MOST = 5000
+
 
 class NetLoaderError(Exception):
     """Anything NetLoader reports; the message says where, which rank and why."""
@@ -33,7 +39,7 @@ class SourceError(NetLoaderError):
         instance: str = "",
         ranks: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message, _MOST))
         self.code = code
         self.retry_after = retry_after
         self.peers = peers
@@ -110,6 +116,9 @@ class NotHere(NetLoaderError):
 
 class LayoutUnsupported(NetLoaderError):
     """This model's tensors cannot be sent or received in the layout at hand."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, _MOST))
 
 
 class LoadFailed(NetLoaderError):

@@ -7,10 +7,19 @@ import threading
 
 import psutil
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader import utils
+from vllm_ascend.model_loader.netloader.errors import (
+    LayoutUnsupported,
+    ProtocolError,
+    SourceError,
+    SourceRefused,
+    TransferCorrupt,
+)
+from vllm_ascend.model_loader.netloader.executor.model.raw import apply_attributes
 from vllm_ascend.model_loader.netloader.port_file import PortFile, write_atomically
 from vllm_ascend.model_loader.netloader.utils import (
     Address,
@@ -418,3 +427,21 @@ def test_any_prefix_is_only_ever_a_file_name(name, tmp_path):
     assert port_file._watch is not None
     port_file._watch.stdin.close()  # as the death of this process would
     assert until(lambda: os.listdir(tmp_path) == [])
+
+
+ESCAPES = "\x1b[2J" * 100_000
+
+
+@pytest.mark.parametrize(
+    "error", [SourceError, ProtocolError, SourceRefused, TransferCorrupt, LayoutUnsupported]
+)
+def test_an_error_with_names_of_a_source_is_printable_and_bounded(error):
+    shown = str(error(f"tensors differ: {ESCAPES} is only there"))
+    assert shown.isprintable() and len(shown) < 5100
+    assert shown.startswith("tensors differ: ")
+
+
+def test_an_attribute_that_a_source_invents_is_named_in_a_bounded_line():
+    with pytest.raises(LayoutUnsupported) as refused:
+        apply_attributes(torch.nn.Linear(2, 2), {f"{ESCAPES}.a": 1})
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 5100

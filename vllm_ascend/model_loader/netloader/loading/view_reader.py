@@ -31,7 +31,7 @@ from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Code, Done, Join, Region
 from ..interaction.client import ElasticClient
-from ..utils import Address, Buffer, logger, one_line, rate, size
+from ..utils import Address, Buffer, logger, one_line, rate, shortened, size
 from .sessions import connect
 
 _ANSWER = 8 << 20  # bytes of one answer
@@ -481,4 +481,4 @@ def said_of(address: Address, error: Exception) -> str:
         said = one_line(error)
         return said if said.startswith(f"{address}") else f"{address}: {said}"
     logger.debug("NetLoader: %s", address, exc_info=error)
-    return f"{address}: {type(error).__name__}: {one_line(error)}"
+    return f"{address}: {type(error).__name__}: {shortened(one_line(error))}"
