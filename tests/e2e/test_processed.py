@@ -113,10 +113,10 @@ def sending(monkeypatch):
     def send(tap):
         made = P2PSend.__init__
 
-        def make(self, store, sender, limiter):
+        def make(self, store, sender, *others):
             tensors = store.tensors
             store.readable = Tapped(tensors, lambda i, n: tap(i, n, tensors))
-            made(self, store, sender, limiter)
+            made(self, store, sender, *others)
 
         monkeypatch.setattr(P2PSend, "__init__", make)
 

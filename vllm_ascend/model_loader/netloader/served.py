@@ -45,10 +45,10 @@ class Served:
         self.end = ""
         self.relay: Peer | None = None
         self.groups: list[ServedGroup] = []
-        self._peer = session.peer
+        self._peer, self._gone = session.peer, session.gone
         self._started = time.monotonic()
         self._views: list[Buffer] = []
-        self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter)
+        self._http = P2PSend(store, HttpSender(store, self._views.extend), limiter, session.gone)
         self._group: P2PSend | None = None
         self._limiter = limiter
         self._gathered = 0
@@ -75,7 +75,7 @@ class Served:
         """
         store, accelerator = self.store, self.store.device.accelerator
         nbytes = view.nbytes_of(regions)
-        self._limiter.wait(nbytes, store.withdrawn)
+        self._limiter.wait(nbytes, store.withdrawn, self._gone)
         with store.device.attached(), store.reading(Run(0, store.blocks.count - 1)):
             if self._staging is None or self._staging.numel() < nbytes:
                 empty = accelerator.empty_host if accelerator is not None else _empty
@@ -94,7 +94,7 @@ class Served:
 
     def through(self, sender: GroupSender, limiter: RateLimiter) -> P2PSend:
         """Return what sends through a group."""
-        self._group = P2PSend(self.store, sender, limiter)
+        self._group = P2PSend(self.store, sender, limiter, self._gone)
         return self._group
 
     def status(self) -> api.SessionStatus:

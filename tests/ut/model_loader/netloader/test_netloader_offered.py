@@ -197,6 +197,9 @@ class Caller:
     def on_close(self, call):
         pass
 
+    def gone(self):
+        return False
+
 
 def test_weights_are_not_idle_as_long_as_their_memory_is_being_sent(monkeypatch):
     monkeypatch.setattr(serve, "_GATHERED_AT_ONCE", 96)
@@ -403,7 +406,7 @@ def test_weights_that_are_withdrawn_between_two_pieces_end_the_connection(monkey
     with serving(view, store) as (server, address), connect(address) as client:
         assert_is_the_checkpoint(*refetched(client, store.digests.weights, view))
         pieces = iter([lambda: None, lambda: store.withdraw(Withdrawn("they change"))])
-        server._limiter.wait = lambda nbytes, stop: next(pieces)()
+        server._limiter.wait = lambda nbytes, stop, gone: next(pieces)()
         with pytest.raises(SourceLost, match="the connection ended"):
             fetch(client, store.digests.weights, view, [Region(0, 0, [48], [1])])
 
@@ -439,6 +442,6 @@ def test_weights_that_are_withdrawn_while_the_rate_is_limited_are_not_gathered()
     offered = viewed(records, tensors)
     view = Watched(offered.records, offered.parameters)
     with serving(view, store) as (server, address), connect(address) as client:
-        server._limiter.wait = lambda nbytes, stop: store.withdraw(Withdrawn("they change"))
+        server._limiter.wait = lambda nbytes, stop, gone: store.withdraw(Withdrawn("they change"))
         with pytest.raises(SourceBusy, match="changed: they change"):
             fetch(client, store.digests.weights, view, [Region(0, 0, [], [])])

@@ -246,9 +246,19 @@ def test_a_run_goes_out_in_pieces_that_the_rate_limiter_lets_go_one_by_one():
     slow = server(one, max_send_rate=1 << 30, max_sessions=200, progress_timeout=1.0)
     assert slow.config.max_message_bytes == 2 * MIB
     waited = []
-    slow._limiter.wait = lambda nbytes, stop: waited.append(nbytes)
+    slow._limiter.wait = lambda nbytes, stop, gone: waited.append(nbytes)
     _, pieces = fetched(slow, one.store.digests.weights, 0, 4)
     assert pieces == waited == [2 * MIB, 2 * MIB, MIB]
+
+
+def test_the_rate_limiter_holds_back_nothing_for_a_client_that_is_gone():
+    one, wire = offer(), Wire()
+    slow, by = server(one, max_send_rate=MIB), Session(wire)
+    fetched(slow, one.store.digests.weights, 0, 0, by)
+    wire.hung_up = True
+    started = time.monotonic()
+    fetched(slow, one.store.digests.weights, 0, 11, by)
+    assert time.monotonic() - started < 6  # not twelve seconds
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 12), (12, 12), (10**18, 10**18)])

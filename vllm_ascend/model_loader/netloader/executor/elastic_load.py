@@ -62,13 +62,21 @@ class P2PSend:
         store: the weights.
         sender: how they travel.
         limiter: at which rate.
+        gone: whether the client has gone.
 
     Attributes:
         bytes_sent: bytes of the runs that were sent.
     """
 
-    def __init__(self, store: BlockStore, sender: Sender, limiter: RateLimiter) -> None:
+    def __init__(
+        self,
+        store: BlockStore,
+        sender: Sender,
+        limiter: RateLimiter,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
+        self._gone = gone
         self._sender = sender
         self._limiter = limiter
         self.bytes_sent = 0
@@ -81,7 +89,7 @@ class P2PSend:
             Exception: see `Sender.send`.
         """
         nbytes = self._store.blocks.size_of(run)
-        self._limiter.wait(nbytes, self._store.withdrawn)
+        self._limiter.wait(nbytes, self._store.withdrawn, self._gone)
         self._store.check(run)
         self._sender.send(run)
         self.bytes_sent += nbytes

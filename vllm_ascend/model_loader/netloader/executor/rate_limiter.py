@@ -2,6 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable
+
+_LOOK = 0.5  # seconds after which whoever waits asks again whether the client is gone
 
 
 class RateLimiter:
@@ -18,12 +21,21 @@ class RateLimiter:
         self._lock = threading.Lock()
         self._next_start = time.monotonic()
 
-    def wait(self, nbytes: int, stop: threading.Event) -> None:
-        """Return when a message of `nbytes` may start, or when `stop` is set."""
+    def wait(
+        self, nbytes: int, stop: threading.Event, gone: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Return when a message of `nbytes` may start, `stop` is set, or nobody waits for it.
+
+        Args:
+            nbytes: of the message.
+            stop: ends the wait.
+            gone: whether whom the message is for has gone.
+        """
         if self._rate is None:
             return
         with self._lock:
-            now = time.monotonic()
-            start = max(now, self._next_start)
+            start = max(time.monotonic(), self._next_start)
             self._next_start = start + nbytes / self._rate
-        stop.wait(start - now)
+        while (left := start - time.monotonic()) > 0 and not gone():
+            if stop.wait(min(left, _LOOK)):
+                return
