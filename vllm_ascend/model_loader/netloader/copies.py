@@ -44,7 +44,7 @@ _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
 _MAX_ASKED = 1024  # ranks of one instance
 _ASKED_AT_ONCE = 32
-_MAX_BYTES = 1 << 50  # of one tensor
+_MAX_BYTES, _MOST_AXES = 1 << 50, 64  # of one tensor
 # Not by attribute of torch, which imports modules for some names.
 # What safetensors has no name for is a row of bytes there.
 _NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
@@ -275,9 +275,10 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def _nbytes(entry: TensorEntry) -> int:
-    nbytes = math.prod(entry.shape) * _dtype(entry).itemsize
-    if any(size < 0 for size in entry.shape) or nbytes > _MAX_BYTES:
-        shape = shortened(str([*entry.shape]), 200)
+    axes, nbytes = entry.shape[: _MOST_AXES + 1], _dtype(entry).itemsize
+    nbytes *= math.prod(axes)
+    if len(axes) > _MOST_AXES or min(axes, default=0) < 0 or nbytes > _MAX_BYTES:
+        shape = shortened(str([*axes]), 200)
         raise ProtocolError(f"{entry.name} has the shape {shape}, which no tensor has")
     return nbytes
 

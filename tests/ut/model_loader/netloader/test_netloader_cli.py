@@ -182,7 +182,11 @@ def test_a_dtype_of_torch_is_known(name):
     assert copies._dtype(TensorEntry("x", name, (1,))) is torch.bfloat16
 
 
-@pytest.mark.parametrize("shape", [(-1,), (-2, -3), (1 << 60,), (1 << 40, 1 << 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(-1,), (-2, -3), (1 << 60,), (1 << 40, 1 << 40), (1,) * 65, (2**63 - 1,) * 400_000],
+    ids=["negative", "two negative", "large", "large product", "axes", "product that takes long"],
+)
 def test_a_shape_that_no_tensor_has_is_refused_by_its_name(shape):
     with pytest.raises(ProtocolError, match=r"some\.weight has the shape"):
         copies._nbytes(TensorEntry("some.weight", "torch.float32", shape))

@@ -1,5 +1,7 @@
 """What is fetched of a checkpoint, and in which requests, for loads cut in any two ways."""
 
+import time
+
 import msgspec
 import pytest
 import torch
@@ -242,3 +244,17 @@ def test_copies_that_say_nothing_new_cost_nothing(meets):
 def test_what_takes_too_long_to_find_is_given_up():
     with pytest.raises(LoadFailed, match="what t is made of takes too long"):
         find(experts(0, 1), [experts(0, 1)], 0, seconds=-1.0)
+
+
+def test_many_boxes_that_are_kept_take_no_longer():
+    kept = tuple(Kept((2 * row, 2 * (row % 32)), (1, 1), b"\0\0") for row in range(2000))
+    there = Records((Seen("w", "bfloat16", (4000, 64), (), kept),), ())
+    whole = Copy((0, 0), (4000, 64), 0, 0, (64, 1))
+    need = Records(
+        (Seen("w", "bfloat16", (4000, 64), (whole,)),),
+        (Parameter("w", "bfloat16", (4000, 64), (64, 1)),),
+    )
+    started = time.monotonic()
+    with pytest.raises(LoadFailed, match="what w is made of takes too long"):
+        find(need, [there], 0, seconds=0.1)
+    assert time.monotonic() - started < 5  # it took a minute

@@ -214,6 +214,11 @@ def _find_one(
     deadline: float,
 ) -> Iterator[Missing]:
     """Add to a fetch what of one tensor is to be had; yield what is not."""
+
+    def in_time() -> None:
+        if time.monotonic() > deadline:
+            raise LoadFailed(f"what {found.tensors[number].name} is made of takes too long")
+
     here, near_wants = [*kept], _near([want.box for want in wants])
     near_kept, near_offered = _near(here), _near([offer.box for offer in offered])
     for index, want in enumerate(wants):
@@ -222,13 +227,13 @@ def _find_one(
             if other < index:
                 left = without(left, wants[other].box)
         for other in near_kept(want.box) if left else ():
+            in_time()
             if (smaller := without(left, here[other])) != left:
                 left = smaller
                 found.kept.setdefault(number, {})[here[other]] = kept[here[other]]
         why = "no rank of the source has it"
         for other in near_offered(want.box) if left else ():
-            if time.monotonic() > deadline:
-                raise LoadFailed(f"what {found.tensors[number].name} is made of takes too long")
+            in_time()
             box, through, rank, copy = offered[other]
             common = [both for one in left if (both := one.meet(box)) is not None]
             if not common:
