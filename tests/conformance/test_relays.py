@@ -12,6 +12,7 @@ from vllm_ascend.model_loader.netloader.executor import scheduler
 from vllm_ascend.model_loader.netloader.interaction import api, source_queue
 from vllm_ascend.model_loader.netloader.interaction.api import Join
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient
+from vllm_ascend.model_loader.netloader.loading import sessions
 from vllm_ascend.model_loader.netloader.utils import parse_address
 
 from . import sides
@@ -289,6 +290,32 @@ def test_a_relay_that_has_nothing_new_is_left_where_there_is_one_thread_and_anot
         client.start([relay, other])
         until(lambda: other.status.bytes_sent, PATIENCE / 2)  # the relay has news after that
         client.check()
+
+
+def test_of_a_load_that_others_leave_without_a_source_nothing_is_left(way, monkeypatch, over):
+    """A relay that still trickles then is no reason to keep the memory that was to be filled."""
+    monkeypatch.setattr(sessions, "_ORPHANED", (1.0, 1.0))
+    with (
+        source(way, many_rows, max_send_rate=64 * ROW) as seed,
+        fleet(way, 2, source_wait=60.0, progress_timeout=2.0) as [relay, victim],
+    ):
+        pieces = relay.server._pieces
+
+        def trickle(served, run):
+            if relay.filling.blocks_here <= 8:
+                yield from pieces(served, run)
+            while not over.wait(0.2):
+                yield [memoryview(b"x")]
+
+        relay.server._pieces = trickle
+        relay.start([seed])
+        until(lambda: relay.filling is not None and relay.filling.blocks_here > 8)
+        victim.start([seed, relay])
+        until(lambda: victim.filling is not None and victim.filling.blocks_here > 1)
+        cut_off(seed.server)
+        assert relay.server._server.sessions == 1
+        victim.thread.join(PATIENCE)
+        until(lambda: relay.server._server.sessions == 0, PATIENCE / 4)
 
 
 # Those that go

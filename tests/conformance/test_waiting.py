@@ -139,3 +139,15 @@ def test_eight_clients_that_start_together_all_get_the_weights(way):
         until(lambda: running.sessions == 0)
         assert running.status.bytes_sent == 8 * running.store.blocks.nbytes
     assert len(running.store.tensors) == COUNT
+
+
+@pytest.mark.ways(Way.HTTP)
+def test_a_source_whose_bytes_trickle_is_left_in_time(way, over):
+    def trickle(served, run):
+        while not over.wait(0.2):
+            yield [memoryview(b"x")]
+
+    with source(way) as running:
+        running.server._pieces = trickle
+        outcome = load(way, [running], progress_timeout=0.5, chunk_mib=1)
+        outcome.check_failed(f"{running.address}: no blocks for 1.5 s")

@@ -32,6 +32,8 @@ _PARENTS = 2
 # Bytes, after the first one, that count as progress: one that sends a run now and then is to keep
 # no load from the disk.
 _ENOUGH = 64 * MIB
+# Seconds for which a session that is cut may take to end.
+_END = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,12 @@ def elastic_load(
         store = target.complete()
     except RuntimeError as error:
         raise LoadFailed(f"after all weights had come: {one_line(error)}") from None
+    if store is None:
+        # What they hold is memory that the next attempt needs.
+        sessions.end()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(_END)
     others = [*queue.others(), *(discovery.seen.others if discovery is not None else ())]
     if store is None and target.chosen:
         chosen = "this instance was chosen to read the disk, as no other has the weights"

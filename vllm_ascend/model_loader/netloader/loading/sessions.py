@@ -117,7 +117,7 @@ class Sessions:
         # By source and weights digest: those that go on, and the bytes of those that are over.
         self._pulls: list[tuple[tuple[Address, str], P2PLoad]] = []
         self._gave: Counter[tuple[Address, str]] = Counter()
-        self._untrusted: list[tuple[Address, _HttpSession, Scheduler]] = []
+        self._over_http: list[tuple[Address, _HttpSession, Scheduler]] = []
         self._relays: set[tuple[Address, str]] = set()  # those that were incomplete
         self._loading: set[Address] = set()  # those that were when they were asked last
         # So that of those that wait for each other one reads the disk and the rest hears of it.
@@ -153,15 +153,34 @@ class Sessions:
                     self._met(weights, peer)
 
     def cut_overdue(self) -> None:
-        """End sessions with untrusted sources whose blocks never come, or come too late."""
-        longest, late = _OVERDUE * self._config.progress_timeout, self._queue.late
+        """End sessions whose blocks never come, or with untrusted sources: come too late."""
+        late, trusted = self._queue.late, self._slowest()
+        untrusted = _OVERDUE * self._config.progress_timeout
         with self._lock:
-            untrusted = [*self._untrusted]
-        for address, session, scheduler in untrusted:
-            if late:
+            sessions = [*self._over_http]
+        for address, session, scheduler in sessions:
+            longest = trusted if session.peer.trusted else untrusted
+            if late and not session.peer.trusted:
                 session.cut(SourceLost(f"{address}: too slow, and SOURCE_WAIT is over"))
             elif scheduler.held_for(session.peer) > longest:
                 session.cut(SourceLost(f"{address}: no blocks for {longest:g} s"))
+
+    def end(self) -> None:
+        """End the sessions that go on, as the load is over."""
+        with self._lock:
+            sessions = [*self._over_http]
+        for address, session, _ in sessions:
+            session.cut(SourceLost(f"{address}: the load is over"))
+
+    def _slowest(self) -> float:
+        """Return twice the seconds that a run takes at the least rate that a source can have.
+
+        It sends a client 1 MiB in half of PROGRESS_TIMEOUT then, and on each connection two runs
+        are asked for.
+        """
+        config = self._config
+        runs = 2 * self._target.chunk_mib * config.connections
+        return max(runs, _OVERDUE) * config.progress_timeout
 
     def orphaned(self) -> bool:
         """Return whether all that can be asked load themselves, and wait for each other."""
@@ -433,9 +452,8 @@ class Sessions:
         peer: Peer,
     ) -> None:
         session = _HttpSession(peer, client)
-        if not peer.trusted:
-            with self._lock:
-                self._untrusted.append((address, session, scheduler))
+        with self._lock:
+            self._over_http.append((address, session, scheduler))
         peer.cut = lambda: session.cut(
             SourceBusy(f"{address}: slow: others bring what it had left")
         )
@@ -456,9 +474,8 @@ class Sessions:
                 raise session.cut_by from None
             raise
         finally:
-            if not peer.trusted:
-                with self._lock:
-                    self._untrusted.remove((address, session, scheduler))
+            with self._lock:
+                self._over_http.remove((address, session, scheduler))
 
     @contextlib.contextmanager
     def _news_of(

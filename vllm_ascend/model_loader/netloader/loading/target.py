@@ -126,6 +126,7 @@ class Target:
         self._store: BlockStore | None = None
         self._scheduler: Scheduler | None = None
         self._sessions = 0
+        self.chunk_mib = 0  # size of a run at most, once the first source has said what it is
         self.lists: list[Mapping[int, str]] = []
         self._over = threading.Event()
         self._prefaulting: threading.Thread | None = None
@@ -255,8 +256,8 @@ class Target:
         self._store = BlockStore(manifest, blocks, tensors, digests, self._device, complete=False)
         self.lists = []
         groups, relays = in_groups(self._device, self._config), self._relay is not None
-        chunk_mib = self._config.chunk_mib or chunk_mib_for(blocks.nbytes, groups, relays)
-        runs = blocks.cut(chunk_mib * MIB, large_alone=groups)
+        self.chunk_mib = self._config.chunk_mib or chunk_mib_for(blocks.nbytes, groups, relays)
+        runs = blocks.cut(self.chunk_mib * MIB, large_alone=groups)
         if relays:
             random.shuffle(runs)
         self._scheduler = Scheduler(blocks, runs)
