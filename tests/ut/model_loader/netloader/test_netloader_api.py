@@ -1,6 +1,8 @@
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -191,6 +193,15 @@ def test_nothing_is_called_by_a_longer_name_than_others_can_pass_on(said):
         fields["instance"] = "i" * (api.MAX_INSTANCE + 1)
         with pytest.raises(Refusal, match="instance"):
             api.decode(msgspec.json.encode(fields), type(said))
+
+
+def test_the_sample_in_the_guide_has_what_a_status_has():
+    guide = "docs/source/user_guide/feature_guide/netloader_operations.md"
+    sample = json.loads(re.search(r"```json\n(.+?)```", Path(guide).read_text(), re.DOTALL)[1])
+    [model], [session] = sample["models"], sample["sessions"]
+    of = {api.Status: sample, api.ModelStatus: model, api.SessionStatus: session}
+    for struct, shown in of.items():
+        assert list(shown) == list(struct.__struct_encode_fields__)
 
 
 # Two threads that decode the first message of a kind at the same time end the process, unless
