@@ -68,7 +68,8 @@ def test_all_who_share_a_limiter_share_its_rate_first_come_first_served(clock):
     for stop in (mine, theirs, mine, theirs):
         limiter.wait(1000, stop)
     assert clock.passed == 3
-    assert (sum(mine.waited), sum(theirs.waited)) == (1, 2)
+    assert mine.waited == [0.5] * 2
+    assert theirs.waited == [0.5] * 4
 
 
 def test_without_a_rate_nobody_waits(clock):
