@@ -73,6 +73,9 @@ def default_dtype_kept() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_ROTARY_OF_VLLM_ASCEND = "vllm_ascend.ops.rotary_embedding"
+
+
 def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
     """Remember what making a model adds to process-wide state.
 
@@ -92,10 +95,17 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
         for field in fields(config)
         if isinstance(value := getattr(config, field.name, None), dict | list | set)
     }
+    # A model that is filled shares no rotary table with one in use, nor with one that is made after
+    # it: what a source sends is in the table before it is checked.
+    _rotary_tables().clear()
+    recorded = _recorded_tables()
     experts_before = list(_experts_of_vllm_ascend())
     counted = {kind: kind.moe_counter for kind in _counting_experts()}
 
     def restore() -> None:
+        _rotary_tables().clear()
+        for name in _recorded_tables():
+            setattr(sys.modules[_ROTARY_OF_VLLM_ASCEND], name, recorded.get(name))
         _experts_of_vllm_ascend()[:] = experts_before
         for kind in _counting_experts():
             kind.moe_counter = counted.get(kind, -1)
@@ -108,6 +118,20 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
                 container.update(contents)
 
     return restore
+
+
+def _rotary_tables() -> dict[object, object]:
+    """Return where vLLM keeps the rotary embeddings of all models of the process."""
+    module = sys.modules.get("vllm.model_executor.layers.rotary_embedding")
+    found: dict[object, object] = getattr(module, "_ROPE_DICT", {})
+    return found
+
+
+def _recorded_tables() -> dict[str, object]:
+    """Return the rotary tables that vLLM Ascend keeps of the first model, by attribute."""
+    module = sys.modules.get(_ROTARY_OF_VLLM_ASCEND)
+    names = ("_cos_sin_cache", "_cos_cache", "_sin_cache")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
 def _experts_of_vllm_ascend() -> list[nn.Module]:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import vllm
 from torch import nn
-from vllm.config import CompilationConfig
+from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models import adapters
 
@@ -91,6 +92,30 @@ def test_expert_layers_of_vllm_ascend_are_counted_as_if_there_was_one_model(impo
     module.AscendFusedMoE.moe_counter += 2
     restore()
     assert module.AscendFusedMoE.moe_counter == before
+
+
+def test_a_rotary_table_is_shared_with_no_model_before_or_after(monkeypatch):
+    of_ascend = "vllm_ascend.ops.rotary_embedding"
+    module = types.ModuleType(of_ascend)
+    module._cos_sin_cache, module._cos_cache = None, "the target's"
+    monkeypatch.setitem(sys.modules, of_ascend, module)
+    config = VllmConfig()
+
+    def rotary():
+        with set_current_vllm_config(config):
+            made = get_rope(8, max_position=16, is_neox_style=True, dtype=torch.float32)
+        module._cos_sin_cache, module._cos_cache = made.cos_sin_cache, made.cos_sin_cache
+        return made
+
+    in_use = rotary()
+    right = in_use.cos_sin_cache.clone()
+    module._cos_sin_cache, module._cos_cache = None, "the target's"
+    restore = remember_registrations(config)
+    rotary().cos_sin_cache.fill_(9.0)  # as a source sends it, before it is checked
+    restore()
+    assert (module._cos_sin_cache, module._cos_cache) == (None, "the target's")
+    assert torch.equal(rotary().cos_sin_cache, right)
+    assert torch.equal(in_use.cos_sin_cache, right)
 
 
 @pytest.mark.parametrize("contents", [{}, {"VllmEplbAdaptor": type("VllmEplbAdaptor", (), {})}])
