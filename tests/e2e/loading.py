@@ -20,6 +20,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -89,7 +90,8 @@ def worker(
 
 
 def load(config: VllmConfig) -> nn.Module:
-    """Load the model of an instance."""
+    """Load the model of an instance, which shares no rotary table with others of this process."""
+    rotary_embedding._ROPE_DICT.clear()
     with worker(config) as loader:
         return loader.load_model(vllm_config=config, model_config=config.model_config)
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.lora.layers import RowParallelLinearWithLoRA
-from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -275,7 +274,6 @@ def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(
     # Other weights than the source's, so that bytes of the first attempt would be noticed.
     other = on_disk(models, arch, seed=1)
     plain_config = make_config(other, load_format="auto")
-    rotary_embedding._ROPE_DICT.clear()  # which the seed would share with it
     plain = load(plain_config)
     config = seed.client(other, CHUNK_MIB=1)
     kinds = {type(plain)}

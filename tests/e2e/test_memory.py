@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import LinearBase
 
 from tests.e2e.loading import load, make_config, reload_from, store_of, worker
@@ -50,7 +51,8 @@ def sizes(text: str) -> list[int]:
 
 
 def live() -> int:
-    """The bytes of all tensors that were made since the first test here."""
+    """The bytes of all tensors that were made since the first test here and are in use."""
+    rotary_embedding._ROPE_DICT.clear()
     gc.collect()
     registry.wait_until_retired()  # a server has the weights of a model until then
     found: dict[int, int] = {}
@@ -71,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for arch in ("llama", "w8a8-static", "moe"):
         make_model(folder / f"{arch}-0", arch, "tiny", 0)
         copy_without_weights(folder / f"{arch}-0", folder / f"{arch}-bare")
-        # What a first load leaves behind for later ones, such as rotary tables.
+        # What a first load leaves behind for later ones.
         load(make_config(folder / f"{arch}-0", load_format="auto"))
     gc.collect()
     gc.freeze()  # looking through what is there already takes most of the time
