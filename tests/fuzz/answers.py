@@ -138,7 +138,8 @@ class Answers:
             elif asked == "blocks":
                 data = bytearray(len(_BYTES))
                 client.ask_blocks(DIGEST, 0, 1)
-                client.receive_blocks([memoryview(data)[:100], memoryview(data)[100:]])
+                pieces = [[memoryview(data)[:100]], [memoryview(data)[100:]]]
+                client.receive_blocks(len(data), pieces)
             else:
                 group = client.open_group(DIGEST)
                 if asked == "tell":

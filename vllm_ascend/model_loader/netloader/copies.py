@@ -507,7 +507,7 @@ def measure(
                     at += 1
                     came = buffer[: description.blocks.size_of(run)]
                     client.ask_blocks(description.digests.weights, run.first, run.last)
-                    client.receive_blocks([host_view(came)])
+                    client.receive_blocks(len(came), [[host_view(came)]])
                     bad = _wrong(description, device, run, came)
                     with lock:
                         nbytes += len(came)

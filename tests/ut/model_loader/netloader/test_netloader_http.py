@@ -178,7 +178,7 @@ class Service:
 
 def read_blocks(client, digest, first, last, into):
     client.ask_blocks(digest, first, last)
-    client.receive_blocks(into)
+    client.receive_blocks(sum(map(len, into)), [into])
 
 
 def send(client, group, runs):
@@ -1312,7 +1312,7 @@ def test_all_that_has_no_answer_yet_is_asked_again_in_order():
             client.ask_blocks(DIGEST, number, number)
         for part in parts:
             data = bytearray(BLOCK)
-            client.receive_blocks([memoryview(data)])
+            client.receive_blocks(BLOCK, [[memoryview(data)]])
             assert data == part
     assert [requests[1].find(f"/blocks/{n}-{n} ".encode()) > 0 for n in range(2)] == [True, True]
 

@@ -506,7 +506,7 @@ def test_many_small_tensors_arrive_as_they_are(closed, secret):
         client.join(Join(IDENTITY))
         got = [bytearray(b - a) for a, b in itertools.pairwise(cuts)]
         client.ask_blocks(DIGEST, 0, 4999)
-        client.receive_blocks([memoryview(each) for each in got])
+        client.receive_blocks(cuts[-1], [[memoryview(each) for each in got]])
         assert b"".join(got) == CONTENT
 
 

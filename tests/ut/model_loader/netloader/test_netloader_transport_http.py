@@ -1,10 +1,12 @@
 """Runs of blocks as bodies of HTTP, from and into host memory, without the HTTP around them."""
 
+import itertools
 import weakref
 
 import pytest
 import torch
 
+from vllm_ascend.model_loader.netloader.errors import TransferCorrupt
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad
 from vllm_ascend.model_loader.netloader.executor.model.match import match
@@ -56,13 +58,14 @@ def loopback(store):
             self.asked.append(Run(first, last))
             self.due.append(Run(first, last))
 
-        def receive_blocks(self, into):
+        def receive_blocks(self, nbytes, into):
             self.views.clear()
             self.sender.send(self.due.pop(0))
             data = b"".join(self.views)
-            assert len(data) == sum(map(len, into))
-            for view in filter(len, into):
+            assert len(data) == nbytes
+            for view in filter(len, itertools.chain.from_iterable(into)):
                 memoryview(view).cast("B")[:], data = data[: len(view)], data[len(view) :]
+            assert not data
 
     return Source()
 
@@ -75,8 +78,9 @@ class Session:
         self.here = incomplete(self.there, matched, here)
         self.source = loopback(self.there)
         scheduler = Scheduler(self.there.blocks, self.there.blocks.cut(chunk_bytes))
-        receiver = HttpReceiver(self.source, self.here)
-        self.load = P2PLoad(receiver, self.here, scheduler, verify=there is here, keep_alive=0.01)
+        verify = there.digest_algorithm == here.digest_algorithm
+        receiver = HttpReceiver(self.source, self.here, verify=verify)
+        self.load = P2PLoad(receiver, self.here, scheduler, verify=verify, keep_alive=0.01)
 
 
 def test_what_had_to_be_copied_stays_until_the_next_run_is_sent(monkeypatch):
@@ -113,22 +117,52 @@ def test_contiguous_tensors_in_host_memory_are_neither_copied_here_nor_there():
         "small": random_tensor(1, torch.int64, 5),
     }
     session = Session(tensors, DEVICE, DEVICE, 64 * MIB)
-    seen = []
+    filled = []
     receive = session.source.receive_blocks
 
-    def noting(into):
-        receive(into)
-        for views in (session.source.views, into):
-            seen.append([torch.frombuffer(view, dtype=torch.uint8).data_ptr() for view in views])
+    def noting(nbytes, into):
+        receive(nbytes, (filled.extend(views) or views for views in into))
 
     session.source.receive_blocks = noting
     session.load.run()
-    runs = session.source.asked
-    assert runs == [Run(0, 3)]
-    assert seen == [
-        [tensor.data_ptr() for tensor in tensors.values()],
-        [tensor.data_ptr() for tensor in session.blanks.values()],
-    ]
+    assert session.source.asked == [Run(0, 3)]
+    assert [*map(address, session.source.views)] == [one.data_ptr() for one in tensors.values()]
+    large, small = (one.data_ptr() for one in session.blanks.values())
+    assert [*map(address, filled)] == [large, small]
+
+
+def address(buffer):
+    return torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+
+
+def test_blocks_are_checked_once_and_as_they_come():
+    tensors = {"large": random_tensor(0, torch.uint8, 9 * MIB + 1), "small": torch.ones(3)}
+    session = Session(tensors, DEVICE, DEVICE, 16 * MIB)
+    steps = []
+    receive, check = session.source.receive_blocks, session.here.wrong
+
+    def noting(nbytes, into):
+        receive(nbytes, (steps.append(sum(map(len, views))) or views for views in into))
+
+    def checking(run):
+        steps.append(run)
+        return check(run)
+
+    session.source.receive_blocks, session.here.wrong = noting, checking
+    session.load.run()
+    assert steps == [4 * MIB, Run(0, 3), 4 * MIB, Run(4, 7), MIB + 13, Run(8, 10)]
+    assert differing(tensors, session.blanks) == []
+
+
+@pytest.mark.parametrize("at", [0, 4 * MIB - 1, 4 * MIB, 5 * MIB, 9 * MIB + 12])
+def test_a_wrong_byte_in_any_piece_is_noticed(at):
+    tensors = {"large": random_tensor(0, torch.uint8, 9 * MIB + 1), "small": torch.ones(3)}
+    session = Session(tensors, DEVICE, DEVICE, 16 * MIB)
+    wrong = tensors["large" if at <= 9 * MIB else "small"].view(torch.uint8)
+    wrong[at if at <= 9 * MIB else at - 9 * MIB - 1] ^= 1
+    with pytest.raises(TransferCorrupt, match=r"twice in blocks 0-10"):
+        session.load.run()
+    assert session.load.bytes_received == 0
 
 
 def test_the_source_has_the_next_request_while_it_answers_one():
@@ -136,9 +170,9 @@ def test_the_source_has_the_next_request_while_it_answers_one():
     ahead = []
     receive = session.source.receive_blocks
 
-    def noting(into):
+    def noting(nbytes, into):
         ahead.append(len(session.source.due))
-        receive(into)
+        receive(nbytes, into)
 
     session.source.receive_blocks = noting
     session.load.run()

@@ -45,8 +45,11 @@ class Receiver(Protocol):
     def request(self, runs: Sequence[Run]) -> None:
         """Ask for runs, in order; for none: say that this client is still there."""
 
-    def receive(self) -> None:
+    def receive(self) -> list[int] | None:
         """Return once the oldest run that was asked for is in the store's memory.
+
+        Returns:
+            Its blocks that are not what their digests say; None: that has yet to be checked.
 
         Raises:
             SourceError: the source refused it or is lost.
@@ -164,7 +167,7 @@ class P2PLoad:
                     self._idle()
                     continue
                 try:
-                    self._receiver.receive()
+                    wrong = self._receiver.receive()
                 except AskOthers:
                     self._scheduler.declined(self._peer, self._requested.popleft())
                     # A source that is right sends what is asked for by then.
@@ -175,7 +178,7 @@ class P2PLoad:
                     continue
                 self._checking = self._requested.popleft()
                 self._request()  # so that the next one is on its way while this one is checked
-                self._check(self._checking)
+                self._check(self._checking, wrong)
                 self._checking = None
 
     def _request(self) -> None:
@@ -190,8 +193,9 @@ class P2PLoad:
             self._requested.extend(runs)
             receiver.request(runs)
 
-    def _check(self, run: Run) -> None:
-        wrong = self._store.wrong(run) if self._verify else []
+    def _check(self, run: Run, wrong: list[int] | None) -> None:
+        if wrong is None:
+            wrong = self._store.wrong(run) if self._verify else []
         if not wrong:
             self._store.add(run)
             nbytes = self._store.blocks.size_of(run)

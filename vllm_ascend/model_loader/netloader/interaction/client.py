@@ -188,21 +188,22 @@ class ElasticClient:
         with self._failures():
             self._say("GET", path, b"")
 
-    def receive_blocks(self, into: Sequence[Buffer]) -> None:
+    def receive_blocks(self, nbytes: int, into: Iterable[Sequence[Buffer]]) -> None:
         """Read the blocks that were asked for into memory.
 
         Args:
-            into: where the bytes go, in order; exactly as many as the blocks have.
+            nbytes: of all of them.
+            into: where they go, piece by piece; the next one is taken once the one before is full.
 
         Raises:
             SourceError: see the class; what `into` has then is anything.
         """
-        wanted = sum(map(len, into))
         with self._failures():
             answer = self._hear("GET", self._progress)
-            if answer.length != wanted:
-                raise self._lied(f"sends {answer.length} bytes where blocks have {wanted}")
-            self._wire.receive(into)
+            if answer.length != nbytes:
+                raise self._lied(f"sends {answer.length} bytes where blocks have {nbytes}")
+            for views in into:
+                self._wire.receive(views)
             self._close_after(answer)
 
     def check(self, weights: str, first: int, last: int) -> None:

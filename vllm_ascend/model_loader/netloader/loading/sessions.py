@@ -462,7 +462,7 @@ class Sessions:
                 self._news_of(address, store, scheduler, peer),
                 self._more_connections(address, store, scheduler, session),
             ):
-                receiver = HttpReceiver(client, store)
+                receiver = HttpReceiver(client, store, verify=self._config.verify)
                 try:
                     self._receive(address, receiver, store, scheduler, peer)
                 except TransferCorrupt as error:
@@ -618,7 +618,7 @@ class Sessions:
                 with self._device.attached(), self._connect(address) as client:
                     session.add(client)
                     client.join(Join(self._identity, store.digests.weights, self._peer))
-                    through = HttpReceiver(client, store)
+                    through = HttpReceiver(client, store, verify=self._config.verify)
                     self._receive(address, through, store, scheduler, session.peer)
                     client.done(Done(complete=True))
             except Exception as error:

@@ -6,7 +6,7 @@ Elsewhere a run passes through a buffer of host memory at either end.
 
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,9 @@ from ..memory import host_buffer, host_view, in_place, write
 from ..store import BlockStore
 from .messages import from_host, to_host
 
+# Bytes that are checked at once when they have come: the processor still has them in its cache.
+_PIECE = 4 << 20
+
 
 class Blocks(Protocol):
     """The way to get blocks from a source; see `interaction.elastic.ElasticClient`."""
@@ -25,8 +28,8 @@ class Blocks(Protocol):
     def ask_blocks(self, weights: str, first: int, last: int) -> None:
         """Ask for a run."""
 
-    def receive_blocks(self, into: Sequence[Buffer]) -> None:
-        """Read the run that was asked for into buffers, one after the other."""
+    def receive_blocks(self, nbytes: int, into: Iterable[Sequence[Buffer]]) -> None:
+        """Read the run that was asked for into buffers, piece by piece."""
 
 
 class _HostStaging:
@@ -77,13 +80,15 @@ class HttpReceiver:
     Args:
         source: where the blocks come from.
         store: what is filled.
+        verify: whether blocks in host memory are checked as they come.
     """
 
     batch = 1
     ahead = 2
     max_bytes = sys.maxsize
 
-    def __init__(self, source: Blocks, store: BlockStore) -> None:
+    def __init__(self, source: Blocks, store: BlockStore, *, verify: bool) -> None:
+        self._verify = verify
         self._source = source
         self._store = store
         self._asked: deque[Run] = deque()
@@ -95,21 +100,30 @@ class HttpReceiver:
             self._asked.append(run)
             self._source.ask_blocks(self._store.digests.weights, run.first, run.last)
 
-    def receive(self) -> None:
+    def receive(self) -> list[int] | None:
         """Read the run into the tensors, or into memory of its own where they are elsewhere."""
         run, store = self._asked.popleft(), self._store
-        if (accelerator := store.device.accelerator) is None:
-            self._receive_in_place(run)
-            return
-        host = self._staging.take(store.blocks.size_of(run), accelerator)
-        self._source.receive_blocks([host_view(host)])
-        from_host(run, store, host, accelerator)
+        nbytes = store.blocks.size_of(run)
+        if (accelerator := store.device.accelerator) is not None:
+            host = self._staging.take(nbytes, accelerator)
+            self._source.receive_blocks(nbytes, [[host_view(host)]])
+            from_host(run, store, host, accelerator)
+            return None
+        wrong: list[int] = []
+        self._source.receive_blocks(nbytes, self._in_place(run, wrong))
+        return wrong if self._verify else None
 
-    def _receive_in_place(self, run: Run) -> None:
+    def _in_place(self, run: Run, wrong: list[int]) -> Iterator[Sequence[Buffer]]:
+        for piece in self._store.blocks.split(run, _PIECE):
+            yield from self._places(piece)
+            if self._verify:
+                wrong += self._store.wrong(piece)
+
+    def _places(self, run: Run) -> Iterator[Sequence[Buffer]]:
         store = self._store
         tensors = [store.tensors[index] for index in store.blocks.whole(run) or ()]
         if tensors and all(tensor.is_contiguous() for tensor in tensors):
-            self._source.receive_blocks([host_buffer(tensor) for tensor in tensors])
+            yield [host_buffer(tensor) for tensor in tensors]
             return
         spans = store.blocks.spans(run)
         places = [in_place(span, store.tensors) for span in spans]
@@ -117,7 +131,7 @@ class HttpReceiver:
             torch.empty(span.nbytes, dtype=torch.uint8) if place is None else place
             for span, place in zip(spans, places, strict=True)
         ]
-        self._source.receive_blocks([host_view(buffer) for buffer in buffers])
+        yield [host_view(buffer) for buffer in buffers]
         for span, place, buffer in zip(spans, places, buffers, strict=True):
             if place is None:
                 write(span, store.tensors, buffer)
