@@ -920,25 +920,79 @@ def test_what_ends_with_a_session_ends_in_turn_and_failures_do_not_matter():
 # Slow, silent and many
 
 
-@pytest.mark.parametrize("begin", [b"", b"GET /sta", get("/status").removesuffix(b"\r\n")])
-def test_a_silent_connection_is_ended(hasty, begin):
+def test_a_silent_connection_is_ended(hasty):
     with hasty.dial() as sock:
-        sock.sendall(begin)
         assert sock.recv(1) == b""
+
+
+def refused_as_late(sock):
+    """Whether a server says that the request came too late, and ends the connection."""
+    said = b"".join(iter(lambda: sock.recv(4096), b""))
+    head, _, body = said.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    late = {"code": "timeout", "message": "the request was not complete within 0.3 s"}
+    assert not body or json.loads(body) == late
+    return head.startswith(b"HTTP/1.1 408 ") and head.endswith(b"\r\nConnection: close"), body
+
+
+@contextlib.contextmanager
+def hurried(source):
+    """A connection on which a request has to come soon, and nothing else."""
+    with source.dial() as sock:
+        sock.sendall(get("/healthz"))
+        assert answer_on(sock)[0] == 200
+        source.server.handshake_timeout = 0.3
+        yield sock
+        source.server.handshake_timeout = PATIENCE
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"G",
+        b"GET /sta",
+        get("/status").removesuffix(b"\r\n"),
+        get("/healthz", "Host: a:1").removesuffix(b"\r\n"),
+        with_length(f"Content-Length: {len(JOIN)}").removesuffix(JOIN),
+        with_length("Content-Length: 60000"),
+        with_length("Content-Length: 60000", "Expect: 100-continue"),
+        b"HEAD /status HTTP/1.1\r\n",
+    ],
+)
+def test_a_request_that_stalls_is_refused(source, begin):
+    with hurried(source) as sock:
+        sock.sendall(begin)
+        refused, body = refused_as_late(sock)
+        assert refused and (body == b"") == begin.startswith(b"HEAD")
 
 
 @pytest.mark.parametrize(
     "begin", [b"G", b"GET /status HTTP/1.1\r\nA: ", with_length("Content-Length: 60000")]
 )
-def test_a_request_that_trickles_in_is_ended(hasty, begin):
-    with hasty.dial() as sock:
+def test_a_request_that_trickles_in_is_refused(source, begin, monkeypatch):
+    monkeypatch.setattr(server, "_LINGER", PATIENCE)  # or its own bytes may break the connection
+    with hurried(source) as sock:
         sock.sendall(begin)
         started = time.monotonic()
-        with contextlib.suppress(ConnectionError):
-            while not select.select([sock], [], [], 0.02)[0]:
-                sock.sendall(b"a")
-            assert sock.recv(1) == b""
+        while not select.select([sock], [], [], 0.02)[0]:
+            sock.sendall(b"a")
+        assert refused_as_late(sock)[0]
         assert time.monotonic() - started < PATIENCE
+
+
+def stalling(source, client):
+    """Hold the last byte of all that a client says back, at a server that does not wait long."""
+    source.server.handshake_timeout = 0.3
+    send = client._wire.send
+    client._wire.send = lambda views: send([b"".join(views)[:-1]])
+
+
+def test_a_client_whose_request_stalls_hears_why():
+    with running() as source, source.client() as client:
+        assert client.status()
+        stalling(source, client)
+        with pytest.raises(SourceLost, match=r"timeout: the request was not .* 0\.3 s") as late:
+            client.join(Join(IDENTITY))
+        assert late.value.code == "timeout"
 
 
 def test_an_idle_connection_is_ended_and_gives_its_place_back(hasty):

@@ -35,6 +35,7 @@ from .test_netloader_http import (
     answer_on,
     read,
     running,
+    stalling,
     until,
 )
 
@@ -464,6 +465,14 @@ def test_a_source_that_stalls_in_the_middle_of_blocks_is_given_up_in_time(secret
             with pytest.raises(SourceLost, match=r"no data received for 0\.3 s"):
                 read(client, 0, 1)
         go_on.set()
+
+
+def test_a_client_whose_request_stalls_hears_why(secret):
+    with running(credentials=secret) as closed, dial(closed, secret) as client:
+        assert client.status()
+        stalling(closed, client)
+        with pytest.raises(SourceLost, match="timeout: the request was not complete"):
+            client.join(Join(IDENTITY))
 
 
 def test_any_thread_ends_a_connection_that_another_one_waits_in(closed, secret):

@@ -171,6 +171,7 @@ class Code(Enum):
     NOT_HERE = "not_here", 404, BlocksNotHere, "these blocks have not come to this instance yet"
     ASK_OTHERS = "ask_others", 404, AskOthers, "others have got these blocks from here"
     METHOD_NOT_ALLOWED = "method_not_allowed", 405, SourceRefused, "the path has another method"
+    TIMEOUT = "timeout", 408, SourceLost, "the request has begun and did not come whole in time"
     OTHER_MODEL = "other_model", 409, SourceRefused, "the identities differ; the answer says where"
     NO_GROUPS = "no_groups", 409, SourceRefused, "this instance sends over HTTP only"
     OTHER_WEIGHTS = "other_weights", 409, SourceRefused, "the weights have another digest"

@@ -430,7 +430,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.requestline, self.path = plain[0].partition(b"\r")[0].decode(), plain[1].decode()
             self.command, keep, body, said = "GET", True, b"", ""
         else:
-            keep = self._read_head()
+            with self._in_time():
+                keep = self._read_head()
             body, said = self._read_body(), self.headers.get("Authorization", "")
         self.close_connection = not keep
         path, parameters = api.route(self.path)
@@ -491,10 +492,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self._wire.send([b"HTTP/1.1 100 Continue\r\n\r\n"])
         self._wire.budget = length
-        body = self.rfile.read(length) if length else b""
+        with self._in_time():
+            body = self.rfile.read(length) if length else b""
         if len(body) < length:
             raise ConnectionResetError("the connection ended within a request")
         return body
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Refuse a request of which some has come, and the rest stays out or trickles."""
+        try:
+            yield
+        except TimeoutError:
+            self.close_connection = True  # `parse_request` has its own view before all has come
+            limit = f"the request was not complete within {self._server.handshake_timeout:g} s"
+            raise Refusal(Code.TIMEOUT, limit) from None
 
     def handle_expect_100(self) -> bool:
         """Say nothing yet: `_read_body` may refuse."""
