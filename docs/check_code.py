@@ -183,7 +183,7 @@ def _wrong_in_bodies() -> Iterator[str]:
 
 def _wrong_in_limits() -> Iterator[str]:
     known: dict[str, float] = {"BLOCK_BYTES": blocks.BLOCK_BYTES}
-    for module in (api, server, identity):
+    for module in (api, server, identity, manifest):
         known |= {name: value for name, value in vars(module).items() if name.startswith("MAX_")}
     known["MAX_MODEL_NAME_BYTES"] = config.MAX_MODEL_NAME_BYTES
     known |= dict(_longest_lists())

@@ -228,6 +228,13 @@ LIES = {
         manifest(lambda t: t[3].__setitem__(0, "x")),
         "x is only there",
     ),
+    "more than would fit": (
+        "join",
+        0,
+        True,
+        manifest(lambda t: t.extend([["", "", []]] * 100_000)),
+        "values; allowed: up to 262",
+    ),
     "a long name": (
         "join",
         0,

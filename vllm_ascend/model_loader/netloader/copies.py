@@ -19,9 +19,9 @@ import torch
 from . import checkpoint
 from .config import NetLoaderConfig
 from .errors import LoadFailed, NetLoaderError, ProtocolError, SourceError, SourceRefused
-from .executor.chunks.blocks import Blocks, Run
-from .executor.chunks.digests import Digests, combine
-from .executor.chunks.manifest import MANIFESTS, RAW, Manifest, TensorEntry
+from .executor.chunks.blocks import Blocks, Run, count_of
+from .executor.chunks.digests import Digests, check_length, combine
+from .executor.chunks.manifest import RAW, Manifest, TensorEntry, decode
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
 from .executor.memory import DTYPES, host_view
@@ -178,11 +178,13 @@ def describe(client: ElasticClient, identity: ModelIdentity) -> Description:
     try:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise ProtocolError("sent no manifest")
-        manifest = MANIFESTS.decode(joined.manifest)
+        manifest = decode(bytes(joined.manifest), None)
         sizes = [_nbytes(entry) for entry in manifest.tensors if entry.alias_of is None]
+        # A source may claim any size, and `Blocks` has numbers for each block.
+        check_length(joined.blocks, count_of(sizes))
         blocks = Blocks(sizes)
         digests = combine(joined.weights.partition(":")[0], manifest, blocks, joined.blocks)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ProtocolError) as error:
+    except ProtocolError as error:
         raise ProtocolError(f"{client.address}: {one_line(error)}") from None
     if digests.weights != joined.weights:
         raise ProtocolError(

@@ -9,6 +9,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.blocks import (
     Blocks,
     Run,
     Span,
+    count_of,
 )
 
 B = BLOCK_BYTES
@@ -67,6 +68,7 @@ def test_every_byte_is_in_one_block_in_the_order_of_the_tensors(sizes):
         tensor for tensor, size in enumerate(sizes) for _ in range(max(1, -(-size // B)))
     )
     assert blocks.nbytes == sum(sizes)
+    assert blocks.count == count_of(sizes)
 
 
 @given(_sizes)

@@ -9,6 +9,7 @@ import stat
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import urllib.error
 import urllib.request
@@ -251,6 +252,26 @@ def test_blocks_that_trickle_in_are_given_up(trickling):
     measured = copies.measure(trickling, what, 1, 0.1, settings(progress_timeout=0.3))
     assert measured.nbytes == 0
     assert measured.failures == [f"{trickling}: not all came within 0.4 s"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (b'["a","torch.int8",[%d]]' % (1 << 40), "digests came for 1048576 blocks; expected"),
+        (b",".join([b'["","",[]]'] * 1_500_000), "values; allowed: up to 4194304"),
+    ],
+)
+def test_what_a_source_says_of_its_weights_takes_little_memory(tensors, said):
+    raw = b'{"layout":"raw","tensors":[%b],"attributes":{}}' % tensors
+    joined = api.Joined("xxh3_128:" + "0" * 32, 1, "i", manifest=msgspec.Raw(raw), blocks=bytes(16))
+    client = types.SimpleNamespace(address=Address(HOST, 1), join=lambda join: joined)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match=f"{HOST}:1: .* {said}"):
+            copies.describe(client, IDENTITY)
+        assert tracemalloc.get_traced_memory()[1] < len(raw) + (1 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_instances_are_asked_for_their_status_at_the_same_time(monkeypatch):

@@ -2,14 +2,21 @@
 
 import enum
 import math
+import tracemalloc
 
 import msgspec
 import pytest
 import torch
 from hypothesis import given
 
-from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported
-from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW, Manifest
+from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, ProtocolError
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import (
+    PROCESSED,
+    RAW,
+    Manifest,
+    TensorEntry,
+    decode,
+)
 from vllm_ascend.model_loader.netloader.executor.model.match import (
     MAX_NAMED,
     describe,
@@ -24,7 +31,7 @@ from .support import DEVICE, any_model, assorted, blank_like
 
 
 def _travelled(manifest):
-    return msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
+    return decode(msgspec.json.encode(manifest), len(manifest.tensors))
 
 
 def test_a_manifest_survives_the_journey():
@@ -32,6 +39,47 @@ def test_a_manifest_survives_the_journey():
         assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"}, DEVICE.format_of
     )
     assert _travelled(manifest) == manifest
+
+
+def test_a_manifest_of_as_many_tensors_as_any_model_has_is_taken():
+    kind = "torch.bfloat16", (4096, 1024, 64), None, (1024, 1, 4096), "FRACTAL_NZ"
+    count = 200_000
+    tensors = [TensorEntry(f"layers.{i}.experts.weight", *kind) for i in range(count)]
+    attributes = {f"layers.{i}.alpha": 0.5 for i in range(count)}
+    manifest = Manifest(PROCESSED, tensors, attributes, {"experts": "1," * 100_000})
+    assert len(_travelled(manifest).tensors) == count
+    assert len(decode(msgspec.json.encode(manifest), None).tensors) == count
+
+
+MANY = 300_000
+TINY = {
+    "tensors": b"[" + b",".join([b'["a","b",[]]'] * MANY) + b"]",
+    "shape": b'[["a","b",[' + b",".join([b"1000"] * MANY) + b"]]]",
+    "attributes": b"{" + b",".join(b'"%x":0' % i for i in range(MANY)) + b"}",
+    "made": b"{" + b",".join(b'"%x":[1.5]' % i for i in range(MANY)) + b"}",
+    "digits": b'[["a","b",[' + b",".join([b"9" * 4000] * 1000) + b"]]]",
+}
+
+
+@pytest.mark.parametrize("field", TINY)
+def test_what_no_model_can_need_is_refused_in_little_memory(field):
+    tensors = TINY[field] if field in ("tensors", "shape", "digits") else b"[]"
+    attributes = TINY[field] if field == "attributes" else b"{}"
+    made = TINY[field] if field == "made" else b"{}"
+    raw = b'{"layout":"raw","tensors":%b,"attributes":%b,"made":%b}' % (tensors, attributes, made)
+    many = f"manifest has {raw.count(b',')} values; allowed: up to 271744 for a model of 300 tensor"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="not a valid m" if field == "digits" else many):
+            decode(raw, 300)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_without_a_model_the_number_of_values_has_a_limit_as_well():
+    with pytest.raises(ProtocolError, match=r"has 5000000 values; allowed: up to 4194304$"):
+        decode(b"," * 5_000_000, None)
 
 
 def test_a_model_matches_one_like_it():

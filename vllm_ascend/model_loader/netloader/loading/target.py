@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
-from ..executor.chunks.manifest import MANIFESTS, Manifest, Sample
+from ..executor.chunks.manifest import Manifest, Sample, decode
 from ..executor.devices import Device, start_prefault
 from ..executor.model.match import match
 from ..executor.scheduler import Scheduler
@@ -29,7 +29,7 @@ from ..identity import ModelIdentity
 from ..interaction import api
 from ..interaction.api import Joined
 from ..interaction.cold_start import Choice, Phase
-from ..utils import Address, one_line
+from ..utils import Address
 
 # Sizes of a chunk where CHUNK_MIB says nothing. An operation of HCCL or NCCL costs as much as some
 # hundred KiB of their links' time. Over HTTP a request costs each end 0.1 to 0.2 ms, and a run is
@@ -168,6 +168,7 @@ class Target:
 
         Raises:
             SourceRefused: the weights do not fit this model.
+            ProtocolError: the manifest is none, or has more than would fit.
             Postponed: other weights are coming from other sources.
         """
         with self._lock:
@@ -226,9 +227,10 @@ class Target:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise SourceRefused(f"{address}: sent no manifest")
         try:
-            manifest = MANIFESTS.decode(joined.manifest)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise SourceRefused(f"{address}: not a valid manifest: {one_line(error)}") from None
+            own = None if self._place else len(self._tensors)
+            manifest = decode(bytes(joined.manifest), own)
+        except ProtocolError as error:
+            raise ProtocolError(f"{address}: {error}") from None
         here, there = self._identity.layout, manifest.layout
         if here != there:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")

@@ -7,7 +7,7 @@ the bytes travel.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 BLOCK_BYTES = 1 << 20
@@ -45,6 +45,11 @@ class Span(NamedTuple):
     tensor: int
     offset: int
     nbytes: int
+
+
+def count_of(sizes: Iterable[int]) -> int:
+    """Return how many blocks tensors of these sizes in bytes have."""
+    return sum(max(1, -(-size // BLOCK_BYTES)) for size in sizes)
 
 
 class Blocks:

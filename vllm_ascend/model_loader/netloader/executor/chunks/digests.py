@@ -42,6 +42,19 @@ class Digests:
         return self.weights.partition(":")[0]
 
 
+def check_length(of_blocks: bytes, count: int) -> None:
+    """Check that there are digests for so many blocks.
+
+    Raises:
+        ProtocolError: there are more or fewer.
+    """
+    if len(of_blocks) != count * DIGEST_BYTES:
+        raise ProtocolError(
+            f"{len(of_blocks)} bytes of digests came for {count} blocks; "
+            f"expected: {count * DIGEST_BYTES}"
+        )
+
+
 def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes) -> Digests:
     """Make the weights digest from those of all blocks.
 
@@ -54,11 +67,7 @@ def combine(algorithm: str, manifest: Manifest, blocks: Blocks, of_blocks: bytes
     Raises:
         ProtocolError: there are more or fewer digests than blocks.
     """
-    if len(of_blocks) != blocks.count * DIGEST_BYTES:
-        raise ProtocolError(
-            f"{len(of_blocks)} bytes of digests came for {blocks.count} blocks; "
-            f"expected: {blocks.count * DIGEST_BYTES}"
-        )
+    check_length(of_blocks, blocks.count)
     whole = xxhash.xxh3_128(msgspec.json.encode(msgspec.structs.replace(manifest, made={})))
     ends = [block * DIGEST_BYTES for block in blocks.firsts]
     of_tensors = [xxhash.xxh3_128_digest(of_blocks[at:end]) for at, end in itertools.pairwise(ends)]
