@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .config import MIB, NetLoaderConfig
 from .errors import ChosenToRead, LoadFailed
-from .executor.chunks.manifest import NO_MEANING, Manifest, Sample
+from .executor.chunks.manifest import NO_MEANING, Manifest, Sample, Scalar
 from .executor.devices import Device
 from .executor.store import BlockStore
 from .identity import ModelIdentity
@@ -70,6 +70,7 @@ def elastic_load(
     cold: ColdStart | None = None,
     show_progress: bool = False,
     place: Callable[[Manifest], Sequence[torch.Tensor]] | None = None,
+    check: Callable[[Mapping[str, Scalar]], object] = lambda attributes: None,
 ) -> Loaded:
     """Fill a model from the first sources that have it.
 
@@ -97,6 +98,8 @@ def elastic_load(
         show_progress: whether to draw a progress bar.
         place: returns memory for a manifest's tensors, in the place of a model's; what is right
             already in it is not fetched. None: they go to `tensors`.
+        check: raises `LayoutUnsupported` if a source's attributes cannot be set here, so that the
+            next source is asked.
 
     Raises:
         ChosenToRead: no instance has the weights, and this one is to read them from disk.
@@ -112,7 +115,9 @@ def elastic_load(
     queue = SourceQueue(addresses, config.source_wait, most_hearsay=max(1, limit - 1))
     if not config.verify:
         relay = None
-    target = Target(tensors, required, identity, config, device, meaning, made, relay, cold, place)
+    target = Target(
+        tensors, required, identity, config, device, meaning, made, relay, cold, place, check
+    )
     sessions = Sessions(queue, target, identity, config, device, worker, wanted, relay)
     threads = [
         threading.Thread(target=sessions.work, name=f"netloader-load-{index}", daemon=True)

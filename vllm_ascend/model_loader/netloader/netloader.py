@@ -70,6 +70,7 @@ from .executor.model.raw import (
     before_loading,
     capture_loaded,
     copy_int8,
+    owners_of,
     raw_tensors,
     samples_of,
     scalars,
@@ -401,7 +402,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         elif sources:
             tensors, required = raw_tensors(model)
             meaning, made = meaning_of(model, RAW), samples_of(model)
-            store = self._pull(load, tensors, required, sources, meaning, made)
+            store = self._pull(load, model, tensors, required, sources, meaning, made)
             apply_attributes(model, store.manifest.attributes)
             load.store = store if load.serving else None
         else:
@@ -521,6 +522,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         }
         store = self._pull(
             load,
+            model,
             tensors | {name: new for name, (_, new) in outside.items()},
             required | outside.keys(),
             sources,
@@ -583,7 +585,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ) from None
         tensors = processed_tensors(model)
         meaning = meaning_of(model, PROCESSED)
-        store = self._pull(load, tensors, tensors.keys(), sources, meaning)
+        store = self._pull(load, model, tensors, tensors.keys(), sources, meaning)
         apply_attributes(model, store.manifest.attributes)
         load.store = store if load.serving else None
         return model
@@ -718,6 +720,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _pull(
         self,
         load: _Load,
+        model: nn.Module,
         tensors: dict[str, torch.Tensor],
         required: Iterable[str],
         sources: Sequence[Address | Name],
@@ -748,6 +751,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     # What goes with other ranks' weights is with an instance that has weights.
                     cold=self._cold if load.wanted is None else None,
                     show_progress=rank == 0 and bool(self.load_config.use_tqdm_on_load),
+                    check=partial(owners_of, model),
                 )
         except ChosenToRead:
             raise

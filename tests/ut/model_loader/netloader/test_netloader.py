@@ -36,7 +36,7 @@ from vllm_ascend.model_loader.netloader.loading.view import Instance
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
 from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
-from .support import DEVICE, closed_port, store_of
+from .support import DEVICE, closed_port, source, store_of
 
 # Registration
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed
     loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1, SOURCE_WAIT=0)
     load = netloader._Load(identity(), DEVICE, serving=False)
     with pytest.raises(LoadFailed) as failed:
-        loader._pull(load, {}, (), [address], {})
+        loader._pull(load, None, {}, (), [address], {})
     assert str(failed.value).startswith("malformed source 'a': no port")
     assert f"; {address}: cannot connect: " in str(failed.value)
 
@@ -602,7 +602,7 @@ def test_a_worker_of_a_replica_has_its_own_number_in_the_log_and_asks_as_its_ran
     monkeypatch.setattr(
         loader,
         "_load_from_sources",
-        lambda load, *_: loader._pull(load, {}, (), loader._sources(0, load.worker), {}),
+        lambda load, *_: loader._pull(load, None, {}, (), loader._sources(0, load.worker), {}),
     )
     loader.load_model(config, types.SimpleNamespace(model="m", revision=None))
     assert [line.partition(f"{address}: cannot connect")[0] for line in log] == [
@@ -611,8 +611,27 @@ def test_a_worker_of_a_replica_has_its_own_number_in_the_log_and_asks_as_its_ran
     ]
 
 
+def test_a_source_whose_attributes_do_not_fit_is_left_for_the_next_one(log):
+    with (
+        source(store_of(CHECKPOINT, attributes={"weight": 3})) as unfit,
+        source(store_of(CHECKPOINT, attributes={"scale": 0.5})) as fit,
+    ):
+        keys = {"SOURCE": sources(str(unfit.address), str(fit.address)), "MAX_SOURCES": 1}
+        loader, model = make(LISTEN_PORT=1, SOURCE_WAIT=0, **keys), Watched()
+        loader._vllm_config = ON_CPU
+        loader._load = netloader._Load(identity(), DEVICE, serving=False)
+        loader.load_weights(model, None)
+    assert torch.equal(model.weight, CHECKPOINT["weight"]) and model.scale == 0.5
+    assert any(f"from {fit.address}, weights digest" in line for line in log)
+    [line] = [line for line in log if f"source {unfit.address}" in line]
+    assert line == (
+        f"NetLoader rank 0: source {unfit.address}: attribute weight is 3 there, and is not a "
+        "plain value (None, a bool, a number or a string) but a Parameter here"
+    )
+
+
 def pull_from(loader):
-    return lambda load, *_: loader._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
+    return lambda load, *_: loader._pull(load, None, {}, (), [Address("192.0.2.7", 1)], {})
 
 
 def test_what_keeps_an_instance_from_being_a_source_does_not_end_its_start():
@@ -637,7 +656,7 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
     loaded = Loaded(store, "192.0.2.7:1")
     monkeypatch.setattr(netloader, "elastic_load", lambda *_, **options: loaded)
     load = netloader._Load(identity(), DEVICE, serving=serving)
-    got = make(VERIFY=verify)._pull(load, {}, (), [Address("192.0.2.7", 1)], {})
+    got = make(VERIFY=verify)._pull(load, None, {}, (), [Address("192.0.2.7", 1)], {})
     assert load.loaded_from == "192.0.2.7:1"
     assert (got is store) == (verify or not serving)
     if got is not store:
@@ -662,7 +681,7 @@ def test_who_serves_raw_weights_that_came_by_name_asks_their_sources_for_the_rec
     )
     monkeypatch.setattr(netloader, "records_by_name", ask)
     load = netloader._Load(identity(**change), DEVICE, serving=serving)
-    assert make()._pull(load, {}, (), givers, {}) is store
+    assert make()._pull(load, None, {}, (), givers, {}) is store
     assert calls == ([(givers, store.digests.weights)] if asked else [])
     assert load.records is None and load.why_no_view == (
         "192.0.2.7:1: no_view: none" if asked else netloader.Offer.why_no_view
@@ -683,7 +702,7 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
     loader._relay = types.SimpleNamespace(peer=types.SimpleNamespace(instance="its own"))
     # The second rank of the second data-parallel replica.
     load = netloader._Load(identity(rank=1), DEVICE, False, worker=3, hosts=lambda: ["10.0.0.1"])
-    loader._pull(load, {}, (), loader._sources(1, 3), {})
+    loader._pull(load, None, {}, (), loader._sources(1, 3), {})
     assert asked["own"].hosts() == ["10.0.0.1"]
     assert asked["own"].process == "its own"
     assert asked["sources"] == (Name(Lookup.DNS, "fleet", 28000),)

@@ -1,3 +1,4 @@
+import math
 import re
 import types
 import weakref
@@ -35,8 +36,13 @@ class Layer(nn.Module):
         self.qweight = nn.Parameter(torch.zeros(LARGE, dtype=torch.int8), requires_grad=False)
         self.register_buffer("kept", torch.zeros(SMALL))
         self.register_buffer("derived", torch.ones(SMALL), persistent=False)
+        self.register_parameter("bias", None)
         self.flag = False
         self.limit = None
+
+    @property
+    def width(self):
+        return 200
 
 
 class Model(nn.Module):
@@ -433,6 +439,13 @@ def test_attributes_of_the_model_itself_travel():
     assert other.count == 3
 
 
+def test_an_attribute_may_be_infinite_before_its_value_comes():
+    model = Model()
+    model.first.limit = math.inf
+    apply_attributes(model, {"first.limit": 2.5})
+    assert model.first.limit == 2.5
+
+
 def test_an_attribute_that_becomes_none_travels():
     assert captured(Model(), _sets("", count=None)).manifest.attributes == {"count": None}
 
@@ -455,14 +468,17 @@ def test_attributes_that_stay_as_they_are_do_not_travel():
         ("first.__dict__", "not a plain value"),
         ("first.__class__", "not a plain value"),
         ("first.__fresh__", "not a plain value"),
+        ("first.bias", "not a plain value"),
+        ("first.width", "not a plain value"),
     ],
 )
 def test_an_attribute_that_is_no_plain_value_here_is_refused_by_name(name, why):
     model = Model()
     with pytest.raises(LayoutUnsupported) as error:
-        apply_attributes(model, {name: 1})
-    assert name in str(error.value)
+        apply_attributes(model, {"first.flag": True, name: 1})
+    assert f"attribute {name} is 1 there" in str(error.value)
     assert why in str(error.value)
+    assert model.first.flag is False
 
 
 def test_a_plain_tensor_made_by_loading_is_refused_by_name():

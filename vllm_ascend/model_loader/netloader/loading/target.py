@@ -20,7 +20,7 @@ from ..errors import (
 )
 from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
-from ..executor.chunks.manifest import Manifest, Sample, decode
+from ..executor.chunks.manifest import Manifest, Sample, Scalar, decode
 from ..executor.devices import Device, start_prefault
 from ..executor.model.match import match
 from ..executor.scheduler import Scheduler
@@ -108,8 +108,10 @@ class Target:
         relay: Relay | None,
         cold: ColdStart | None,
         place: Callable[[Manifest], Sequence[torch.Tensor]] | None,
+        check: Callable[[Mapping[str, Scalar]], object],
     ) -> None:
         self._tensors = tensors
+        self._check = check
         self._place = place
         self._relay = relay
         self._cold = cold
@@ -236,6 +238,7 @@ class Target:
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
             tensors = (self._place or self._match)(manifest)
+            self._check(manifest.attributes)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)

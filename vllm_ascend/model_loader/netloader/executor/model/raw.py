@@ -5,6 +5,7 @@ by reference; one that it changes in place is lost unless a copy was made before
 then nothing else may be sent in its place. What has changed is told by hashing before and after.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 
 from ...config import Int8Cache
 from ...errors import LayoutUnsupported
+from ...utils import shortened
 from ..chunks.blocks import Run
 from ..chunks.manifest import NO_MEANING, RAW, Sample, Scalar
 from ..devices import Device
@@ -29,6 +31,8 @@ from .walk import Found, Kind, walk
 _SMALL = 64 << 10
 # Bytes that are looked at together to see whether post-processing has changed them.
 _COMPARED_AT_ONCE = 16 << 20
+# Characters of an attribute's value that an error shows.
+_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -157,23 +161,57 @@ def capture_loaded(
     return make_store(tensors, RAW, attributes, device, meaning, made)
 
 
+def owners_of(
+    model: nn.Module, attributes: Mapping[str, Scalar]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Find the modules whose plain attributes loading has set at a source, and change nothing.
+
+    Returns:
+        Dotted name -> the module here, and what the attribute is called there.
+
+    Raises:
+        LayoutUnsupported: a module does not exist here, or a name is taken by something that is no
+            plain value; says which, the value at the source, and what it has to be.
+    """
+    owners = {}
+    for name, value in attributes.items():
+        path, _, attribute = name.rpartition(".")
+        there = f"attribute {name} is {shortened(repr(value), _SHOWN)} there"
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise LayoutUnsupported(f"{there}, and there is no such module here") from None
+        if (kind := _not_plain(module, attribute, value)) is not None:
+            raise LayoutUnsupported(
+                f"{there}, and is not a plain value (None, a bool, a number or a string) but "
+                f"{kind} here"
+            )
+        owners[name] = module, attribute
+    return owners
+
+
+def _not_plain(module: nn.Module, name: str, value: Scalar) -> str | None:
+    """Return what a name stands for that cannot be given a plain value; None: it can."""
+    if name.startswith("__"):
+        return "a name of Python's own"
+    existing = getattr(module, name, None)
+    if not isinstance(existing, float) and not is_scalar(existing):
+        return f"a {type(existing).__name__}"
+    registered = (module._parameters, module._buffers, module._modules)
+    if value is not None and any(name in names for names in registered):
+        return "a parameter, buffer or module that is left out"
+    kept = inspect.getattr_static(type(module), name, None)
+    return "a property" if isinstance(kept, property) and kept.fset is None else None
+
+
 def apply_attributes(model: nn.Module, attributes: Mapping[str, Scalar]) -> None:
     """Set the plain attributes that loading has set at the source.
 
     Raises:
-        LayoutUnsupported: an attribute's module does not exist here, or the name is taken by
-            something that is no plain value.
+        LayoutUnsupported: see `owners_of`; nothing is set.
     """
-    for name, value in attributes.items():
-        path, _, attribute = name.rpartition(".")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise LayoutUnsupported(f"attribute {name}: no such module here") from None
-        existing = getattr(module, attribute, None)
-        if attribute.startswith("__") or not is_scalar(existing):
-            raise LayoutUnsupported(f"attribute {name} is not a plain value here")
-        setattr(module, attribute, value)
+    for name, (module, attribute) in owners_of(model, attributes).items():
+        setattr(module, attribute, attributes[name])
 
 
 def copy_int8(
