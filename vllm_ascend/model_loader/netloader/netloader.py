@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -248,10 +248,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
             LoadFailed: neither a source nor the disk has the weights; the message says both. Or no
                 source has them, and FALLBACK is false. Or the instance's ranks cannot all get
                 weights that belong together; see `agreement`.
+            LayoutUnsupported: FALLBACK is false, and this instance cannot load from its sources.
         """
         self._vllm_config = vllm_config
         if not self._supported():
-            return self._disk.load_model(vllm_config, model_config, prefix)
+            disk: Any = copy.copy(self._disk)
+            disk.load_weights = self._read_alone
+            return disk.load_model(vllm_config, model_config, prefix)
         # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
         # an error, and no reason to go to disk.
         identity = self._identify(model_config)
@@ -384,7 +387,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load weights into a model, new or in use, from the sources, or from disk without any."""
         if not self._supported():
-            self._disk.load_weights(model, model_config)
+            self._read_alone(model, model_config)
             return
         if registry.in_use(model) is not None:
             with registry.changing(model, Change("reload", After.WHOLE, at_once=False)):
@@ -665,14 +668,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         if load.instance is not None:
             self._read_view(load, load.instance, model, model_config)
             return
-        started = time.monotonic()
-        try:
-            named, required = raw_tensors(model)
-        except LayoutUnsupported:  # said where the model is made ready for others
-            named = dict(model.named_parameters())
-            required = {*named}
-        tensors = {named[name].data_ptr(): named[name] for name in required}
-        with metrics.load_from(metrics.DISK):
+        with _reading_disk(load.worker, model):
             if trace:
                 seen = Trace()
                 with load_watched(model, seen, seen.watch):
@@ -681,16 +677,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     load.records = seen.records(model)
             else:
                 self._disk.load_weights(model, model_config)
-        seconds = time.monotonic() - started
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        logger.info(
-            "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from disk",
-            load.worker,
-            len(tensors),
-            size(nbytes),
-            seconds,
-            rate(nbytes, seconds),
-        )
+
+    def _read_alone(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Let vLLM's default loader fill a model in which NetLoader has no part but one line."""
+        with _reading_disk(self._worker(), model):
+            self._disk.load_weights(model, model_config)
 
     def _read_view(
         self, load: _Load, instance: Instance, model: nn.Module, model_config: ModelConfig
@@ -928,14 +919,27 @@ class ModelNetLoaderElastic(BaseModelLoader):
         return identity_of(vllm_config, model_config, config.model, _rank(), layout)
 
     def _supported(self) -> bool:
+        """Return whether this instance takes part; where it does not, it reads the disk.
+
+        Raises:
+            LayoutUnsupported: it does not, and may not read the disk in the place of its sources.
+        """
         reason = why_weights_move(self._vllm_config or get_current_vllm_config())
         try:
             self._device()
         except LayoutUnsupported as error:
             reason = str(error)
-        if reason:
-            logger.warning("NetLoader rank %d: loading from disk: %s", self._worker(), reason)
-        return not reason
+        if not reason:
+            return True
+        if any(sources.addresses or sources.malformed for sources in self._config.source.values()):
+            if not self._config.fallback:
+                raise LayoutUnsupported(
+                    f"no source is asked, as {reason}; and FALLBACK is false, so the disk is not "
+                    "read either"
+                )
+            metrics.count(metrics.FALLBACKS, "unsupported")
+        logger.warning("NetLoader rank %d: loading from disk: %s", self._worker(), reason)
+        return False
 
     def _device(self) -> Device:
         return device_of(self._device_name(), self._config.hccl_buffer_size)
@@ -992,6 +996,30 @@ def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultMod
             f"vLLM's default loader, which refuses it: {one_line(error)}; NetLoader's own keys: "
             f"{', '.join(KEYS)}"
         ) from None
+
+
+@contextlib.contextmanager
+def _reading_disk(worker: int, model: nn.Module) -> Iterator[None]:
+    """Say in one line what vLLM's default loader has filled meanwhile, and in which time."""
+    started = time.monotonic()
+    try:
+        named, required = raw_tensors(model)
+    except LayoutUnsupported:  # said where the model is made ready for others
+        named = dict(model.named_parameters())
+        required = {*named}
+    tensors = {named[name].data_ptr(): named[name] for name in required}
+    with metrics.load_from(metrics.DISK):
+        yield
+    seconds = time.monotonic() - started
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    logger.info(
+        "NetLoader rank %d: loaded %d tensors, %s in %.2f s (%s) from disk",
+        worker,
+        len(tensors),
+        size(nbytes),
+        seconds,
+        rate(nbytes, seconds),
+    )
 
 
 def _malformed(sources: Sources) -> list[str]:

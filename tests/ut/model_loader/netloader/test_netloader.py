@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 import threading
 import types
 
@@ -583,14 +584,89 @@ def test_a_model_whose_experts_move_takes_no_weights_from_sources_and_gives_none
     ]
 
 
-def test_weights_that_move_come_from_disk_and_the_model_is_made_once(monkeypatch, log):
-    reason = "layer_sharding lets weights move"
-    monkeypatch.setattr(netloader, "why_weights_move", lambda _: reason)
-    steps = Steps(monkeypatch)
-    monkeypatch.setattr(steps.loader._disk, "load_model", lambda *_: "from disk")
-    assert steps.load() == "from disk"
+@pytest.fixture(params=["weights that move", "a device that is not known"])
+def alone(monkeypatch, request):
+    """Why an instance takes no part."""
+    if request.param == "weights that move":
+        reason = "layer_sharding lets weights move"
+        monkeypatch.setattr(netloader, "why_weights_move", lambda _: reason)
+        return reason
+    device = types.SimpleNamespace(device="meta")
+    monkeypatch.setattr(ON_CPU, "device_config", device)
+    return "NetLoader moves no tensors between devices of kind 'meta'"
+
+
+class WholeDisk:
+    """In the place of vLLM's default loader, with its own steps."""
+
+    made = 0
+
+    def load_model(self, vllm_config, model_config, prefix):
+        self.made += 1
+        model = Watched()
+        self.load_weights(model, model_config)
+        return model
+
+    def load_weights(self, model, model_config):
+        model.load_weights(iter(CHECKPOINT.items()))
+
+    def get_all_weights(self, model_config, model):
+        return CHECKPOINT.items()
+
+
+@pytest.mark.parametrize("keys", [{}, {"FALLBACK": False}, {"SOURCE": "fleet:1"}])
+def test_who_takes_no_part_reads_the_disk_in_one_line_and_makes_the_model_once(
+    monkeypatch, log, alone, keys
+):
+    steps, before = Steps(monkeypatch, **keys), fallbacks("unsupported")
+    steps.loader._disk = WholeDisk()
+    model = steps.load()
+    assert torch.equal(model.weight, CHECKPOINT["weight"])
     assert (steps.taken, steps.offered) == ([], [])
-    assert log == [f"NetLoader rank 0: loading from disk: {reason}"]
+    why, line = log
+    assert why == f"NetLoader rank 0: loading from disk: {alone}"
+    assert re.fullmatch(r"NetLoader rank 0: loaded 1 tensors, 0\.0 MB in .* from disk", line)
+    assert fallbacks("unsupported") == before + ("SOURCE" in keys)
+
+
+@pytest.mark.parametrize("source", ["fleet:1", sources("192.0.2.7:1"), sources("a")])
+def test_who_takes_no_part_reads_nothing_in_the_place_of_sources_without_fallback(
+    monkeypatch, log, alone, source
+):
+    steps = Steps(monkeypatch, SOURCE=source, FALLBACK=False)
+    steps.loader._disk, model = None, Watched()
+    ways = [
+        steps.load,
+        lambda: steps.loader.load_weights(model, None),
+        lambda: steps.loader.get_all_weights(None, model),
+    ]
+    for way in ways:
+        with pytest.raises(LayoutUnsupported) as error:
+            way()
+        assert str(error.value) == (
+            f"no source is asked, as {alone}; and FALLBACK is false, so the disk is not read either"
+        )
+    assert (steps.taken, steps.offered, log) == ([], [], [])
+
+
+def test_a_reload_of_who_takes_no_part_reads_the_disk(monkeypatch, log, alone):
+    steps = Steps(monkeypatch)
+    steps.loader._vllm_config, steps.loader._disk, model = ON_CPU, WholeDisk(), Watched()
+    assert dict(steps.loader.get_all_weights(None, model)) == CHECKPOINT
+    steps.loader.load_weights(model, None)
+    assert torch.equal(model.weight, CHECKPOINT["weight"])
+    assert len([line for line in log if line.endswith("from disk")]) == 1
+
+
+def test_a_model_whose_experts_move_reads_nothing_in_the_place_of_sources_without_fallback(
+    monkeypatch,
+):
+    monkeypatch.setattr(netloader, "why_experts_move", lambda *_: "--enable-eplb moves experts")
+    steps = Steps(monkeypatch, FALLBACK=False)
+    monkeypatch.setattr(steps.loader, "_load_from_sources", pull_from(steps.loader))
+    with pytest.raises(LayoutUnsupported, match="--enable-eplb moves experts"):
+        steps.load()
+    assert (steps.taken, steps.offered) == ([], [])
 
 
 def test_a_worker_of_a_replica_has_its_own_number_in_the_log_and_asks_as_its_rank(monkeypatch, log):
