@@ -483,6 +483,10 @@ def test_records_that_go_beyond_what_there_is_are_refused(records):
         (encode(one_tensor())[:-5], "cut short"),
         (b"\x01" + records_module.zlib.compress(b"\x93"), "not records"),
         (b"\x01" + records_module.zlib.compress(b"\x81\xa1\xff"), "not records"),
+        (
+            encode(one_tensor([Copy((0, 0), (4, 4), 0, 0, (4, 1), ("float32",) * 17)])),
+            "not records: Expected `array` of length <= 16",
+        ),
     ],
 )
 def test_what_is_no_records_is_refused(data, why):
@@ -497,12 +501,29 @@ def test_records_that_unpack_to_more_than_is_allowed_are_refused(monkeypatch):
         decode(data)
 
 
-def test_records_of_more_entries_than_are_allowed_are_refused_before_they_are_unpacked(monkeypatch):
-    data = encode(one_tensor([GOOD] * 70_000, [Kept((0, 0), (1, 1))] * 20))
-    assert decode(data, 70_021).entries == 70_021
-    monkeypatch.setattr(records_module, "Records", None)
-    with pytest.raises(ProtocolError, match="records of 70021 entries; allowed: 70020"):
-        decode(data, 70_020)
+@pytest.mark.parametrize(
+    ("records", "entries"),
+    [
+        (one_tensor([GOOD] * 70_000, [Kept((0, 0), (1, 1))] * 20), 70_022),
+        (Records((Seen("t", "int8", ()),) * 70_000, ()), 70_000),
+        (Records((), one_tensor().parameters * 70_000), 70_000),
+        (Records((), one_tensor().parameters, (Fill(0, 0, (1,), (1,), 0),) * 70_000), 70_001),
+        *(
+            (Records((), (), computed={f"p{number}": "aten.mul" for number in range(count)}), count)
+            for count in (10, 1000, 70_000)
+        ),
+    ],
+)
+def test_records_of_more_entries_than_are_allowed_are_refused_before_they_are_unpacked(
+    records, entries, monkeypatch
+):
+    data = encode(records)
+    assert decode(data, entries).entries == entries
+    monkeypatch.setattr(records_module, "_RECORDS", None)
+    with pytest.raises(
+        ProtocolError, match=f"records of {entries} entries; allowed: {entries - 1}"
+    ):
+        decode(data, entries - 1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import psutil
@@ -894,6 +895,28 @@ def test_no_further_rank_is_asked_once_one_has_failed(monkeypatch):
         finally:
             stalled.set()
     assert len(asked) <= 2
+
+
+def test_the_records_of_a_few_ranks_are_here_before_they_are_read(monkeypatch):
+    asked, read = [], []
+
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            asked.append(one := super().submit(*arguments))
+            one.exception()
+            return one
+
+    def decoded(*arguments):
+        read.append(len(asked))
+        return decode(*arguments)
+
+    monkeypatch.setattr(view_module, "_RECORDS_AT_ONCE", 2)
+    monkeypatch.setattr(view_module, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(view_module, "decode", decoded)
+    with sources(4) as source:
+        take(source.addresses[:1], model := Model())
+    assert is_as_from_disk(model)
+    assert read == [2, 2, 4, 4]
 
 
 def test_no_source_is_asked_for_its_view_for_ever(monkeypatch):

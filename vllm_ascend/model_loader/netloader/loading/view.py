@@ -52,7 +52,7 @@ from ..utils import Address, logger, one_line, rate, shortened, size
 from .sessions import connect
 from .view_reader import PAUSE, Rank, Reader, Weights, confirm, connected, said_of
 
-_RECORDS_AT_ONCE = 8  # ranks that are asked
+_RECORDS_AT_ONCE = 8  # ranks that are asked, and whose records are here before they are read
 _RECORDS_COME = 60.0  # seconds for those of all ranks of an instance
 _LOOKING = 120.0  # seconds for those of all instances, besides waiting for busy ones
 # Seconds for those of weights that came by name, how many sources are asked, and what they may say.
@@ -156,25 +156,28 @@ def _instance_at(
                 f"{', '.join(pinned or ())}"
             )
     ends = {rank: reached_at(address, status, model, rank) for rank in sorted(world)}
+    found: list[Rank] = []
+    left, numbers = MOST_ENTRIES, [*ends]
     threads = ThreadPoolExecutor(_RECORDS_AT_ONCE, "netloader-view-records")
     try:
-        asked = [
-            threads.submit(_records_of, ends[rank], identity, config, ranks[rank], digest, deadline)
-            for rank in ends
-        ]
-        came = [one.result(max(0, deadline - time.monotonic())) for one in asked]
+        for first in range(0, len(numbers), _RECORDS_AT_ONCE):
+            some = numbers[first : first + _RECORDS_AT_ONCE]
+            asked = {
+                rank: threads.submit(
+                    _records_of, ends[rank], identity, config, ranks[rank], digest, deadline
+                )
+                for rank in some
+            }
+            for rank in some:
+                data = asked.pop(rank).result(max(0, deadline - time.monotonic()))
+                began = time.monotonic()
+                found.append(Rank(ends[rank], ranks[rank], _read(ends[rank], data, left)))
+                left -= found[-1].records.entries
+                deadline += time.monotonic() - began  # not the source's time
     except TimeoutError:
         raise SourceLost(f"{address}: not all records came within {_RECORDS_COME:g} s") from None
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-    found: list[Rank] = []
-    left = MOST_ENTRIES
-    for rank, data in zip(ends, came, strict=True):
-        try:
-            found.append(Rank(ends[rank], ranks[rank], decode(data, left)))
-        except ProtocolError as error:
-            raise ProtocolError(f"{ends[rank]}: {error}") from None
-        left -= found[-1].records.entries
     catalog([rank.records for rank in found])
     return Instance(digest, model.identity, found, processes | {status.instance})
 
@@ -208,6 +211,13 @@ def _records_of(
         records = client.records(weights)
         client.done(Done(complete=False, reason=api.LOOKED))
     return records
+
+
+def _read(address: Address, data: bytes, most: int) -> Records:
+    try:
+        return decode(data, most)
+    except ProtocolError as error:
+        raise ProtocolError(f"{address}: {error}") from None
 
 
 def records_by_name(sources: Iterable[Address], config: NetLoaderConfig, weights: str) -> Records:

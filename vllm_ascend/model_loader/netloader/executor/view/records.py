@@ -20,9 +20,10 @@ VERSION = 1
 # What a peer's records may take once unpacked: 4 times those of a rank of DeepSeek-V3 at TP=8.
 _MOST_BYTES = 40 << 20
 _MOST_TENSORS = 400_000
-# Copies and the like that those of all ranks of an instance may have, also 4 times as many.
-MOST_ENTRIES = 3_000_000
+# Tensors, copies and the like of all ranks of an instance together, also 4 times as many.
+MOST_ENTRIES = 6_000_000
 _MOST_AXES = 16
+_MOST_DTYPES = 16  # that elements may go through
 # Which tensors of a checkpoint can be made of their elements.
 _DTYPES = {
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -49,7 +50,7 @@ class Copy(msgspec.Struct, frozen=True, array_like=True, gc=False):
     parameter: int
     offset: int
     stride: tuple[int, ...]
-    through: tuple[str, ...] = ()
+    through: Annotated[tuple[str, ...], msgspec.Meta(max_length=_MOST_DTYPES)] = ()
 
     @property
     def box(self) -> Box:
@@ -167,12 +168,12 @@ class Records(msgspec.Struct, frozen=True):
 
     @property
     def entries(self) -> int:
-        """Number of copies, kept boxes, parameters and fills."""
-        boxes = sum(len(seen.copies) + len(seen.kept) for seen in self.tensors)
-        return boxes + len(self.parameters) + len(self.fills)
+        """Number of tensors, copies, kept boxes, parameters, fills and computed parameters."""
+        seen = sum(1 + len(seen.copies) + len(seen.kept) for seen in self.tensors)
+        return seen + len(self.parameters) + len(self.fills) + len(self.computed)
 
 
-_NONE = msgspec.Raw(b"\x90")
+_NONE, _NO_NAMES = msgspec.Raw(b"\x90"), msgspec.Raw(b"\x80")
 
 
 class _SeenUnread(msgspec.Struct, array_like=True, gc=False):
@@ -187,6 +188,7 @@ class _Unread(msgspec.Struct):
     tensors: Annotated[tuple[_SeenUnread, ...], msgspec.Meta(max_length=_MOST_TENSORS)]
     parameters: msgspec.Raw
     fills: msgspec.Raw = _NONE
+    computed: msgspec.Raw = _NO_NAMES
 
 
 _UNREAD, _RECORDS = msgspec.msgpack.Decoder(_Unread), msgspec.msgpack.Decoder(Records)
@@ -265,16 +267,17 @@ def decode(data: bytes, most: int = MOST_ENTRIES) -> Records:
 
 
 def _entries(records: _Unread) -> int:
-    boxes = sum(_length(seen.copies) + _length(seen.kept) for seen in records.tensors)
-    return boxes + _length(records.parameters) + _length(records.fills)
+    seen = sum(1 + _length(seen.copies) + _length(seen.kept) for seen in records.tensors)
+    others = (records.parameters, records.fills, records.computed)
+    return seen + sum(map(_length, others))
 
 
-def _length(array: msgspec.Raw) -> int:
-    """Return how many elements a MessagePack array says it has."""
-    head = bytes(memoryview(array)[:5])
-    if 0x90 <= head[0] <= 0x9F:
+def _length(whole: msgspec.Raw) -> int:
+    """Return how many elements a MessagePack array, or pairs a map, says it has."""
+    head = bytes(memoryview(whole)[:5])
+    if 0x80 <= head[0] <= 0x9F:
         return head[0] & 0xF
-    return int.from_bytes(head[1:3] if head[0] == 0xDC else head[1:5], "big")
+    return int.from_bytes(head[1:3] if head[0] in (0xDC, 0xDE) else head[1:5], "big")
 
 
 def check(records: Records) -> None:
