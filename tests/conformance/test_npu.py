@@ -16,7 +16,8 @@ import xxhash
 
 from vllm_ascend.model_loader.netloader.executor import memory
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Span
-from vllm_ascend.model_loader.netloader.executor.devices import device_of, rowsums
+from vllm_ascend.model_loader.netloader.executor.devices import rowsums
+from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.loading import sessions, target
 
 from . import models, ways

@@ -11,7 +11,8 @@ import torch
 from torch.distributed import ProcessGroupGloo
 
 from vllm_ascend.model_loader.netloader.config import Transport
-from vllm_ascend.model_loader.netloader.executor.devices import device_of, streams
+from vllm_ascend.model_loader.netloader.executor.devices import streams
+from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.devices.streams import StreamDevice
 

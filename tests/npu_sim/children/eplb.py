@@ -14,7 +14,7 @@ from vllm_ascend.eplb.core.eplb_device_transfer_loader import (
 from vllm_ascend.model_loader.netloader import compat, registry
 from vllm_ascend.model_loader.netloader.config import parse_config
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED
-from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.identity import Revision, plain_identity
 from vllm_ascend.model_loader.netloader.serve import Offer

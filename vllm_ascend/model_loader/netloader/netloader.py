@@ -57,7 +57,8 @@ from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ChosenToRead, ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
 from .executor.chunks.digests import is_one_of, of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
-from .executor.devices import Device, device_of, start_prefault
+from .executor.devices import Device, start_prefault
+from .executor.devices.choose import device_of
 from .executor.model.processed import (
     capture_processed,
     changed_scalars,

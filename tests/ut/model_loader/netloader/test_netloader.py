@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader.errors import (
 )
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
-from vllm_ascend.model_loader.netloader.executor.devices import device_of
+from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.executor.model import trace
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
 from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Phase

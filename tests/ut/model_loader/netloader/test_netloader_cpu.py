@@ -9,7 +9,8 @@ import pytest
 import torch
 import xxhash
 
-from vllm_ascend.model_loader.netloader.executor.devices import cpu, device_of
+from vllm_ascend.model_loader.netloader.executor.devices import cpu
+from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 
 from .support import MIB, random_tensor
 

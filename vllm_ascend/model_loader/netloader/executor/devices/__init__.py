@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import ProcessGroup, Store
 
-from ...errors import LayoutUnsupported
 from ...utils import logger
 
 
@@ -141,32 +140,6 @@ class Accelerator(Device, Protocol):
             group: the group, which nobody uses any more.
             unfinished: the transfers that were started and not waited for.
         """
-
-
-def device_of(device: torch.device | str, hccl_buffer_mb: int) -> Device:
-    """Return what moves tensors of a device.
-
-    Args:
-        device: as vLLM names it; without an index, the one that this thread has chosen.
-        hccl_buffer_mb: memory in MB that HCCL takes for each direction of a session.
-
-    Raises:
-        LayoutUnsupported: NetLoader does not know such devices.
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        from .cpu import CpuDevice
-
-        return CpuDevice()
-    if device.type == "npu":
-        from .npu import npu_device
-
-        return npu_device(device.index, hccl_buffer_mb)
-    if device.type == "cuda":
-        from .cuda import cuda_device
-
-        return cuda_device(device.index)
-    raise LayoutUnsupported(f"NetLoader moves no tensors between devices of kind {device.type!r}")
 
 
 def start_prefault(
