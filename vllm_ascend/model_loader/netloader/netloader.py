@@ -6,7 +6,7 @@ import gc
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ from .compat import (
 )
 from .config import KEYS, Int8Cache, NetLoaderConfig, Sources, parse_config
 from .errors import ChosenToRead, ConfigError, LayoutUnsupported, LoadFailed, NetLoaderError
-from .executor.chunks.digests import is_one_of, of_instance
+from .executor.chunks.digests import is_of_instance, is_one_of, of_instance
 from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, start_prefault
 from .executor.devices.choose import device_of
@@ -417,7 +417,10 @@ class ModelNetLoaderElastic(BaseModelLoader):
             self._read_disk(load, model, model_config, trace=before is not None and load.serving)
             if before is not None:
                 with load.preparing_to_serve():
-                    load.store = capture_loaded(model, before, load.device, meaning_of(model, RAW))
+                    meaning = meaning_of(model, RAW)
+                    load.store = _hashed(
+                        load, lambda: capture_loaded(model, before, load.device, meaning)
+                    )
         if load.store is not None:
             with load.preparing_to_serve():
                 load.copies = copy_int8(
@@ -443,6 +446,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
         identity = known.identity if known else self._identify(model_config)
         same_path = known is None or known.path == model_config.model
         failure = ""
+        # Before the ranks meet: afterwards one may have new weights already.
+        ranks, pinned = known.ranks if known else None, self._config.weights_digest
+        had = ranks.present({}) if ranks is not None else {}
 
         def attempt(order: Order) -> Attempt[_Renewal | _Checkpoint | None]:
             nonlocal failure
@@ -489,7 +495,10 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if not failure:
                 raise
             raise _neither(failure, error) from error
-        registry.loaded_from(model, DISK)
+        compare = None
+        if pinned is not None and ranks is not None:
+            compare = partial(_compare_reloaded, pinned, self._worker(), ranks.all, had)
+        registry.loaded_from(model, DISK, compare)
         return self._disk.get_all_weights(model_config, model)
 
     def _seen_through(self, identity: ModelIdentity, error: LoadFailed) -> "_Checkpoint":
@@ -768,8 +777,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if load.identity.layout == PROCESSED:
                 if load.store is None and (load.serving or (load.hashing and not load.weights)):
                     attributes = changed_scalars(load.scalars, scalars(model))
-                    load.store = capture_processed(
-                        model, attributes, load.device, meaning_of(model, PROCESSED)
+                    meaning = meaning_of(model, PROCESSED)
+                    load.store = _hashed(
+                        load, lambda: capture_processed(model, attributes, load.device, meaning)
                     )
             elif load.store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
@@ -783,20 +793,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _compare_with_pin(self, load: _Load, agreed: RankWeights) -> None:
         """Warn if the disk has other weights than those that may come from sources."""
-        pinned = self._config.weights_digest
-        if (
-            load.weights is None
-            or load.instance is not None
-            or is_one_of(pinned, load.weights, agreed)
-        ):
-            return
-        logger.warning(
-            "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
-            load.worker,
-            load.weights,
-            of_instance(agreed),
-            ", ".join(pinned or ()),
-        )
+        if load.weights is not None and load.instance is None:
+            _warn_unless_pinned(self._config.weights_digest, load.worker, load.weights, agreed)
 
     def _offer(
         self,
@@ -1021,6 +1019,59 @@ def _reading_disk(worker: int, model: nn.Module) -> Iterator[None]:
         seconds,
         rate(nbytes, seconds),
     )
+
+
+def _hashed(load: _Load, make: Callable[[], BlockStore]) -> BlockStore:
+    """Return the store of weights that no source gave by name, and say which they are."""
+    started = time.monotonic()
+    store = make()
+    logger.info(
+        "NetLoader rank %d: the weights from %s have the weights digest %s, hashed in %.2f s",
+        load.worker,
+        load.loaded_from,
+        store.digests.weights,
+        time.monotonic() - started,
+    )
+    return store
+
+
+def _warn_unless_pinned(
+    pinned: Collection[str] | None, worker: int, weights: str, ranks: RankWeights
+) -> None:
+    if not is_one_of(pinned, weights, ranks):
+        logger.warning(
+            "NetLoader rank %d: the weights from disk are %s of %s and WEIGHTS_DIGEST is %s",
+            worker,
+            weights,
+            of_instance(ranks),
+            ", ".join(pinned or ()),
+        )
+
+
+def _compare_reloaded(
+    pinned: Collection[str],
+    worker: int,
+    everyone: Collection[int],
+    had: RankWeights,
+    weights: str,
+    ranks: RankWeights,
+) -> None:
+    """Warn if a reload has brought other weights from disk than those that may come from sources.
+
+    Args:
+        pinned: WEIGHTS_DIGEST.
+        worker: number of this process among all workers of the instance.
+        everyone: the instance's ranks.
+        had: what they had before, as far as it is known.
+        weights: what this one has now.
+        ranks: what they have now, as far as it is known. Where only some have others, the rest may
+            not be ready. An instance digest is then left to the last one that is, and to nobody if
+            the rest stay as they were.
+    """
+    changed = {had.get(rank) != ranks.get(rank) for rank in everyone}
+    settled = ranks.keys() >= {*everyone} and len(changed) == 1
+    if settled or not any(map(is_of_instance, pinned)):
+        _warn_unless_pinned(pinned, worker, weights, ranks)
 
 
 def _malformed(sources: Sources) -> list[str]:

@@ -9,7 +9,7 @@ import gc
 import threading
 import uuid
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from queue import SimpleQueue
@@ -86,6 +86,7 @@ class _Offered:
         offer: the offer, whatever has changed since.
         renewal: what hashes the weights anew.
         source: where a loader gets other weights from; empty: nobody has said.
+        compare: see `loaded_from`.
         records: those of the last view, if there was any; `encode`d.
         seen: what has been seen of how other weights came from a checkpoint.
     """
@@ -93,6 +94,7 @@ class _Offered:
     offer: Offer
     renewal: Renewal
     source: str = ""
+    compare: Callable[[str, Mapping[int, str]], object] | None = None
     records: bytes = b""
     seen: Reread | None = None
 
@@ -221,10 +223,21 @@ def is_renewable(model: nn.Module) -> bool:
     return known is not None and known.instance in _instances and model in _offered
 
 
-def loaded_from(model: nn.Module, source: str) -> None:
-    """Say where the weights come from that a model in use gets now."""
+def loaded_from(
+    model: nn.Module,
+    source: str,
+    compare: Callable[[str, Mapping[int, str]], object] | None = None,
+) -> None:
+    """Say where the weights come from that a model in use gets now.
+
+    Args:
+        model: the model.
+        source: `disk`, or addresses.
+        compare: called with the weights digests of this rank and of all the instance's ranks, as
+            far as they are known, when the weights are offered; None: nobody asks.
+    """
     if (known := _offered.get(model)) is not None:
-        _offered[model] = replace(known, source=source)
+        _offered[model] = replace(known, source=source, compare=compare)
 
 
 def came_with(model: nn.Module, records: Records) -> None:
@@ -368,7 +381,9 @@ def _renew(
     if not same or before.seen is not None:  # of which values that are kept aside may be others
         offer = _seen_again(offer, now, before.seen, change)
     records = offer.view.records if offer.view is not None else before.records
-    _offered[model] = replace(before, offer=offer, source="", records=records, seen=None)
+    _offered[model] = replace(
+        before, offer=offer, source="", compare=None, records=records, seen=None
+    )
     known.publish(now.digests.weights)
     epoch = server.offer(offer)
     logger.info(
@@ -378,6 +393,8 @@ def _renew(
         change,
         epoch,
     )
+    if before.compare is not None:
+        before.compare(now.digests.weights, offer.instance())
 
 
 def _seen_again(offer: Offer, store: BlockStore, seen: Reread | None, change: str) -> Offer:

@@ -16,8 +16,9 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from tests.checkpoints import rebuild
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader
+from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader, registry
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
+from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.compat import load_watched, remember_registrations
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
@@ -27,7 +28,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     LoadFailed,
 )
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import of_instance
-from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.executor.model import trace
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
@@ -35,9 +36,10 @@ from vllm_ascend.model_loader.netloader.interaction.cold_start import Choice, Ph
 from vllm_ascend.model_loader.netloader.load import Loaded
 from vllm_ascend.model_loader.netloader.loading.view import Instance
 from vllm_ascend.model_loader.netloader.netloader import ModelNetLoaderElastic
+from vllm_ascend.model_loader.netloader.serve import Offer
 from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
-from .support import DEVICE, closed_port, source, store_of
+from .support import DEVICE, HOST, closed_port, settings, source, store_of
 
 # Registration
 
@@ -437,6 +439,89 @@ def test_other_weights_than_those_pinned_are_a_warning_when_they_come_from_disk(
     assert log == ([f"NetLoader rank 0: {warning}"] if warns else [])
 
 
+def digest_of(weight):
+    return store_of({"weight": weight}).digests.weights
+
+
+NEW = digest_of(torch.arange(4.0))
+OLD = digest_of(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("pinned", "warns"),
+    [
+        (None, False),
+        ([OTHER, NEW], False),
+        ([of_instance({0: NEW})], False),
+        ([OLD], True),
+        ([of_instance({0: OLD})], True),
+    ],
+)
+def test_other_weights_than_those_pinned_are_a_warning_when_a_reload_reads_them_from_disk(
+    monkeypatch, log, pinned, warns
+):
+    monkeypatch.setattr(registry, "_servers", [])
+    ranks, model = Ranks(0, [0], "netloader", None), Watched()
+    store = store_of({"weight": model.weight.detach()})
+    offer = Offer(identity(), store, ranks=functools.partial(ranks.present, {0: OLD}))
+    member = registry.Member(settings(), HOST, instance="reloaded", ranks=ranks)
+    registry.put_in_use(model, "m", member, offer)
+    loader = make(**{"LISTEN_PORT": 1} | ({"WEIGHTS_DIGEST": pinned} if pinned else {}))
+    loader._vllm_config, loader._disk = ON_CPU, WholeDisk()
+    for weights in (CHECKPOINT, {"weight": torch.ones(4)}):  # the second time nothing is pinned
+        with registry.changing("reloaded", Change("reload", After.WHOLE)):
+            if weights is CHECKPOINT:
+                weights = dict(loader.get_all_weights(types.SimpleNamespace(model="m"), model))
+            model.load_weights(weights.items())
+        registry.wait_for_renewal()
+    registry.in_use(model).server.stop()
+    assert [line for line in log if "from disk" in line] == [
+        f"NetLoader rank 0: the weights from disk are {NEW} of {of_instance({0: NEW})} and "
+        f"WEIGHTS_DIGEST is {', '.join(pinned or ())}"
+    ] * warns
+
+
+@pytest.mark.parametrize(
+    ("now", "of_rank", "of_all"),
+    [
+        ({0: NEW, 1: NEW}, True, True),
+        ({0: NEW, 1: OLD}, True, False),  # the other one may not have reloaded yet
+        ({0: NEW}, True, False),  # it reloads
+        ({0: OLD, 1: OLD}, True, True),
+    ],
+)
+def test_the_last_rank_that_has_reloaded_compares_what_all_have(log, now, of_rank, of_all):
+    had = {0: OLD, 1: OLD}
+    for pin, warns in ((OTHER, of_rank), (of_instance({0: OTHER, 1: OTHER}), of_all)):
+        netloader._compare_reloaded([pin], 0, [0, 1], had, now[0], now)
+        assert len(log) == warns
+        log.clear()
+
+
+@pytest.mark.parametrize("layout", [RAW, PROCESSED])
+@pytest.mark.parametrize(
+    ("needed", "hashed"),
+    [
+        ({"serving": True}, True),
+        ({"serving": False, "hashing": True}, True),
+        ({"serving": False}, False),
+    ],
+)
+def test_what_was_read_from_disk_is_named_in_one_line_where_it_is_hashed(
+    log, layout, needed, hashed
+):
+    loader, model = make(LISTEN_PORT=1), Watched()
+    loader._vllm_config, loader._disk = ON_CPU, WholeDisk()
+    load = loader._load = netloader._Load(identity(layout=layout), DEVICE, **needed)
+    loader.load_weights(model, None)
+    loader._finish(load, model)
+    assert (load.weights is not None) == hashed
+    lines = [line for line in log if "digest" in line]
+    assert len(lines) == hashed
+    said = f"the weights from disk have the weights digest {load.weights}, hashed in"
+    assert all(re.fullmatch(f"NetLoader rank 0: {said} .* s", line) for line in lines)
+
+
 def test_an_instance_that_cannot_be_a_source_says_why_and_offers_the_reason(monkeypatch, log):
     load = in_progress(unserved="post-processing has changed x")
     offer = offered(monkeypatch, load)
@@ -600,6 +685,9 @@ class WholeDisk:
     """In the place of vLLM's default loader, with its own steps."""
 
     made = 0
+
+    def download_model(self, model_config):
+        pass
 
     def load_model(self, vllm_config, model_config, prefix):
         self.made += 1

@@ -18,6 +18,7 @@ from .blocks import Blocks
 from .manifest import Manifest
 
 DIGEST_BYTES = 16
+_INSTANCE = "instance:"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,12 @@ def of_instance(weights: Mapping[int, str]) -> str:
     """Return the instance digest: that of the weights digests of all its ranks."""
     lines = "".join(f"{rank} {weights[rank]}\n" for rank in sorted(weights))
     whole = xxhash.xxh3_128(lines.encode())
-    return f"instance:{whole.hexdigest()}"
+    return f"{_INSTANCE}{whole.hexdigest()}"
+
+
+def is_of_instance(digest: str) -> bool:
+    """Return whether a digest is one of an instance, and not of a rank."""
+    return digest.startswith(_INSTANCE)
 
 
 def is_one_of(pinned: Collection[str] | None, weights: str, ranks: Mapping[int, str]) -> bool:
