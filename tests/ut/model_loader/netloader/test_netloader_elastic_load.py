@@ -1,5 +1,7 @@
 """What the two ends of a session do, whatever the transport between them."""
 
+import logging
+import re
 import sys
 import threading
 import time
@@ -7,6 +9,7 @@ import time
 import pytest
 import torch
 
+from vllm_ascend.model_loader.netloader import load
 from vllm_ascend.model_loader.netloader.errors import (
     AskOthers,
     MakesRoom,
@@ -22,6 +25,7 @@ from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad, P2
 from vllm_ascend.model_loader.netloader.executor.rate_limiter import RateLimiter
 from vllm_ascend.model_loader.netloader.executor.scheduler import Peer, Scheduler
 from vllm_ascend.model_loader.netloader.loading.target import chunk_mib_for
+from vllm_ascend.model_loader.netloader.utils import logger
 
 from .support import MIB, PATIENCE, incomplete, random_tensor, store_of, until
 
@@ -367,3 +371,29 @@ def test_withdrawing_the_weights_ends_a_wait_for_the_rate_limiter():
 )
 def test_what_is_passed_on_over_http_is_cut_into_many_chunks(gib, groups, relays, mib):
     assert chunk_mib_for(int(gib * (1 << 30)), groups, relays) == mib
+
+
+def test_the_progress_bar_shows_bytes_leaves_log_lines_alone_and_is_closed_on_failure(
+    capsys, monkeypatch
+):
+    handlers = [logging.StreamHandler(sys.stderr)]
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", handlers)
+
+    def fail(bar):
+        with bar:
+            bar.show(0, 0, 1)
+            assert capsys.readouterr().err == ""  # nobody knows of how many
+            bar.show(3_000_000, 12_000_000, 1)
+            logger.warning("a source is lost")
+            bar.show(6_000_000, 12_000_000, 2)
+            raise SourceLost("injected failure")
+
+    bar = load._ProgressBar(time.monotonic())
+    with pytest.raises(SourceLost):
+        fail(bar)
+    logger.warning("it is over")
+    pieces = [piece.strip() for piece in re.split(r"[\r\n]", capsys.readouterr().err)]
+    assert {"a source is lost", "it is over"} <= {*pieces}
+    last = [piece for piece in pieces if piece.startswith("Loading weights from peers: ")][-1]
+    assert "50%" in last and "6.00M/12.0M" in last and "B/s, peers=2]" in last
+    assert logging.getLogger("vllm").handlers == handlers
