@@ -114,8 +114,7 @@ def sending(monkeypatch):
         made = P2PSend.__init__
 
         def make(self, store, sender, *others):
-            tensors = store.tensors
-            store.readable = Tapped(tensors, lambda i, n: tap(i, n, tensors))
+            store.readable = Tapped(store.tensors, lambda i, n: tap(i, n, store))
             made(self, store, sender, *others)
 
         monkeypatch.setattr(P2PSend, "__init__", make)
@@ -123,19 +122,28 @@ def sending(monkeypatch):
     return send
 
 
-def dies(index, count, tensors):
+def dies(index, count, store):
     if count > 2:
         raise RuntimeError("the source dies here")
 
 
-def poisons(index, count, tensors):
-    return flipped(tensors[index]) if index == 1 else None
+def poisons(index, count, store):
+    return flipped(store.tensors[index]) if index == 1 else None
+
+
+def poisons_a_table(index, count, store):
+    of_rotary = store.manifest.names[index].endswith("rotary_emb.cos_sin_cache")
+    return flipped(store.tensors[index]) if of_rotary else None
 
 
 @pytest.mark.parametrize(
     ("fault", "why"),
-    [(dies, "the source dies here"), (poisons, "the source's weights have changed since")],
-    ids=["lost", "wrong"],
+    [
+        (dies, "the source dies here"),
+        (poisons, "the source's weights have changed since"),
+        (poisons_a_table, "the source's weights have changed since"),
+    ],
+    ids=["lost", "wrong", "wrong table"],
 )
 def test_half_a_transfer_then_disk_is_as_if_nothing_had_been_tried(
     fault, why, models, tmp_path, sending, why_from_disk
