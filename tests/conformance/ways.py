@@ -95,6 +95,11 @@ class GlooDevice(StreamDevice):
     def empty_host(self, nbytes):
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def int8_product(self, rows, weights):
+        """In float32, several times as fast here, and exact, as 1024 x 128 x 127 is below 2**24."""
+        parts = zip(rows.split(1024, 1), weights.split(1024), strict=True)
+        return sum((one.float() @ other.float()).to(torch.int32) for one, other in parts)
+
     def create_group(self, store, rank, local_host, timeout, gone):
         def meet():
             options = ProcessGroupGloo._Options()
