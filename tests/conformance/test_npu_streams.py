@@ -6,6 +6,7 @@ from multiprocessing.connection import Client, Listener
 import pytest
 
 from vllm_ascend.model_loader.netloader.executor.transport.group import CLIENT, SOURCE, form_group
+from vllm_ascend.model_loader.netloader.executor.transport.rendezvous import PeerStore
 
 from .sides import HOST, PATIENCE
 from .ways import Way
@@ -14,41 +15,70 @@ WAY = Way.HCCL
 pytestmark = pytest.mark.ways(WAY)
 
 STREAMS = 4  # that torch_npu has for launching at once
-_listeners, _groups = [], []
+_listeners, _groups, _waiting = {}, [], []
 
 
 def listen(count):
-    _listeners[:] = [Listener((HOST, 0)) for _ in range(count)]
-    return [listener.address for listener in _listeners]
+    listeners = [Listener((HOST, 0)) for _ in range(count)]
+    addresses = [listener.address for listener in listeners]
+    _listeners.update(zip(addresses, listeners, strict=True))
+    return addresses
 
 
-def connect_all(addresses, rank):
-    """Makes groups at the same time; returns how many streams they and those there are have."""
+class Messages:
+    """What a session has to meet its peer with."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    def tell(self, key, value):
+        self._connection.send((key, value))
+
+    def hear(self, timeout):
+        if not self._connection.poll(timeout):
+            raise TimeoutError
+        return self._connection.recv()
+
+
+def connect_all(addresses, rank, handshake=PATIENCE):
+    """Makes groups at the same time.
+
+    Returns:
+        How many streams they and those there are have, and how many of them could not be made.
+    """
 
     device = WAY.device()  # of this thread, too
 
-    def connect(number):
-        end = Client(addresses[number]) if rank == CLIENT else _listeners[number].accept()
-
-        def hear(timeout):
-            if not end.poll(timeout):
-                raise TimeoutError
-            return end.recv()
-
-        return form_group(
-            device,
-            lambda key, value: end.send((key, value)),
-            hear,
-            rank,
-            HOST,
-            handshake=PATIENCE,
-            progress=PATIENCE,
-            gone=lambda: False,
-        )
+    def connect(address):
+        end = Client(address) if rank == CLIENT else _listeners[address].accept()
+        messages = Messages(end)
+        try:
+            return form_group(
+                device,
+                messages.tell,
+                messages.hear,
+                rank,
+                HOST,
+                handshake=handshake,
+                progress=PATIENCE,
+                gone=lambda: False,
+            )
+        except RuntimeError:
+            return None
 
     with ThreadPoolExecutor(len(addresses)) as threads:
-        _groups.extend(threads.map(connect, range(len(addresses))))
-    return len({group._group._get_stream_id(False) for group in _groups})
+        made = list(filter(None, threads.map(connect, addresses)))
+    _groups.extend(made)
+    streams = {group._group._get_stream_id(False) for group in _groups}
+    return len(streams), len(addresses) - len(made)
+
+
+def let_wait(address):
+    """Lets a client begin to connect, and does not come."""
+    messages = Messages(_listeners[address].accept())
+    _waiting.append(messages)
+    PeerStore(messages.tell, messages.hear, PATIENCE).meet(SOURCE, "is here")
+    messages.hear(PATIENCE)
 
 
 def close_last(count):
@@ -67,7 +97,7 @@ def test_sessions_that_connect_at_once_get_streams_of_their_own(way, started):
 
     connect(1)
     for turn in range(12):
-        assert connect(STREAMS - 1) == (STREAMS, STREAMS), turn
+        assert connect(STREAMS - 1) == ((STREAMS, 0), (STREAMS, 0)), turn
         source.start(close_last, STREAMS - 1)
         client.call(close_last, STREAMS - 1)
         source.result()
@@ -81,9 +111,19 @@ def test_more_sessions_than_streams_share_them(way, started):
     source.start(connect_all, addresses, SOURCE)
     for i, client in enumerate(clients):
         client.start(connect_all, addresses[i * each : (i + 1) * each], CLIENT)
-    assert source.result() == STREAMS
-    assert [client.result() for client in clients] == [each, each]
+    assert source.result() == (STREAMS, 0)
+    assert [client.result() for client in clients] == [(each, 0), (each, 0)]
     source.start(close_last, len(addresses))
     for client in clients:
         client.call(close_last, each)
     source.result()
+
+
+def test_a_peer_that_does_not_come_holds_no_other_up_for_long(way, started):
+    source, client = started(0), started(1)
+    late, *addresses = source.call(listen, STREAMS - 1)
+    client.start(connect_all, [late, *addresses], CLIENT, PATIENCE / 3)
+    source.call(let_wait, late)
+    source.start(connect_all, addresses, SOURCE)
+    assert source.result() == (STREAMS - 2, 0)
+    assert client.result() == (STREAMS - 2, 1)

@@ -28,6 +28,7 @@ _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
 # Attempts at a stream that no other session uses; the last one is taken as it comes.
 _ATTEMPTS = 8
 _GOOD, _BAD = "good", "bad"
+_CLIENT_READY = "client ready"
 _TURN = 2.0  # seconds
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
@@ -108,7 +109,7 @@ class NpuDevice(StreamDevice):
             votes = PrefixStore(f"attempt {attempt}", store)
             group = self._new_group(PrefixStore("group", votes), rank)
             try:
-                good = self._take_stream(group) or attempt == _ATTEMPTS - 1
+                good = self._take_stream(group, rank, votes) or attempt == _ATTEMPTS - 1
                 votes.set(f"rank {rank}", _GOOD if good else _BAD)
                 # Before the group is closed, which the peer may still be connecting.
                 theirs = votes.get(f"rank {1 - rank}")
@@ -132,12 +133,17 @@ class NpuDevice(StreamDevice):
         group.set_watchdog_status(_WATCHDOG_STOPPED)
         return group
 
-    def _take_stream(self, group: ProcessGroup) -> bool:
+    def _take_stream(self, group: ProcessGroup, rank: int, votes: Store) -> bool:
         """Have HCCL find the peer; return whether the group has a stream of its own.
 
         An operation without bytes does it. Nothing of that would stay on another session's stream.
         """
-        with _turn_to_connect():
+        # The client's turn comes first: in different orders, the two would wait for each other.
+        if rank:
+            votes.get(_CLIENT_READY)
+        with _turns.take():
+            if not rank:
+                votes.set(_CLIENT_READY, "")
             found = self._broadcast(group, self.empty(0), 0, self._next_free_stream())
         with self._lock:
             taken, in_use = group._get_stream_id(False), self._in_use()
@@ -275,22 +281,37 @@ class _CastToNd(Sequence[torch.Tensor]):
         return last[1]
 
 
-_connecting = threading.Lock()
-
-
-@contextlib.contextmanager
-def _turn_to_connect() -> Iterator[None]:
-    """Wait until no other session of this process is connecting, but not for long.
+class _Turns:
+    """Lets the sessions of a process connect one after the other.
 
     torch_npu adds each new communicator to a list without a lock, which ends the process when two
-    do it at the same moment. A peer that does not come keeps its turn, and may not hold up others.
+    do it at the same moment. A peer that does not come may not hold up others: its session's turn
+    passes to the next one, and to one only.
     """
-    mine = _connecting.acquire(timeout=_TURN)
-    try:
-        yield
-    finally:
-        if mine:
-            _connecting.release()
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._last: object | None = None
+        self._ends = 0.0
+
+    @contextlib.contextmanager
+    def take(self) -> Iterator[None]:
+        """Wait until no other session has its turn."""
+        mine = object()
+        with self._changed:
+            while self._last and (left := self._ends - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._last, self._ends = mine, time.monotonic() + _TURN
+        try:
+            yield
+        finally:
+            with self._changed:
+                if self._last is mine:
+                    self._last = None
+                    self._changed.notify_all()
+
+
+_turns = _Turns()
 
 
 def _abort_stream(stream: int) -> bool:
