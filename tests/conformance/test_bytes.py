@@ -8,9 +8,6 @@ from vllm_ascend.model_loader.netloader.executor.store import make_store
 from . import models
 from .models import rows
 from .sides import expected, load, load_here, loading, source
-from .ways import Way
-
-ON_CPU = pytest.mark.ways(Way.HTTP, Way.STREAM)
 
 
 @pytest.mark.parametrize("changes", [{}, {"chunk_mib": 4}, {"connections": 3}], ids=str)
@@ -51,14 +48,12 @@ def test_attributes_travel_with_the_tensors(way):
     assert outcome.check().attributes == attributes
 
 
-@ON_CPU
 def test_tensors_made_under_inference_mode_arrive(way):
     # vLLM reloads weights under inference mode, while the transfer runs in threads without it.
     with torch.inference_mode(), source(way, models.assorted) as running:
         load(way, [running], models.assorted).check()
 
 
-@ON_CPU
 def test_tensors_that_no_source_has_stay_as_they_are(way):
     with source(way) as running:
         outcome = load_here(

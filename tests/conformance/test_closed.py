@@ -18,7 +18,6 @@ from .models import ROW, many_rows
 from .sides import HOST, identity, load, load_here, loading, log_lines, settings, source, until
 from .ways import Way
 
-ON_CPU = pytest.mark.ways(Way.HTTP, Way.STREAM)
 HTTP = pytest.mark.ways(Way.HTTP)
 
 
@@ -40,14 +39,12 @@ def test_every_kind_of_tensor_arrives(way, secret, changes):
     assert outcome.check().digest == running.store.digests.weights
 
 
-@ON_CPU
 @pytest.mark.parametrize("model", [models.nothing, models.one_scalar, models.packed])
 def test_every_kind_of_model_arrives(way, secret, model):
     with source(way, model, **secret) as running:
         load(way, [running], model, **secret).check()
 
 
-@ON_CPU
 def test_with_certificates_all_arrives(way, tmp_path):
     authority = Authority(tmp_path)
     client = authority.files("client.test", who="client")
@@ -131,7 +128,6 @@ def test_the_secret_is_exchanged_while_clients_load(way, tmp_path, secret):
         load_here(way, [running], many_rows, **secret).check_failed("SECRET_FILE")
 
 
-@ON_CPU
 def test_many_that_are_refused_leave_nothing_behind(way, secret, other):
     with source(way, **secret) as running, log_lines() as lines:
         for _ in range(100):

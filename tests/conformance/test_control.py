@@ -15,9 +15,6 @@ from .models import MIB
 from .sides import load, loading, source, until
 from .ways import Way
 
-# The control plane is the same on NPUs, where every load takes longer.
-pytestmark = pytest.mark.ways(Way.HTTP, Way.STREAM)
-
 SOON = 0.8
 HANDSHAKE = 2.0
 QUICK = {
@@ -102,7 +99,7 @@ def applicable(steps):
     """Each name with the ways that have its step."""
     return [
         pytest.param(way, name, id=f"{way.value}-{name}")
-        for way in (Way.HTTP, Way.STREAM)
+        for way in Way
         for name, step in steps.items()
         if has(way, step)
     ]

@@ -14,7 +14,6 @@ from .sides import expected, fresh, identity, load, load_here, source, store_of
 from .ways import Way
 
 ONE = {"max_sources": 1}
-ON_CPU = pytest.mark.ways(Way.HTTP, Way.STREAM)
 
 
 def passed_over(way, useless, model=rows, **options):
@@ -101,7 +100,6 @@ def test_the_longest_model_name_is_no_problem(way, name):
         load(way, [running], who=who).check()
 
 
-@ON_CPU
 def test_no_sources_at_all_is_a_failure_that_says_so(way):
     assert load(way, [], models.nothing).reasons == "there are no sources"
 

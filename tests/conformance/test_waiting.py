@@ -14,8 +14,6 @@ from .models import COUNT, rows
 from .sides import HOST, Address, fresh, identity, load, loading, log_lines, source, store_of, until
 from .ways import Way
 
-ON_CPU = pytest.mark.ways(Way.HTTP, Way.STREAM)
-
 
 @contextlib.contextmanager
 def busy(way, over, **config):
@@ -94,7 +92,7 @@ def _refused(port):
         return sock.connect_ex((HOST, port)) != 0
 
 
-@ON_CPU
+@pytest.mark.ways(Way.HTTP, Way.STREAM)  # where its log is in this process
 def test_names_are_looked_up_again_until_somebody_is_found(way, tmp_path):
     name = parse_name(f"file+{tmp_path}/any-")
     with log_lines() as lines, loading(way, [name], source_wait=60.0) as result:
@@ -106,13 +104,11 @@ def test_names_are_looked_up_again_until_somebody_is_found(way, tmp_path):
     assert sum("there are no such files" in one for one in lines) == 1
 
 
-@ON_CPU
 def test_a_name_without_instances_is_a_failure_once_source_wait_is_over(way, tmp_path):
     name = parse_name(f"file+{tmp_path}/any-")
     load(way, [name], source_wait=0.6).check_failed("there are no such files")
 
 
-@ON_CPU
 def test_a_name_of_this_instance_alone_is_not_waited_for(way):
     with source(way) as running:
         name = parse_name(str(running.address))
@@ -127,7 +123,6 @@ def test_what_cannot_be_reached_is_not_waited_for_where_another_has_failed(way):
     assert outcome.seconds < 20
 
 
-@ON_CPU
 def test_eight_clients_that_start_together_all_get_the_weights(way):
     with source(way, max_sessions=2) as running, contextlib.ExitStack() as stack:
         results = [

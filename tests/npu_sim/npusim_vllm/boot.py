@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
+PR_SET_TIMERSLACK, ONE_MILLISECOND = 29, 1_000_000  # <sys/prctl.h>, in nanoseconds
 LIBRARIES = os.environ["NPUSIM_LIB"]
 # libnpusim.so first: the others need it, and are otherwise empty.
 CANN = (
@@ -39,6 +40,9 @@ def before_torch_npu() -> None:
 
     import torch  # noqa: F401  libopapi.so needs libtorch_cpu.so
 
+    # A thread of torch_npu looks for work every few microseconds: a sixth of a core in each process
+    # that does nothing.
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(ONE_MILLISECOND))
     for name in CANN:
         ctypes.CDLL(_library(name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(_library("opapi"))
