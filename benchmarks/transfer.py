@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 import torch
+import xxhash
 from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore
 
 from tests.identity import IDENTITY
@@ -102,6 +103,7 @@ ROWS = {
     "raw_gloo": "raw gloo, one 1 GiB message",
     "per_tensor": "gloo, one message per tensor, wait after each",
     "raw_tcp": "raw TCP, one connection, runs of 4 MiB",
+    "raw_tcp_hashed": "the same, and XXH3 of what has come",
     "netloader": "NetLoader, digests checked",
     "netloader_no_digest": "NetLoader, digests not checked",
     "netloader_two_connections": "NetLoader, CONNECTIONS 2",
@@ -315,13 +317,16 @@ class Rows:
     def _sample(
         self, row: str, tensors: dict[str, torch.Tensor], addresses: list[Address]
     ) -> Sample:
-        runs = runs_of(tensors) if row == "raw_tcp" else []
+        runs = runs_of(tensors) if row.startswith("raw_tcp") else []
         before = self._cpu_seconds()
         started = time.perf_counter()
-        if row == "raw_tcp":
+        if row.startswith("raw_tcp"):
             self._pipe.send(SEND_RAW)
             for run in runs:
                 receive_raw(self._raw, run)
+                if row == "raw_tcp_hashed":
+                    for view in run:
+                        xxhash.xxh3_128_digest(view)
         elif row == "raw_gloo":
             self._receive(SEND_LINK, tensors)
         elif row == "per_tensor":
