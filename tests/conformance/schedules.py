@@ -9,8 +9,7 @@ from vllm_ascend.model_loader.netloader.interaction import source_queue
 from .faults import holding_back, lie, lie_at_times
 from .fleet import cut_off, fleet
 from .models import ROW, rows
-from .sides import source, until
-from .test_leaks import used
+from .sides import grown, source, until, used
 
 # Where nobody can have everything any more, a load is to end soon, also if all that it knows are
 # gone or bring nothing: it asks them again for as long as it may.
@@ -27,7 +26,7 @@ def play(way, number):
         "connections": chance.randint(1, 2),
         "source_wait": 60.0,
     }
-    before = used()
+    before = used(way)
     with (
         source(way, rows, max_send_rate=64 * ROW, max_sessions=chance.randint(1, 4)) as seed,
         fleet(way, count, rows, **its | (_SOON if orphans else {})) as replicas,
@@ -53,7 +52,7 @@ def play(way, number):
         for replica in replicas:
             replica.check_right_or_failed()
             assert orphans or replica in gone or replica.reasons == "", replica.reasons
-    until(lambda: used()[0] <= before[0] and used()[1] <= before[1])
+    until(lambda: not grown(before, used(way)))
 
 
 def _wait_for_a_share(chance, seed):

@@ -26,10 +26,12 @@ from .models import COUNT, DTYPES, MIB, ROW, Maker, rows
 from .sides import (
     PATIENCE,
     expected,
+    grown,
     here,
     load_here,
     serve,
     source,
+    used,
     wait_for_no_sessions,
 )
 from .test_peers import at_call, inferring, signal_self
@@ -547,24 +549,13 @@ def test_a_process_loads_serves_and_infers_at_once(way, started):
 WARM_UP, TIMES = 10, 15
 
 
-def used_here():
-    from .npus import used
-
-    return used()
-
-
 def settled(process):
     """What a process uses once nothing ends any more."""
-    now, earlier = process.call(used_here), None
+    now, earlier = process.call(used, WAY), None
     while now != earlier:
         time.sleep(2.5)
-        now, earlier = process.call(used_here), now
+        now, earlier = process.call(used, WAY), now
     return now
-
-
-def grown(before, now):
-    """What there is more of: name, then, now."""
-    return [(name, before[name], now[name]) for name in now if now[name] > before[name]]
 
 
 LEAK_FAULTS = [
@@ -608,6 +599,6 @@ def test_loads_in_a_row_leave_nothing_behind(way, two, faults):
             break
         before = now
     assert not any(more), more
-    for used in now:
-        assert used["communicators"] == used["pending"] == 0, used
+    for each in now:
+        assert each["communicators"] == each["pending"] == 0, each
     assert failing == bool(failed)
