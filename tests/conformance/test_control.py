@@ -16,33 +16,43 @@ from .sides import load, loading, source, until
 from .ways import Way
 
 SOON = 0.8
-HANDSHAKE = 2.0
-QUICK = {
-    "max_sources": 1,
-    "connect_timeout": HANDSHAKE,
-    "handshake_timeout": HANDSHAKE,
-    "progress_timeout": SOON,
-}
-# Reaching a source, its answer, its group, and a message that does not come.
-PER_SOURCE = 3 * HANDSHAKE + 4 * SOON
+
+
+def handshake(way):
+    """Seconds; where many processes share few cores, groups take some."""
+    return 6.0 if way.on_npu else 2.0
+
+
+def quick(way):
+    return {
+        "max_sources": 1,
+        "connect_timeout": handshake(way),
+        "handshake_timeout": handshake(way),
+        "progress_timeout": SOON,
+    }
+
+
+def per_source(way):
+    """Seconds for reaching one, its answer, its group, and a message that does not come."""
+    return 3 * handshake(way) + 4 * SOON
 
 
 def survived(way, ways, over):
     """Return the outcome of a load through a `Proxy` alone, after all else has been seen right."""
     with (
-        source(way, handshake_timeout=HANDSHAKE, progress_timeout=SOON) as running,
+        source(way, handshake_timeout=handshake(way), progress_timeout=SOON) as running,
         source(way) as good,
         Proxy(running.address, *ways()) as alone,
         Proxy(running.address, *ways()) as followed,
-        loading(way, [alone], **QUICK) as result,
+        loading(way, [alone], **quick(way)) as result,
     ):
-        load(way, [followed, good], **QUICK).check()
-        outcome = result(PER_SOURCE).check_right_or_failed()
+        load(way, [followed, good], **quick(way)).check()
+        outcome = result(per_source(way)).check_right_or_failed()
         # While something is still held back.
-        until(lambda: running.sessions == 0, PER_SOURCE)
+        until(lambda: running.sessions == 0, per_source(way))
         load(way, [running]).check()
         over.set()
-        until(lambda: running.sessions == good.sessions == 0, PER_SOURCE)
+        until(lambda: running.sessions == good.sessions == 0, per_source(way))
     if outcome.reasons:
         assert outcome.reasons.startswith(f"{alone.address}: ")
     return outcome
@@ -441,11 +451,11 @@ def test_whatever_goes_wrong_the_bytes_are_right_or_there_are_reasons(way, seed,
             sources.insert(chance.randrange(len(sources)), running[-1])
         stack.callback(over.set)
         sources_at_once = chance.choice([1, 2, 4])
-        outcome = load(way, sources, **QUICK | {"max_sources": sources_at_once})
+        outcome = load(way, sources, **quick(way) | {"max_sources": sources_at_once})
         over.set()
         for one in running:
             load(way, [one]).check()
-            until(lambda one=one: one.sessions == 0, PER_SOURCE)
+            until(lambda one=one: one.sessions == 0, per_source(way))
     if honest:
         outcome.check()
     outcome.check_right_or_failed()

@@ -1,5 +1,6 @@
 """The streams on which torch_npu launches at once, which sessions of one process share out."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Listener
 
@@ -44,7 +45,7 @@ def connect_all(addresses, rank, handshake=PATIENCE):
     """Makes groups at the same time.
 
     Returns:
-        How many streams they and those there are have, and how many of them could not be made.
+        How many streams they and those there are have, and why the others were not made.
     """
 
     device = WAY.device()  # of this thread, too
@@ -63,14 +64,15 @@ def connect_all(addresses, rank, handshake=PATIENCE):
                 progress=PATIENCE,
                 gone=lambda: False,
             )
-        except RuntimeError:
-            return None
+        except RuntimeError as error:
+            return str(error)
 
     with ThreadPoolExecutor(len(addresses)) as threads:
-        made = list(filter(None, threads.map(connect, addresses)))
-    _groups.extend(made)
+        outcomes = list(threads.map(connect, addresses))
+    reasons = [one for one in outcomes if isinstance(one, str)]
+    _groups.extend(one for one in outcomes if one not in reasons)
     streams = {group._group._get_stream_id(False) for group in _groups}
-    return len(streams), len(addresses) - len(made)
+    return len(streams), reasons
 
 
 def let_wait(address):
@@ -97,7 +99,7 @@ def test_sessions_that_connect_at_once_get_streams_of_their_own(way, started):
 
     connect(1)
     for turn in range(12):
-        assert connect(STREAMS - 1) == ((STREAMS, 0), (STREAMS, 0)), turn
+        assert connect(STREAMS - 1) == ((STREAMS, []), (STREAMS, [])), turn
         source.start(close_last, STREAMS - 1)
         client.call(close_last, STREAMS - 1)
         source.result()
@@ -111,19 +113,27 @@ def test_more_sessions_than_streams_share_them(way, started):
     source.start(connect_all, addresses, SOURCE)
     for i, client in enumerate(clients):
         client.start(connect_all, addresses[i * each : (i + 1) * each], CLIENT)
-    assert source.result() == (STREAMS, 0)
-    assert [client.result() for client in clients] == [(each, 0), (each, 0)]
+    assert source.result() == (STREAMS, [])
+    assert [client.result() for client in clients] == [(each, []), (each, [])]
     source.start(close_last, len(addresses))
     for client in clients:
         client.call(close_last, each)
     source.result()
 
 
-def test_a_peer_that_does_not_come_holds_no_other_up_for_long(way, started):
+def let_only(limit):
+    """Leaves a session only this limit to its waiting for others."""
+    for other in {"_TURN", "_LONGEST_WAIT"} - {limit}:
+        setattr(sys.modules[type(WAY.device()).__module__], other, PATIENCE)
+
+
+@pytest.mark.parametrize("limit", ["_TURN", "_LONGEST_WAIT"])
+def test_a_peer_that_does_not_come_holds_no_other_up_for_long(way, started, limit):
     source, client = started(0), started(1)
+    client.call(let_only, limit)
     late, *addresses = source.call(listen, STREAMS - 1)
     client.start(connect_all, [late, *addresses], CLIENT, PATIENCE / 3)
     source.call(let_wait, late)
     source.start(connect_all, addresses, SOURCE)
-    assert source.result() == (STREAMS - 2, 0)
-    assert client.result() == (STREAMS - 2, 1)
+    assert source.result() == (STREAMS - 2, [])
+    assert client.result() == (STREAMS - 2, ["not connected within 10.0 s"])

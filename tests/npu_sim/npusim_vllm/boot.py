@@ -41,7 +41,7 @@ def before_torch_npu() -> None:
     import torch  # noqa: F401  libopapi.so needs libtorch_cpu.so
 
     # A thread of torch_npu looks for work every few microseconds: a sixth of a core in each process
-    # that does nothing.
+    # that does nothing. Now whatever sleeps there may do so for a millisecond longer.
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(ONE_MILLISECOND))
     for name in CANN:
         ctypes.CDLL(_library(name), mode=ctypes.RTLD_GLOBAL)

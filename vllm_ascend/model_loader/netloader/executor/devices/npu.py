@@ -29,7 +29,8 @@ _WATCHDOG_STOPPED = 2  # torch_npu's WatchdogStatus::STOP
 _ATTEMPTS = 8
 _GOOD, _BAD = "good", "bad"
 _CLIENT_READY = "client ready"
-_TURN = 2.0  # seconds
+# Seconds of a session's turn to connect, and for which a session waits for its turn.
+_TURN, _LONGEST_WAIT = 2.0, 4.0
 # A watchdog that is stopped forgets no operation by itself; each one keeps an event.
 _FORGET_EVERY = 64
 
@@ -109,7 +110,7 @@ class NpuDevice(StreamDevice):
             votes = PrefixStore(f"attempt {attempt}", store)
             group = self._new_group(PrefixStore("group", votes), rank)
             try:
-                good = self._take_stream(group, rank, votes) or attempt == _ATTEMPTS - 1
+                good = self._take_stream(group, rank, votes, deadline) or attempt == _ATTEMPTS - 1
                 votes.set(f"rank {rank}", _GOOD if good else _BAD)
                 # Before the group is closed, which the peer may still be connecting.
                 theirs = votes.get(f"rank {1 - rank}")
@@ -133,15 +134,16 @@ class NpuDevice(StreamDevice):
         group.set_watchdog_status(_WATCHDOG_STOPPED)
         return group
 
-    def _take_stream(self, group: ProcessGroup, rank: int, votes: Store) -> bool:
+    def _take_stream(self, group: ProcessGroup, rank: int, votes: Store, deadline: float) -> bool:
         """Have HCCL find the peer; return whether the group has a stream of its own.
 
         An operation without bytes does it. Nothing of that would stay on another session's stream.
         """
-        # The client's turn comes first: in different orders, the two would wait for each other.
+        # The client's turn comes first: were two sessions in other orders at their two ends, each
+        # would wait for the other.
         if rank:
             votes.get(_CLIENT_READY)
-        with _turns.take():
+        with _turns.take(deadline):
             if not rank:
                 votes.set(_CLIENT_READY, "")
             found = self._broadcast(group, self.empty(0), 0, self._next_free_stream())
@@ -285,8 +287,9 @@ class _Turns:
     """Lets the sessions of a process connect one after the other.
 
     torch_npu adds each new communicator to a list without a lock, which ends the process when two
-    do it at the same moment. A peer that does not come may not hold up others: its session's turn
-    passes to the next one, and to one only.
+    do it at the same moment. A session whose peer does not come holds up others until its turn is
+    over, which then passes to one of them. Where there are several such sessions, those that have
+    waited long go on without a turn.
     """
 
     def __init__(self) -> None:
@@ -295,12 +298,19 @@ class _Turns:
         self._ends = 0.0
 
     @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait until no other session has its turn."""
+    def take(self, deadline: float) -> Iterator[None]:
+        """Wait until nobody has a turn, or not much longer than one takes.
+
+        Raises:
+            RuntimeError: the deadline, of `time.monotonic`, has passed meanwhile.
+        """
         mine = object()
         with self._changed:
-            while self._last and (left := self._ends - time.monotonic()) > 0:
+            latest = min(time.monotonic() + _LONGEST_WAIT, deadline)
+            while self._last and (left := min(self._ends, latest) - time.monotonic()) > 0:
                 self._changed.wait(left)
+            if time.monotonic() >= deadline:
+                raise RuntimeError("other sessions were connecting for too long")
             self._last, self._ends = mine, time.monotonic() + _TURN
         try:
             yield

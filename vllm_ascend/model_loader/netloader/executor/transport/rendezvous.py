@@ -9,7 +9,7 @@ from torch.distributed import Store
 
 from ...errors import ProtocolError
 
-# A backend sets one or two values, and another pair for each attempt on NPUs.
+# A backend sets one or two values; on NPUs each attempt sets these and three more.
 _MOST_VALUES = 64
 
 Tell = Callable[[str, bytes], object]
