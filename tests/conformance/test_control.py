@@ -15,12 +15,15 @@ from .models import MIB
 from .sides import load, loading, source, until
 from .ways import Way
 
-SOON = 0.8
+# Seconds. Where many processes share few cores, groups take some.
 
 
 def handshake(way):
-    """Seconds; where many processes share few cores, groups take some."""
     return 6.0 if way.on_npu else 2.0
+
+
+def soon(way):
+    return 2.5 if way.on_npu else 0.8
 
 
 def quick(way):
@@ -28,19 +31,19 @@ def quick(way):
         "max_sources": 1,
         "connect_timeout": handshake(way),
         "handshake_timeout": handshake(way),
-        "progress_timeout": SOON,
+        "progress_timeout": soon(way),
     }
 
 
 def per_source(way):
-    """Seconds for reaching one, its answer, its group, and a message that does not come."""
-    return 3 * handshake(way) + 4 * SOON
+    """For reaching one, its answer, its group, and a message that does not come."""
+    return 3 * handshake(way) + 4 * soon(way)
 
 
 def survived(way, ways, over):
     """Return the outcome of a load through a `Proxy` alone, after all else has been seen right."""
     with (
-        source(way, handshake_timeout=handshake(way), progress_timeout=SOON) as running,
+        source(way, handshake_timeout=handshake(way), progress_timeout=soon(way)) as running,
         source(way) as good,
         Proxy(running.address, *ways()) as alone,
         Proxy(running.address, *ways()) as followed,
@@ -75,7 +78,7 @@ def torn(said):
 
 
 def delayed(said):
-    time.sleep(SOON / 10)
+    time.sleep(0.08)
     return said
 
 
@@ -439,7 +442,7 @@ def test_whatever_goes_wrong_the_bytes_are_right_or_there_are_reasons(way, seed,
     honest = chance.random() < 0.7
     with contextlib.ExitStack() as stack:
         running = [
-            stack.enter_context(source(way, progress_timeout=SOON))
+            stack.enter_context(source(way, progress_timeout=soon(way)))
             for _ in range(chance.randrange(1, 5))
         ]
         sources = [
