@@ -23,7 +23,7 @@ def handshake(way):
 
 
 def soon(way):
-    return 2.5 if way.on_npu else 0.8
+    return 4.0 if way.on_npu else 0.8
 
 
 def quick(way):
