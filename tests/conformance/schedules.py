@@ -6,10 +6,11 @@ from unittest import mock
 
 from vllm_ascend.model_loader.netloader.interaction import source_queue
 
+from .counted import grown, used
 from .faults import holding_back, lie, lie_at_times
 from .fleet import cut_off, fleet
 from .models import ROW, rows
-from .sides import grown, source, until, used
+from .sides import source, until
 
 # Where nobody can have everything any more, a load is to end soon, also if all that it knows are
 # gone or bring nothing: it asks them again for as long as it may.

@@ -66,21 +66,6 @@ def until(condition, patience=PATIENCE):
     return time.monotonic() - started
 
 
-def used(way):
-    """What this process has of all that a leak would make grow."""
-    if way.on_npu:
-        from .npus import used as used_on_npu
-
-        return used_on_npu()
-    gc.collect()
-    return {"threads": threading.active_count(), "files": len(os.listdir("/proc/self/fd"))}
-
-
-def grown(before, now):
-    """What there is more of: name, then, now."""
-    return [(name, before[name], now[name]) for name in now if now[name] > before[name]]
-
-
 # Tensors
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from vllm_ascend.model_loader.netloader.interaction import client
 
+from .counted import grown, used
 from .faults import closed_port
 from .models import small
-from .sides import PATIENCE, client_process, grown, load, load_here, source, until, used
+from .sides import PATIENCE, client_process, load, load_here, source, until
 from .ways import GlooDevice, Way
 
 
