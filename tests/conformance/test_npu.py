@@ -21,17 +21,16 @@ from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
 from vllm_ascend.model_loader.netloader.loading import sessions, target
 
 from . import models, ways
+from .counted import grown, used
 from .faults import tapped
 from .models import COUNT, DTYPES, MIB, ROW, Maker, rows
 from .sides import (
     PATIENCE,
     expected,
-    grown,
     here,
     load_here,
     serve,
     source,
-    used,
     wait_for_no_sessions,
 )
 from .test_peers import at_call, inferring, signal_self

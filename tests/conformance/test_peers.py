@@ -174,7 +174,7 @@ def cases():
         yield pytest.param(way, "within a body", KILL, id=f"{way.value}-within a body")
 
 
-@pytest.mark.parametrize(("way", "step", "number"), cases())
+@pytest.mark.parametrize(("way", "step", "number"), [*cases()])
 def test_a_client_goes(way, step, number, started):
     running, client, other = started(0), started(1), started(1)
     with inferring(way, started, running, 2):
@@ -192,7 +192,7 @@ def test_a_client_goes(way, step, number, started):
         client.call(load_here, way, [address], **QUICK).check()
 
 
-@pytest.mark.parametrize(("way", "step", "number"), cases())
+@pytest.mark.parametrize(("way", "step", "number"), [*cases()])
 def test_a_source_goes(way, step, number, started):
     client, running, other = started(1), started(0), started(0)
     with inferring(way, started, client, 3):
@@ -235,7 +235,7 @@ def relay_cases():
             yield pytest.param(Way.HTTP, step, STOP, id=f"http-{step}-{STOP.name}")
 
 
-@pytest.mark.parametrize(("way", "step", "number"), relay_cases())
+@pytest.mark.parametrize(("way", "step", "number"), [*relay_cases()])
 def test_a_relay_goes(way, step, number, started, tmp_path):
     relay, prefix = started(0), f"{tmp_path}/relay-"
     with (
