@@ -269,6 +269,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             gc.collect()
 
         def attempt(order: Order) -> Attempt[tuple[_Load, nn.Module]]:
+            began = time.monotonic()
             if order.weights is not None:
                 start_over()
             failure = "the ranks of this instance had different weights" if order.disk else ""
@@ -292,7 +293,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             if others:
                 try:
                     load, model = self._load_through_views(
-                        others, identity, vllm_config, model_config, prefix, start_over
+                        others, identity, vllm_config, model_config, prefix, start_over, began
                     )
                 except LoadFailed as error:
                     failure = f"{failure}; {error}"
@@ -452,6 +453,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
         def attempt(order: Order) -> Attempt[_Renewal | _Checkpoint | None]:
             nonlocal failure
+            began = time.monotonic()
             if reason:
                 raise LayoutUnsupported(reason)
             try:
@@ -467,7 +469,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                             raise
                         if unable := why_no_checkpoint(model):
                             raise LoadFailed(f"{error}; {unable}") from None
-                        seen = self._seen_through(identity, error)
+                        seen = self._seen_through(identity, error, began)
                         return Attempt(seen, seen.source, view=seen.instance)
                     return Attempt(renewal, load.loaded_from, load.weights, load.lists)
             except (LoadFailed, LayoutUnsupported) as error:
@@ -501,19 +503,22 @@ class ModelNetLoaderElastic(BaseModelLoader):
         registry.loaded_from(model, DISK, compare)
         return self._disk.get_all_weights(model_config, model)
 
-    def _seen_through(self, identity: ModelIdentity, error: LoadFailed) -> "_Checkpoint":
+    def _seen_through(
+        self, identity: ModelIdentity, error: LoadFailed, began: float
+    ) -> "_Checkpoint":
         """Return the checkpoint as it is seen through the first instance that has a view.
 
         Args:
             identity: of this rank.
             error: why the sources have not given weights by name.
+            began: when they were asked first; SOURCE_WAIT counts from then.
 
         Raises:
             LoadFailed: there is none; says that, too.
         """
         worker, addresses = self._worker(), map(parse_address, [*error.others, *error.known])
         try:
-            instance = find_instance(addresses, identity, self._config, worker)
+            instance = find_instance(addresses, identity, self._config, worker, began=began)
             with metrics.load_from(metrics.PEERS):
                 weights = whole_checkpoint(instance, identity, self._config, worker, _world_size())
         except LoadFailed as problem:
@@ -611,8 +616,11 @@ class ModelNetLoaderElastic(BaseModelLoader):
         model_config: ModelConfig,
         prefix: str,
         start_over: Callable[[], None],
+        began: float,
     ) -> tuple[_Load, nn.Module]:
         """Load from the first instance of another placement that has what this rank needs.
+
+        SOURCE_WAIT counts from when the load `began`.
 
         Raises:
             LoadFailed: there is none; says what is wrong with each.
@@ -622,7 +630,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         reasons: list[str] = []
         while True:
             try:
-                instance = find_instance(addresses, identity, self._config, worker, tried)
+                instance = find_instance(addresses, identity, self._config, worker, tried, began)
             except LoadFailed as error:
                 raise LoadFailed("; ".join([*reasons, str(error)])) from None
             tried.append(instance)

@@ -1044,6 +1044,15 @@ def test_another_model_is_refused():
             find_instance(source.addresses, other, settings(source_wait=0.0), 0)
 
 
+def test_the_time_for_which_the_load_has_waited_already_counts():
+    with sources(1) as source:
+        source.servers[0].offer(dataclasses.replace(source.offers[0], ranks=dict))
+        config, now = settings(source_wait=30.0), time.monotonic()
+        with pytest.raises(LoadFailed, match="does not say yet what all of its ranks have"):
+            find_instance(source.addresses, identity(), config, 0, began=now - 30)
+        assert time.monotonic() - now < 15
+
+
 def test_the_processed_layout_has_no_view():
     with pytest.raises(LoadFailed, match="not the processed one"):
         find_instance([Address(HOST, 1)], identity(layout="processed"), settings(), 0)

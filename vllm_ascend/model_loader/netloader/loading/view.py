@@ -85,6 +85,7 @@ def find_instance(
     config: NetLoaderConfig,
     worker: int,
     tried: Sequence[Instance] = (),
+    began: float | None = None,
 ) -> Instance:
     """Return the first instance that can be read as a checkpoint.
 
@@ -94,6 +95,7 @@ def find_instance(
         config: deadlines, credentials, what weights are allowed.
         worker: number of this process among all workers of the instance, for the log.
         tried: those that are of no use.
+        began: when waiting for sources began, by `time.monotonic`; None: now.
 
     Raises:
         LoadFailed: there is none; says what is wrong with each.
@@ -102,8 +104,9 @@ def find_instance(
         raise LoadFailed(f"a view fills the raw layout, and not the {identity.layout} one")
     known = {process for instance in tried for process in instance.processes}
     left = [*dict.fromkeys(addresses)]
-    deadline = time.monotonic() + config.source_wait
-    end = deadline + _LOOKING
+    now = time.monotonic()
+    deadline = (now if began is None else began) + config.source_wait
+    end = max(now, deadline) + _LOOKING
     said: dict[Address, str] = {}
     while True:
         later = []
