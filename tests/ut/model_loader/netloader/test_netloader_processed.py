@@ -58,6 +58,8 @@ class Scheme:
 class VllmConfig:
     """Of the instance; holds a tensor that is none of the model's."""
 
+    __module__ = "vllm.config"
+
     def __init__(self):
         self.secret = torch.ones(2)
 
@@ -184,15 +186,48 @@ def test_tensors_without_memory_are_left_out_of_parameters_too():
     assert set(processed_tensors(model)) == {"bias"}
 
 
-@pytest.mark.parametrize("module", ["vllm.distributed.parallel_state", "logging", "vllm.config"])
-def test_objects_of_the_instance_are_not_looked_into(module):
-    class Group:
-        def __init__(self):
-            self.buffer = T
+def class_of(module, name="Thing"):
+    """A class of that name, whose objects have a tensor."""
+    return type(name, (), {"__module__": module, "__init__": lambda self: vars(self).update(a=T)})
 
-    assert found(a=Group()) == {"a.buffer"}
-    Group.__module__ = module
-    assert found(a=Group()) == set()
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("vllm.distributed.parallel_state", "GroupCoordinator"),
+        ("logging", "Logger"),
+        ("vllm.config.model", "ModelConfig"),
+        ("transformers.configuration_utils", "PretrainedConfig"),
+        ("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig"),
+    ],
+)
+def test_objects_of_the_instance_are_not_looked_into(module, name):
+    base = class_of(module, name)
+
+    class Derived(base):  # as in the code that a model brings along
+        pass
+
+    assert found(one=base(), other=[Derived()]) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("vllm.model_executor.layers.quantization.base_config", "QuantizeMethodBase"),
+        ("vllm.model_executor.layers.fused_moe.config", "FusedMoEQuantConfig"),  # has scales
+        ("triton_kernels.matmul_ogs", "PrecisionConfig"),  # the same, with gpt-oss
+    ],
+)
+def test_objects_of_layers_are_looked_into_whatever_they_are_called(module, name):
+    assert found(method=class_of(module, name)()) == {"method.a"}
+
+
+def test_objects_are_looked_into_as_deep_as_vllm_nests_them():
+    value = T
+    path = "kernel.fused_experts.moe_quant_config._w1.scale.weight_scale.storage.data"
+    for name in reversed(path.split(".")):
+        value = types.SimpleNamespace(**{name: value})
+    assert found(quant_method=value) == {f"quant_method.{path}"}
 
 
 def test_what_inference_writes_is_left_out_wherever_it_is():

@@ -1,5 +1,6 @@
 """The one walk over a model: every tensor that can be reached from it, wherever it stands."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,11 +30,14 @@ _OF_INFERENCE = frozenset(
         "lora_b_stacked",
     }
 )
-# Objects of these belong to the instance and not to the model; so do all those named ...Config.
+# Objects whose class, or a base of it, begins so belong to the instance and not to the model. Not
+# all that is called a configuration does: vLLM's FusedMoEQuantConfig has scales.
 _OF_INSTANCE = (
     "vllm.config",
     "vllm.distributed",
+    "vllm.model_executor.layers.quantization.base_config.QuantizationConfig",
     "vllm.tokenizers",
+    "vllm_ascend.ascend_config",
     "vllm_ascend.distributed",
     "torch.distributed",
     "torch._dynamo",
@@ -45,7 +49,7 @@ _OF_INSTANCE = (
 )
 # Most attributes are of these.
 _HOLD_NOTHING = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
-_DEEPEST = 4
+_DEEPEST = 9
 
 
 class Kind(Enum):
@@ -166,5 +170,10 @@ def _outside(path: str, module: nn.Module, tree: set[int], seen: set[int]) -> It
 def _is_none_of_ours(value: object) -> bool:
     if isinstance(value, type | ModuleType | FunctionType | MethodType | BuiltinFunctionType):
         return True
-    kind = type(value)
-    return kind.__name__.endswith("Config") or kind.__module__.startswith(_OF_INSTANCE)
+    return _is_of_instance(type(value))
+
+
+@functools.cache
+def _is_of_instance(kind: type) -> bool:
+    bases = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return any(base.startswith(_OF_INSTANCE) for base in bases)
