@@ -76,14 +76,18 @@ def default_dtype_kept() -> Iterator[None]:
 _ROTARY_OF_VLLM_ASCEND = "vllm_ascend.ops.rotary_embedding"
 
 
-def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
-    """Remember what making a model adds to process-wide state.
+def remember_state(vllm_config: VllmConfig, model_config: ModelConfig) -> Callable[[], None]:
+    """Remember what making a model changes outside of it.
 
     Layers enter themselves by name into containers of the compilation config, and refuse a name
     that is taken; which containers there are depends on the version, so all of them are remembered.
+    Configurations of the model change as well: names of layers that are not quantized get vLLM's
+    names, which mapped once more may be others, and some drafts put their layers' settings behind
+    those of the target.
 
     Args:
         vllm_config: the instance's configuration, before the model is made.
+        model_config: the model's.
 
     Returns:
         A function that brings the state back as it is now.
@@ -101,8 +105,12 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
     recorded = _recorded_tables()
     experts_before = list(_experts_of_vllm_ascend())
     counted = {kind: kind.moe_counter for kind in _counting_experts()}
+    of_model = (vllm_config.quant_config, model_config.hf_config, model_config.hf_text_config)
+    give_back = [_remembered(one) for one in of_model if one is not None]
 
     def restore() -> None:
+        for one in give_back:
+            one()
         _rotary_tables().clear()
         for name in _recorded_tables():
             setattr(sys.modules[_ROTARY_OF_VLLM_ASCEND], name, recorded.get(name))
@@ -118,6 +126,31 @@ def remember_registrations(vllm_config: VllmConfig) -> Callable[[], None]:
                 container.update(contents)
 
     return restore
+
+
+def _remembered(configuration: object) -> Callable[[], None]:
+    """Return what gives a configuration, and those inside of it, the values that they have now."""
+    values = {name: _copied(value) for name, value in vars(configuration).items()}
+    inside = [_remembered(value) for value in values.values() if hasattr(value, "to_dict")]
+
+    def restore() -> None:
+        vars(configuration).clear()
+        vars(configuration).update({name: _copied(value) for name, value in values.items()})
+        for one in inside:
+            one()
+
+    return restore
+
+
+def _copied(value: Any) -> Any:
+    """Copy containers, and leave what they hold as it is."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _copied(one) for key, one in value.items()})
+        return copied
+    if isinstance(value, list):
+        return [*map(_copied, value)]
+    return copy.copy(value) if isinstance(value, set) else value
 
 
 def _rotary_tables() -> dict[object, object]:

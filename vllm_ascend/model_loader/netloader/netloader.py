@@ -43,7 +43,7 @@ from .compat import (
     ranks_of,
     read_through,
     register_weight_transfer,
-    remember_registrations,
+    remember_state,
     take_over_load,
     watch,
     why_experts_move,
@@ -259,13 +259,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
         # Now: vLLM changes a draft's configuration while it makes the model. And a wrong MODEL is
         # an error, and no reason to go to disk.
         identity = self._identify(model_config)
-        restore_registrations = remember_registrations(vllm_config)
+        restore_state = remember_state(vllm_config, model_config)
         # The processes of all ranks make their instances in the same order.
         ranks = replace(ranks_of(vllm_config, identity), instance=next(_instances))
 
         def start_over() -> None:
             self._load = None
-            restore_registrations()
+            restore_state()
             gc.collect()
 
         def attempt(order: Order) -> Attempt[tuple[_Load, nn.Module]]:

@@ -19,7 +19,7 @@ from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader, registry
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
 from vllm_ascend.model_loader.netloader.changes import After, Change
-from vllm_ascend.model_loader.netloader.compat import load_watched, remember_registrations
+from vllm_ascend.model_loader.netloader.compat import load_watched, remember_state
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
     ChosenToRead,
@@ -210,7 +210,7 @@ class Steps:
         self.loader = make(**{"LISTEN_PORT": 1} | extra_config)
         self.failure = LoadFailed("192.0.2.7:1: gone")
         restore = functools.partial(self.taken.append, "restore")
-        monkeypatch.setattr(netloader, "remember_registrations", lambda config: restore)
+        monkeypatch.setattr(netloader, "remember_state", lambda *configs: restore)
         monkeypatch.setattr(netloader, "get_ip", lambda: "192.0.2.1")
         monkeypatch.setattr(netloader, "groups_to_come", lambda config, identity: [])
         monkeypatch.setattr(netloader, "instance_of", lambda config: "instance")
@@ -352,7 +352,7 @@ class Views:
         monkeypatch.setattr(netloader, "find_instance", self._find)
         monkeypatch.setattr(steps.loader, "_follow_vllm", read)
 
-    def _find(self, addresses, identity, config, worker, tried):
+    def _find(self, addresses, identity, config, worker, tried, began):
         assert addresses == [Address("192.0.2.7", 1)]
         if len(tried) == 2:
             raise LoadFailed("192.0.2.7:1: nothing further")
@@ -879,6 +879,7 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
 @dataclasses.dataclass
 class Config:
     compilation_config: CompilationConfig
+    quant_config: None = None
 
 
 def test_registrations_are_brought_back_as_they_were():
@@ -887,7 +888,7 @@ def test_registrations_are_brought_back_as_they_were():
     compilation.static_forward_context["before"] = 1
     compilation.custom_ops.append("+before")
     contexts = compilation.static_forward_context
-    restore = remember_registrations(config)
+    restore = remember_state(config, types.SimpleNamespace(hf_config=None, hf_text_config=None))
     contexts["made"] = 2
     del contexts["before"]
     compilation.custom_ops.append("+made")

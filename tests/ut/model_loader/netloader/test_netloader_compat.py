@@ -10,11 +10,14 @@ import pytest
 import torch
 import vllm
 from torch import nn
+from transformers import LlamaConfig, LlavaConfig
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models import adapters
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_ascend.model_loader.netloader import compat
 from vllm_ascend.model_loader.netloader.changes import After, Change
@@ -27,7 +30,7 @@ from vllm_ascend.model_loader.netloader.compat import (
     name_of,
     places_of,
     ranks_of,
-    remember_registrations,
+    remember_state,
     revision_of,
     take_over_load,
     why_no_reload,
@@ -43,8 +46,10 @@ from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, TARG
 @dataclasses.dataclass
 class Config:
     compilation_config: CompilationConfig
+    quant_config: Fp8Config | None = None
 
 
+NO_MODEL = types.SimpleNamespace(hf_config=None, hf_text_config=None)
 ADAPTOR = "vllm_ascend.eplb.adaptor.vllm_adaptor"
 
 
@@ -60,7 +65,7 @@ def import_adaptor(monkeypatch, *layers):
 
 def test_expert_layers_of_vllm_ascend_are_brought_back_as_they_were(monkeypatch):
     layers = import_adaptor(monkeypatch, "target's")
-    restore = remember_registrations(Config(CompilationConfig()))
+    restore = remember_state(Config(CompilationConfig()), NO_MODEL)
     layers.append("half-filled draft's")
     restore()
     assert layers == ["target's"]
@@ -71,7 +76,7 @@ def test_expert_layers_of_vllm_ascend_are_brought_back_as_they_were(monkeypatch)
 
 def test_an_adaptor_imported_while_a_model_is_made_has_no_layers_afterwards(monkeypatch):
     monkeypatch.delitem(sys.modules, ADAPTOR, raising=False)
-    restore = remember_registrations(Config(CompilationConfig()))
+    restore = remember_state(Config(CompilationConfig()), NO_MODEL)
     layers = import_adaptor(monkeypatch)
     layers.append("half-filled")
     restore()
@@ -87,7 +92,7 @@ def test_expert_layers_of_vllm_ascend_are_counted_as_if_there_was_one_model(impo
         module.AscendFusedMoE.moe_counter = 3  # the target's
         monkeypatch.setitem(sys.modules, name, module)
     before = module.AscendFusedMoE.moe_counter
-    restore = remember_registrations(Config(CompilationConfig()))
+    restore = remember_state(Config(CompilationConfig()), NO_MODEL)
     monkeypatch.setitem(sys.modules, name, module)
     module.AscendFusedMoE.moe_counter += 2
     restore()
@@ -110,7 +115,7 @@ def test_a_rotary_table_is_shared_with_no_model_before_or_after(monkeypatch):
     in_use = rotary()
     right = in_use.cos_sin_cache.clone()
     module._cos_sin_cache, module._cos_cache = None, "the target's"
-    restore = remember_registrations(config)
+    restore = remember_state(config, NO_MODEL)
     rotary().cos_sin_cache.fill_(9.0)  # as a source sends it, before it is checked
     restore()
     assert (module._cos_sin_cache, module._cos_cache) == (None, "the target's")
@@ -118,12 +123,41 @@ def test_a_rotary_table_is_shared_with_no_model_before_or_after(monkeypatch):
     assert torch.equal(in_use.cos_sin_cache, right)
 
 
+def test_layers_that_are_not_quantized_have_the_same_names_each_time_a_model_is_made():
+    quantization = Fp8Config(ignored_layers=["layers.3.share_expert.up_proj"])
+    mapper = WeightsMapper(orig_to_new_substr={".share_expert.": ".moe.share_expert."})
+    restore = remember_state(Config(CompilationConfig(), quantization), NO_MODEL)
+    for _ in range(3):  # as vLLM does whenever it makes the model
+        quantization.apply_vllm_mapper(mapper)
+        quantization.packed_modules_mapping["made"] = ["up_proj"]
+        assert quantization.ignored_layers == ["layers.3.moe.share_expert.up_proj"]
+        restore()
+        assert quantization.packed_modules_mapping == {}
+
+
+def test_a_models_configuration_is_as_it_was_each_time_a_model_is_made():
+    inside = LlamaConfig(layer_types=["full_attention"], num_hidden_layers=1)
+    config = LlavaConfig(text_config=inside)
+    text = config.text_config
+    model = types.SimpleNamespace(hf_config=config, hf_text_config=text)
+    before = config.to_dict()
+    restore = remember_state(Config(CompilationConfig()), model)
+    for _ in range(2):
+        # as drafts do that count their layers behind those of the target
+        text.layer_types = ["full_attention"] * 2 + text.layer_types
+        text.rope_parameters["made"] = 1
+        config.made = True
+        restore()
+        assert config.to_dict() == before
+        assert config.text_config is text  # which others have as well
+
+
 @pytest.mark.parametrize("contents", [{}, {"VllmEplbAdaptor": type("VllmEplbAdaptor", (), {})}])
 def test_an_adaptor_of_another_version_is_left_alone(contents, monkeypatch):
     module = types.ModuleType(ADAPTOR)
     vars(module).update(contents)
     monkeypatch.setitem(sys.modules, ADAPTOR, module)
-    remember_registrations(Config(CompilationConfig()))()
+    remember_state(Config(CompilationConfig()), NO_MODEL)()
     assert vars(module).items() >= contents.items()
 
 
