@@ -20,6 +20,7 @@ import torch
 import vllm
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from torch.distributed import PrefixStore
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -270,14 +271,16 @@ def _defaults_of(config: Any) -> dict[str, Any]:
 def worker_of(vllm_config: VllmConfig, rank: int) -> int:
     """Return a number that no other worker of an instance has, whichever replica it belongs to.
 
-    Data-parallel replicas of a dense model each begin to count their ranks at 0.
+    Data-parallel replicas of a dense model each begin to count their ranks at 0. Those that a
+    launcher from outside has started count them in one row, and do not know that they are several.
 
     Args:
         vllm_config: the instance's configuration.
         rank: global rank.
     """
     size = _ranks_of_replica(vllm_config)
-    return int(vllm_config.parallel_config.data_parallel_index) * size + rank % size
+    replica = max(int(vllm_config.parallel_config.data_parallel_index), rank // size)
+    return replica * size + rank % size
 
 
 def _ranks_of_replica(vllm_config: VllmConfig) -> int:
@@ -522,21 +525,29 @@ def groups_to_come(vllm_config: VllmConfig, loaded: ModelIdentity) -> list[str]:
 
 
 def ranks_of(vllm_config: VllmConfig, loaded: ModelIdentity) -> Ranks:
-    """Return the ranks that load a model together: those of torch's process group.
+    """Return the ranks that load a model together: those of it in torch's process group.
 
-    Replicas that share experts are in it, too; other replicas are instances of their own.
+    Replicas that share experts are as a rule in one group, and with elastic expert parallelism not.
+    Other replicas are instances of their own, also where a launcher from outside has put them into
+    one group.
     """
-    group = torch.distributed.group.WORLD
-    if group is None:
+    group, size = torch.distributed.group.WORLD, _ranks_of_replica(vllm_config)
+    world, together = group.size() if group is not None else 1, loaded.dp * size
+    first, count = 0, together
+    if world == size:
+        first, count = loaded.rank // size * size, size
+    if group is None or world % count:
         return Ranks(loaded.rank, [loaded.rank], loaded.group)
-    parallel = vllm_config.parallel_config
-    ranks = [*range(group.size())]
+    store = group.get_group_store()
+    if world > count:
+        store = PrefixStore(f"netloader instance {group.rank() // count}", store)
+    ranks = [*range(first, first + count)]
     if loaded.group == DRAFT_GROUP:
         # Only the last pipeline stage has the draft; ranks count by replica, then by stage.
-        before = parallel.world_size - parallel.world_size // parallel.pipeline_parallel_size
-        ranks = [rank for rank in ranks if rank % parallel.world_size >= before]
-    worker = worker_of(vllm_config, loaded.rank)
-    return Ranks(loaded.rank, ranks, loaded.group, group.get_group_store(), worker=worker)
+        before = size - size // vllm_config.parallel_config.pipeline_parallel_size
+        ranks = [rank for rank in ranks if rank % size >= before]
+    worker = worker_of(vllm_config, group.rank())
+    return Ranks(loaded.rank, ranks, loaded.group, store, worker=worker)
 
 
 def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:

@@ -261,23 +261,23 @@ def test_a_field_that_no_message_can_carry_is_an_error_at_start():
 # Identities
 
 
-def model_config(**settings):
+def model_config(moe=False, **settings):
     return types.SimpleNamespace(
         hf_config=types.SimpleNamespace(to_dict=lambda: {"hidden_size": 4} | settings),
         model="m",
         revision=None,
         dtype="torch.bfloat16",
         quantization=None,
-        is_moe=False,
+        is_moe=moe,
     )
 
 
-def instance(target, draft=None):
+def instance(target, draft=None, dp=1, tp=1, pp=1):
     """An instance; `draft` is what speculation has for its draft model's configuration."""
     parallel = types.SimpleNamespace(
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
-        data_parallel_size=1,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
         data_parallel_index=0,
         enable_expert_parallel=False,
     )
@@ -341,35 +341,72 @@ def test_speculation_that_has_no_configuration_of_a_draft_leaves_the_target_in_i
 @pytest.fixture
 def world(monkeypatch):
     """Be one of so many ranks."""
+    store = torch.distributed.HashStore()
 
-    def be_one_of(size):
-        group = types.SimpleNamespace(size=lambda: size, get_group_store=lambda: "store")
+    def be_one_of(size, rank=0):
+        group = types.SimpleNamespace(
+            size=lambda: size, rank=lambda: rank, get_group_store=lambda: store
+        )
         monkeypatch.setattr(torch.distributed, "group", types.SimpleNamespace(WORLD=group))
+        return store
 
     return be_one_of
 
 
 @pytest.mark.parametrize(
-    ("size", "tp", "pp", "drafts"),
+    ("dp", "tp", "pp", "drafts"),
     [
-        (2, 2, 1, [0, 1]),
-        (4, 2, 2, [2, 3]),
-        (3, 1, 3, [2]),
-        (8, 2, 2, [2, 3, 6, 7]),  # two replicas that share experts
+        (1, 2, 1, [0, 1]),
+        (1, 2, 2, [2, 3]),
+        (1, 1, 3, [2]),
+        (2, 2, 2, [2, 3, 6, 7]),  # two replicas that share experts
     ],
 )
-def test_all_ranks_load_the_target_and_those_of_the_last_stage_the_draft(
-    world, size, tp, pp, drafts
-):
-    world(size)
-    target, draft = model_config(), model_config()
-    config = instance(target, draft)
-    config.parallel_config.world_size = tp * pp
-    config.parallel_config.pipeline_parallel_size = pp
+def test_all_ranks_load_the_target_and_those_of_the_last_stage_the_draft(world, dp, tp, pp, drafts):
+    size = dp * tp * pp
+    store = world(size)
+    target, draft = model_config(moe=True), model_config(moe=True)
+    config = instance(target, draft, dp=dp, tp=tp, pp=pp)
     ranks = [ranks_of(config, who(config, model)) for model in (target, draft)]
     assert [each.all for each in ranks] == [[*range(size)], drafts]
     assert [each.group for each in ranks] == [TARGET_GROUP, DRAFT_GROUP]
-    assert {each.store for each in ranks} == {"store"}
+    assert {each.store for each in ranks} == {store}
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_instances_in_one_process_group_load_each_for_itself(world, moe):
+    """As with an external launcher that starts several."""
+    target = model_config(moe)
+    config = instance(target, tp=2)
+    seen = []
+    for rank in range(4):
+        world(4, rank)
+        seen.append(ranks_of(config, identity_of(config, target, "m", rank, RAW)))
+    assert [(each.rank, each.all, each.worker) for each in seen] == [
+        *((0, [0, 1], 0), (1, [0, 1], 1), (0, [0, 1], 2), (1, [0, 1], 3))
+    ]
+    for each in seen[::2]:
+        each.store.set("key", str(each.worker))
+    assert [each.store.get("key") for each in seen] == [b"0", b"0", b"2", b"2"]
+
+
+def test_replicas_that_share_experts_can_have_groups_of_their_own(world):
+    """As with elastic expert parallelism."""
+    store = world(2, 1)
+    target = model_config(moe=True)
+    config = instance(target, dp=2, tp=2)
+    config.parallel_config.data_parallel_index = 1
+    ranks = ranks_of(config, identity_of(config, target, "m", 1, RAW))
+    assert (ranks.rank, ranks.all, ranks.worker) == (3, [2, 3], 3)
+    assert ranks.store is store
+
+
+def test_in_a_group_of_another_size_a_rank_is_alone(world):
+    world(3, 1)
+    target = model_config()
+    config = instance(target, tp=2)
+    ranks = ranks_of(config, identity_of(config, target, "m", 1, RAW))
+    assert (ranks.all, ranks.several) == ([1], False)
 
 
 def test_without_a_process_group_a_rank_is_alone(monkeypatch):

@@ -170,7 +170,8 @@ def _outside(path: str, module: nn.Module, tree: set[int], seen: set[int]) -> It
 def _is_none_of_ours(value: object) -> bool:
     if isinstance(value, type | ModuleType | FunctionType | MethodType | BuiltinFunctionType):
         return True
-    return _is_of_instance(type(value))
+    # mypy takes a class's __hash__ for that of its objects
+    return _is_of_instance(type(value))  # type: ignore[arg-type]
 
 
 @functools.cache
