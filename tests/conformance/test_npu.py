@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy
 import pytest
@@ -185,6 +186,11 @@ def check_digests():
     large = maker.host(torch.uint8, 2 * MIB + 77)
     blocks = [large[at : at + MIB].numpy().tobytes() for at in range(0, len(large), MIB)]
     assert device.digests([large.npu()]) == b"".join(map(documented_digest, blocks))
+    # A copy of INT8_CACHE `dram` beside a tensor of the device. What torch_npu makes of the two is
+    # on the CPU, which cannot read the memory of a real device.
+    with mock.patch.object(device, "int8_product", wraps=device.int8_product) as product:
+        assert device.digests([host, host.npu()]) == 2 * documented_digest(data)
+    assert product.call_args.args[0].device == device.device
 
 
 def test_digests_on_the_device_are_those_of_the_documented_formula(way, started):

@@ -191,9 +191,10 @@ class StreamDevice:
         return False
 
     def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
-        """See `rowsums`."""
+        """See `rowsums`; parts in host memory, as copies of INT8_CACHE are, are brought here."""
         if self._hashes_on_device:
-            return rowsums.digests(parts, self.int8_product)
+            here = [part if self.reachable(part) else part.to(self.device) for part in parts]
+            return rowsums.digests(here, self.int8_product)
         return CpuDevice().digests([part.cpu() for part in parts])
 
     def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
