@@ -195,7 +195,7 @@ def client_config(options: argparse.Namespace) -> NetLoaderConfig:
     if not isinstance(options.config, dict):
         raise ConfigError(f"--config is {options.config!r}; it must be a JSON object")
     # Whoever gives no SOURCE_WAIT wants an answer now.
-    return parse_config({"SOURCE_WAIT": 0, **options.config})
+    return parse_config({"SOURCE_WAIT": 0, **options.config}, "--config")
 
 
 def _group(options: argparse.Namespace) -> str:

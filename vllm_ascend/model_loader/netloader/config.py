@@ -182,19 +182,22 @@ class NetLoaderConfig(Files):
         return self if self.model is not None else replace(self, model=_model(model))
 
 
-def parse_config(extra_config: object) -> NetLoaderConfig:
+def parse_config(
+    extra_config: object, where: str = "--model-loader-extra-config"
+) -> NetLoaderConfig:
     """Parse the extra config, and the file it names.
 
     A null counts as not given. Keys in lower case are those of vLLM's default loader, which checks
     them itself.
 
     Args:
-        extra_config: the JSON object given as `--model-loader-extra-config`.
+        extra_config: the JSON object given.
+        where: the option that it was given as, for errors.
 
     Raises:
         ConfigError: names the key, the value and what is allowed.
     """
-    values = _given(extra_config, "--model-loader-extra-config", KEYS)
+    values = _given(extra_config, where, KEYS)
     path = values.pop("CONFIG_FILE", None)
     if path is not None:
         # What the file says goes first; what stands beside it fills the gaps.
@@ -251,16 +254,21 @@ def _given(value: object, where: str, known: Sequence[str]) -> dict[str, Any]:
     """Return those keys of an object that are not null."""
     if not isinstance(value, dict):
         raise ConfigError(f"{where} is {_shown(value)}; it must be a JSON object")
-    if unknown := sorted(str(key) for key in value.keys() - set(known) if not _is_disk_key(key)):
+    unknown = sorted(map(str, value.keys() - set(known)))
+    if wrong := [_corrected(key, known) for key in unknown if not _is_disk_key(key, known)]:
         raise ConfigError(
-            f"{where} has unknown keys {', '.join(map(repr, unknown))}; known keys: "
+            f"{where} has unknown keys {', '.join(wrong)}; known keys: "
             f"{', '.join(sorted(known))}, and in lower case those of vLLM's default loader"
         )
     return {key: content for key, content in value.items() if content is not None}
 
 
-def _is_disk_key(key: object) -> bool:
-    return isinstance(key, str) and key.islower()
+def _is_disk_key(key: str, known: Sequence[str]) -> bool:
+    return key.islower() and key.upper() not in known
+
+
+def _corrected(key: str, known: Sequence[str]) -> str:
+    return f"{key!r} (should be {key.upper()!r})" if key.upper() in known else repr(key)
 
 
 def _shown(value: object) -> str:

@@ -111,9 +111,9 @@ def test_keys_of_vllms_default_loader_are_passed_on_to_it():
 
 def test_a_key_that_nobody_knows_is_refused_by_name_and_the_known_ones_are_listed():
     with pytest.raises(ConfigError) as error:
-        make(num_threads=3, model="m")
-    assert "'model', 'num_threads' for vLLM's default loader" in str(error.value)
-    assert "{'model'}" in str(error.value)  # vLLM's own words, of the unknown one alone
+        make(num_threads=3, modell="m")
+    assert "'modell', 'num_threads' for vLLM's default loader" in str(error.value)
+    assert "{'modell'}" in str(error.value)  # vLLM's own words, of the unknown one alone
     assert all(key in str(error.value) for key in KEYS)
 
 

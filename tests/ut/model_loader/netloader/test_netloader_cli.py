@@ -55,6 +55,12 @@ def test_a_wrong_key_is_wrong_usage(capsys):
     assert "PROGRESS_TIMEOUT is 0" in capsys.readouterr().err
 
 
+def test_a_key_that_nobody_knows_is_one_of_the_option_that_was_given(capsys):
+    assert cli.main(["status", "127.0.0.1:1", "--config", '{"source": "a:1"}']) == cli.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("netloader: --config has unknown keys 'source' (should be 'SOURCE'); ")
+
+
 @pytest.mark.parametrize("config", ["[1]", "null", "7"])
 def test_a_config_that_is_no_object_is_wrong_usage(config, capsys):
     assert cli.main(["status", "127.0.0.1:1", "--config", config]) == cli.USAGE

@@ -282,10 +282,18 @@ def test_anything_but_an_object_is_refused(extra_config):
 
 def test_an_unknown_key_is_refused_by_name_and_the_known_ones_are_listed():
     message = refusal({"Source": None, "SORCE": [], "MODEL": "m", "num_threads": 2})
-    assert "unknown keys 'SORCE', 'Source'; known" in message
+    assert "unknown keys 'SORCE', 'Source' (should be 'SOURCE'); known" in message
     assert all(key in message for key in KEYS)
     assert "CONFIG_FILE" in message
     assert "in lower case those of vLLM's default loader" in message
+
+
+def test_a_key_of_netloader_in_lower_case_is_none_of_vllms_default_loader(config_file):
+    message = refusal({"source": "a:1", "listen_port": 28000, "num_threads": 2})
+    assert message.startswith("--model-loader-extra-config has unknown keys")
+    assert "'listen_port' (should be 'LISTEN_PORT'), 'source' (should be 'SOURCE'); " in message
+    path = config_file({"chunk_mib": 1})
+    assert f"{path!r} has unknown keys 'chunk_mib' (should" in refusal({"CONFIG_FILE": path})
 
 
 def test_a_config_error_is_a_value_error_which_vllm_shows_without_a_traceback_of_its_own():
