@@ -267,6 +267,8 @@ def test_the_check_says_whether_an_extra_config_is_valid(site, plain, check):
         ('{"PROGRESS_TIMEOUT": 0}', "PROGRESS_TIMEOUT is 0"),
         ('{"SOURCE": "10.0.0.1"}', "10.0.0.1"),
         ("{", "not JSON"),
+        ('{"source": "10.0.0.1:28000"}', "should be 'SOURCE'"),
+        ('{"num_treads": 2}', "'num_treads' for vLLM's default loader, which refuses it"),
     ):
         what, active = answer(check("check", config), 1)
         assert what[-1].startswith("extra config: NOT valid: ")

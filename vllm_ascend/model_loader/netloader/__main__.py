@@ -165,11 +165,15 @@ def _digest(path: Path, algorithm: str) -> str | None:
 
 
 def _wrong_config(text: str) -> str | None:
+    from vllm.config.load import LoadConfig
+
     from vllm_ascend.model_loader.netloader.config import parse_config
     from vllm_ascend.model_loader.netloader.errors import ConfigError
+    from vllm_ascend.model_loader.netloader.netloader import disk_loader
 
     try:
         config = parse_config(json.loads(text))
+        disk_loader(LoadConfig(), config)  # an error in its keys ends a start as well
     except ConfigError as error:
         return f"NOT valid: {error}"
     except ValueError as error:

@@ -227,7 +227,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         self._config = parse_config(load_config.model_loader_extra_config)
-        self._disk = _disk_loader(load_config, self._config)
+        self._disk = disk_loader(load_config, self._config)
         self._vllm_config: VllmConfig | None = None
         self._load: _Load | None = None
         self._relay: Relay | None = None
@@ -989,7 +989,12 @@ def _pull_update(
     finalize_layerwise_reload(model, model_config)
 
 
-def _disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultModelLoader:
+def disk_loader(load_config: LoadConfig, config: NetLoaderConfig) -> DefaultModelLoader:
+    """Return vLLM's default loader with the keys that are its own.
+
+    Raises:
+        ConfigError: it refuses them.
+    """
     disk = copy.copy(load_config)
     disk.load_format = "auto"
     disk.model_loader_extra_config = dict(config.disk)
