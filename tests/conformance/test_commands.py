@@ -324,6 +324,7 @@ def test_every_region_of_a_checkpoint_that_is_held_is_that_of_its_files(way, fil
         status = copies.status_of(address, parse_config({}))
         [model] = status.models
         assert (model.loaded_from, model.ranks) == ("a checkpoint folder", {0: digest})
+        assert (model.state, model.reason) == ("serving", "")
         assert model.identity.model == "small"
         client_of_eight = msgspec.structs.replace(
             model.identity, tp=8, rank=7, dtype="torch.bfloat16", layout="raw"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -433,18 +433,13 @@ def holding_checkpoint(
         OSError: a file cannot be read, or the port is taken.
     """
     server = WeightServer(config, 0, host)
-    offer = Offer(
-        identity,
-        None,
-        "the checkpoint is being read",
-        loaded_from="a checkpoint folder",
-        folder=folder,
-        code=api.Code.LOADING,
-        phase=Phase.READING,
+    offer = functools.partial(Offer, identity, loaded_from="a checkpoint folder", folder=folder)
+    reading = offer(
+        None, "the checkpoint is being read", code=api.Code.LOADING, phase=Phase.READING
     )
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(checkpoint.opened(folder))
-        server.announce(offer)
+        server.announce(reading)
         stack.callback(server.stop)
         address = server.start(_port(config, 0))
         store = make_store(
@@ -452,7 +447,7 @@ def holding_checkpoint(
         )
         found.check()
         ranks, view = {0: store.digests.weights}, checkpoint.view_of(found)
-        server.offer(replace(offer, store=store, ranks=lambda: ranks, view=view))
+        server.offer(offer(store, ranks=lambda: ranks, view=view))
         try:
             yield address, store.digests.weights, found
         finally:
