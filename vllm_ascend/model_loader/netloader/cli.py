@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("secret", _secret, "make a file with a new secret, for all instances")
     one.add_argument("file", metavar="FILE", type=Path)
 
-    command("token", _token, "print the bearer token that belongs to the secret")
+    command("token", _token, "print the bearer token: the first of TOKEN_FILE, else the secret's")
 
     one = command("certificate", _certificate, "write what belongs to the secret as PEM files")
     one.add_argument("folder", metavar="FOLDER", type=Path)
@@ -468,7 +468,8 @@ def _secret(options: argparse.Namespace) -> int:
 
 
 def _token(options: argparse.Namespace) -> int:
-    token = _derived(options).token
+    path = client_config(options).token_file
+    token = read_secrets("TOKEN_FILE", path)[0] if path else _derived(options).token
     _say(options, {"token": token}, token)
     return OK
 

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.certificates import SECRET, Authority, secret_file
 from tests.identity import IDENTITY
 from tests.ut.model_loader.netloader.support import HOST, PATIENCE, settings, source
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
@@ -107,6 +108,23 @@ def test_commands_get_into_instances_with_the_same_secret(tmp_path, capsys, monk
             body_of(address, api.METRICS, "x" * len(token))
         failures = b'netloader_authentication_failures_total{reason="token"} '
         assert failures in body_of(address, api.METRICS, token)
+
+
+def test_the_token_is_one_that_instances_with_a_file_of_tokens_take(tmp_path, capsys):
+    keys = {
+        "SECRET_FILE": secret_file(tmp_path, SECRET),
+        "TOKEN_FILE": secret_file(tmp_path, "first-token-" * 3, "second-token-" * 3, name="token"),
+    }
+    assert cli.main(["token", "--config", json.dumps(keys)]) == cli.OK
+    token = capsys.readouterr().out.strip()
+    assert token == "first-token-" * 3
+    config = settings(secret_file=keys["SECRET_FILE"], token_file=keys["TOKEN_FILE"])
+    with source({"w": torch.ones(3)}, config=config) as there:
+        assert body_of(there.address, api.METRICS, token).startswith(b"# HELP")
+    certificates = {key.upper(): path for key, path in Authority(tmp_path).files().items()}
+    keys = json.dumps(certificates | {"TOKEN_FILE": keys["TOKEN_FILE"]})
+    assert cli.main(["token", "--config", keys]) == cli.OK
+    assert capsys.readouterr().out.strip() == token
 
 
 def body_of(address, path, token):
