@@ -23,6 +23,8 @@ from .utils import logger, one_line
 
 MIN_CHARACTERS = 32  # of a secret, or of a token
 _MAX_FILE = 4 << 10  # bytes of a file with secrets or tokens
+_MAX_PEM = 1 << 20  # bytes of a file in which the markers of PEM are looked for
+_CERTIFICATE, _KEY, _ENCRYPTED = b"CERTIFICATE-----", b"PRIVATE KEY-----", b"ENCRYPTED"
 _SALT = b"netloader mutual TLS v1"
 _AGAIN = 10.0  # seconds until files that could not be read are read again, unless they change
 _HOW = "make one with: netloader secret {}"
@@ -207,7 +209,8 @@ def read_secrets(key: str, path: str) -> list[str]:
             content = file.read(_MAX_FILE + 1)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{where} cannot be read: {why}; {how}") from None
+        after = f"; {how}" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{where} cannot be read: {why}{after}") from None
     if mode & (stat.S_IROTH | stat.S_IWOTH):
         raise ConfigError(
             f"{where} has mode {stat.S_IMODE(mode):04o}, so that others than its owner and group "
@@ -365,10 +368,11 @@ def _use_chain(context: ssl.SSLContext, pem: bytes) -> None:
 def _use_files(context: ssl.SSLContext, files: Files) -> None:
     cert, key, ca = files.tls_cert, files.tls_key, files.tls_ca
     assert cert is not None and key is not None and ca is not None
+    contents = {}
     for name, path in (("TLS_CERT", cert), ("TLS_KEY", key), ("TLS_CA", ca)):
         try:
             with open(path, "rb") as file:
-                file.read(1)
+                contents[name] = file.read(_MAX_PEM)
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(f"{name} {path!r} cannot be read: {why}") from None
@@ -376,6 +380,10 @@ def _use_files(context: ssl.SSLContext, files: Files) -> None:
         # A password would be asked for at the terminal.
         context.load_cert_chain(cert, key, password=lambda: "")
     except (OSError, ValueError) as error:
+        if wrong := _wrong_certificate(contents["TLS_CERT"]):
+            raise ConfigError(f"TLS_CERT {cert!r} {wrong}") from None
+        if wrong := _wrong_key(contents["TLS_KEY"]):
+            raise ConfigError(f"TLS_KEY {key!r} {wrong}") from None
         raise ConfigError(
             f"TLS_CERT {cert!r} and TLS_KEY {key!r} are not a certificate and its private key "
             f"without a password, as PEM: {_ssl_words(error)}"
@@ -386,6 +394,21 @@ def _use_files(context: ssl.SSLContext, files: Files) -> None:
         raise ConfigError(
             f"TLS_CA {ca!r} has no certificates as PEM: {_ssl_words(error)}"
         ) from None
+
+
+def _wrong_certificate(pem: bytes) -> str:
+    """Return what is wrong with a certificate, as far as the markers of PEM tell."""
+    if _CERTIFICATE in pem:
+        return ""
+    instead = ", but a private key: TLS_KEY may be the other file" if _KEY in pem else ""
+    return f"has no certificate as PEM{instead}"
+
+
+def _wrong_key(pem: bytes) -> str:
+    if _KEY in pem:
+        return "has a password; allowed: a private key without one" if _ENCRYPTED in pem else ""
+    instead = ", but a certificate: TLS_CERT may be the other file" if _CERTIFICATE in pem else ""
+    return f"has no private key as PEM{instead}"
 
 
 def _ssl_words(error: Exception) -> str:

@@ -6,6 +6,7 @@ import ssl
 import sys
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from tests.certificates import OTHER_SECRET, SECRET, Authority, secret_file
 from vllm_ascend.model_loader.netloader import credentials
@@ -101,6 +102,11 @@ def test_a_secret_that_is_not_there_is_an_error(tmp_path):
         Credentials(Files(secret_file=str(tmp_path / "none")))
 
 
+def test_a_secret_that_is_there_and_cannot_be_read_needs_no_new_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
+        Credentials(Files(secret_file=str(tmp_path)))
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o602])
 def test_a_secret_that_others_can_read_or_write_is_an_error(tmp_path, mode):
     path = secret_file(tmp_path, SECRET, mode=mode)
@@ -145,7 +151,13 @@ def test_the_same_files_give_the_same_credentials(tmp_path):
         ("tls_cert", None, "TLS_CERT .* cannot be read"),
         ("tls_key", None, "TLS_KEY .* cannot be read"),
         ("tls_ca", None, "TLS_CA .* cannot be read"),
-        ("tls_cert", b"nothing", "are not a certificate and its private key"),
+        ("tls_cert", b"nothing", "TLS_CERT .* has no certificate as PEM$"),
+        ("tls_key", b"nothing", "TLS_KEY .* has no private key as PEM$"),
+        (
+            "tls_cert",
+            b"-----BEGIN CERTIFICATE-----",
+            "are not a certificate and its private key",
+        ),
         ("tls_ca", b"nothing", "TLS_CA .* has no certificates"),
     ],
 )
@@ -157,6 +169,29 @@ def test_a_file_that_is_not_what_it_should_be_is_an_error(tmp_path, key, content
         with open(files[key], "wb") as file:
             file.write(content)
     with pytest.raises(ConfigError, match=said):
+        Credentials(Files(**files))
+
+
+def test_files_that_are_each_others_are_an_error_that_says_so(tmp_path):
+    files = Authority(tmp_path).files()
+    cert, key = files["tls_cert"], files["tls_key"]
+    for swapped, said in (
+        ({"tls_cert": key, "tls_key": cert}, "TLS_CERT .* but a private key: TLS_KEY may be"),
+        ({"tls_key": cert}, "TLS_KEY .* but a certificate: TLS_CERT may be"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Credentials(Files(**files | swapped))
+
+
+def test_a_key_with_a_password_is_an_error_that_says_so(tmp_path):
+    files = Authority(tmp_path).files()
+    with open(files["tls_key"], "rb") as file:
+        key = serialization.load_pem_private_key(file.read(), None)
+    locked = serialization.BestAvailableEncryption(b"password")
+    form = serialization.PrivateFormat.PKCS8
+    with open(files["tls_key"], "wb") as file:
+        file.write(key.private_bytes(serialization.Encoding.PEM, form, locked))
+    with pytest.raises(ConfigError, match=r"TLS_KEY .* has a password; allowed: a private"):
         Credentials(Files(**files))
 
 
