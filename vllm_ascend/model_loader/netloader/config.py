@@ -302,6 +302,8 @@ def _source(value: object) -> Mapping[int | None, Sources]:
         raise _wrong("SOURCE", value, _SOURCE)
     if value and all(isinstance(entry, str) for entry in value):
         return {None: _sources(value, parse_name)}
+    if {str, dict} <= {*map(type, value)}:
+        raise _wrong("SOURCE", value, f"texts or objects, which cannot be mixed: {_SOURCE}")
     by_rank: dict[int | None, Sources] = {}
     for index, entry in enumerate(value):
         where = f"SOURCE[{index}]"

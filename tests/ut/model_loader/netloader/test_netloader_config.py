@@ -340,6 +340,11 @@ def test_malformed_addresses_are_set_apart_with_what_is_wrong_with_them():
     assert all(len(reason) < 250 for reason in sources.malformed)
 
 
+def test_texts_and_objects_of_ranks_cannot_be_mixed():
+    for value in (["a:1", {"device_id": 0}], [{"device_id": 0}, "a:1"]):
+        assert "allowed: texts or objects, which cannot be mixed: " in refusal({"SOURCE": value})
+
+
 @pytest.mark.parametrize("rank", [0, 7])
 def test_a_text_or_a_list_of_texts_is_for_all_ranks(rank):
     one = parse_config({"SOURCE": " dns+fleet:28000 "})
