@@ -116,12 +116,12 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("pull", _pull, "copy the weights of all ranks of an instance into files")
     one.add_argument("addresses", metavar="ADDRESS", nargs="+", type=_address)
-    one.add_argument("folder", metavar="FOLDER", type=Path)
+    one.add_argument("folder", metavar="FOLDER", type=_folder)
     of_a_model(one)
 
     one = command("fetch", _fetch, "copy what a model's folder needs beside weights")
     one.add_argument("address", metavar="ADDRESS", type=_address)
-    one.add_argument("folder", metavar="FOLDER", type=Path)
+    one.add_argument("folder", metavar="FOLDER", type=_folder)
     one.add_argument(
         "--remote-code", action="store_true", help="also code, which vLLM may run if told to"
     )
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("hold", _hold, "hold the weights of an instance or a checkpoint, and serve them")
     one.add_argument("addresses", metavar="ADDRESS", nargs="*", type=_address)
     one.add_argument("--checkpoint", metavar="FOLDER", type=Path, help="serve the files there")
-    one.add_argument("--folder", metavar="DIR", type=Path, help="in files there, not in memory")
+    one.add_argument("--folder", metavar="DIR", type=_folder, help="in files there, not in memory")
     one.add_argument("--host", help="address of this machine that clients reach")
     of_a_model(one)
 
@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     command("token", _token, "print the bearer token: the first of TOKEN_FILE, else the secret's")
 
     one = command("certificate", _certificate, "write what belongs to the secret as PEM files")
-    one.add_argument("folder", metavar="FOLDER", type=Path)
+    one.add_argument("folder", metavar="FOLDER", type=_folder)
     return made
 
 
@@ -168,6 +168,19 @@ def _where(text: str) -> Name:
         return parse_name(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; it must be a folder, or a new one")
+    try:
+        parse_address(text)
+    except ValueError:
+        return path
+    raise argparse.ArgumentTypeError(f"{text!r} is an address; the last argument is a folder")
 
 
 def _count(text: str) -> int:

@@ -183,6 +183,32 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+def test_what_is_to_be_a_folder_and_is_a_file_is_wrong_usage(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    file, at = str(tmp_path / "file"), f"{HOST}:1"
+    for command in (
+        ["fetch", at, file],
+        ["pull", at, file],
+        ["certificate", file],
+        ["hold", at, "--folder", file],
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(command)
+        assert end.value.code == cli.USAGE
+        assert f"{file!r} is a file; it must be a folder" in capsys.readouterr().err
+
+
+def test_the_last_instance_of_a_pull_is_not_taken_for_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pull", f"{HOST}:1", f"{HOST}:2"])
+    assert end.value.code == cli.USAGE
+    assert "'127.0.0.1:2' is an address; the last argument is a folder" in capsys.readouterr().err
+    (tmp_path / f"{HOST}:2").mkdir()
+    with source({"w": torch.ones(3)}) as there:
+        assert cli.main(["pull", str(there.address), f"{HOST}:2"]) == cli.OK
+
+
 # What peers say
 
 
