@@ -391,6 +391,7 @@ def _hold(options: argparse.Namespace) -> int:
     config = client_config(options)
     if bool(options.addresses) == bool(options.checkpoint):
         raise ConfigError("hold needs either ADDRESS... or --checkpoint FOLDER")
+    copies.port_of(config, 0)  # before all is pulled
     if options.checkpoint:
         return _hold_checkpoint(options, config)
     held, host = [], options.host or config.announced_host

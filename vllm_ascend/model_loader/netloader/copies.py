@@ -18,7 +18,14 @@ import torch
 
 from . import checkpoint
 from .config import NetLoaderConfig
-from .errors import LoadFailed, NetLoaderError, ProtocolError, SourceError, SourceRefused
+from .errors import (
+    ConfigError,
+    LoadFailed,
+    NetLoaderError,
+    ProtocolError,
+    SourceError,
+    SourceRefused,
+)
 from .executor.chunks.blocks import Blocks, Run, count_of
 from .executor.chunks.digests import Digests, check_length, combine
 from .executor.chunks.manifest import RAW, Manifest, TensorEntry, decode
@@ -38,7 +45,7 @@ from .load import elastic_load
 from .loading.sessions import connect, status_of
 from .loading.view import records_by_name
 from .serve import Offer, WeightServer
-from .utils import Address, logger, one_line, shortened, size
+from .utils import MAX_PORT, MIN_PORT, Address, logger, one_line, shortened, size
 
 _CHUNK = 8 << 20  # bytes of a request that only measures
 _ROUND_TRIPS = 21
@@ -366,8 +373,8 @@ def holding(
         Where each of them listens.
 
     Raises:
-        NetLoaderError: the ports are out of range.
-        OSError: a port is taken.
+        ConfigError: the ports are out of range.
+        CannotListen: a port is taken.
     """
     servers: dict[int, WeightServer] = {}
     ranks = {what.identity.rank: store.digests.weights for what, store, *_ in held}
@@ -393,15 +400,23 @@ def holding(
                 )
             )
             stack.callback(server.stop)
-            addresses.append(server.start(_port(config, rank)))
+            addresses.append(server.start(port_of(config, rank)))
             servers[rank] = server
         yield addresses
 
 
-def _port(config: NetLoaderConfig, rank: int) -> int:
+def port_of(config: NetLoaderConfig, rank: int) -> int:
+    """Return the port on which a rank is served; 0: the system chooses.
+
+    Raises:
+        ConfigError: there is none.
+    """
     port = config.port_for(rank)
     if port is None:
-        raise NetLoaderError(f"LISTEN_PORT is {config.listen_port}, and rank {rank} has none")
+        raise ConfigError(
+            f"LISTEN_PORT is {config.listen_port}; allowed: {MIN_PORT} to {MAX_PORT} less the "
+            "rank, or leave it out"
+        )
     return port
 
 
@@ -430,7 +445,8 @@ def holding_checkpoint(
 
     Raises:
         CheckpointError: there is no checkpoint, or it has changed.
-        OSError: a file cannot be read, or the port is taken.
+        CannotListen: the port is taken.
+        OSError: a file cannot be read.
     """
     server = WeightServer(config, 0, host)
     offer = functools.partial(Offer, identity, loaded_from="a checkpoint folder", folder=folder)
@@ -441,7 +457,7 @@ def holding_checkpoint(
         found = stack.enter_context(checkpoint.opened(folder))
         server.announce(reading)
         stack.callback(server.stop)
-        address = server.start(_port(config, 0))
+        address = server.start(port_of(config, 0))
         store = make_store(
             found.tensors, CHECKPOINT, {}, CpuDevice(), progress=functools.partial(progress, found)
         )

@@ -17,6 +17,10 @@ class ConfigError(NetLoaderError, ValueError):
     """A configuration value is wrong; the message names the key, the value and what is allowed."""
 
 
+class CannotListen(NetLoaderError, OSError):
+    """A port cannot be opened; the message names the key that is to be changed, and its value."""
+
+
 class SourceError(NetLoaderError):
     """One source could not be used; another one may.
 

@@ -1,6 +1,9 @@
 """The source's story: models offered, and sessions in which clients pull their blocks."""
 
+import errno
 import ipaddress
+import os
+import socket
 import threading
 import time
 import uuid
@@ -14,7 +17,7 @@ import xxhash
 from . import metrics, model_files
 from .config import NetLoaderConfig, Transport
 from .credentials import is_loopback
-from .errors import Gone, Preparing, ProtocolError, SourceBusy, Withdrawn
+from .errors import CannotListen, Gone, Preparing, ProtocolError, SourceBusy, Withdrawn
 from .executor.chunks.blocks import Run
 from .executor.chunks.digests import of_instance
 from .executor.rate_limiter import RateLimiter
@@ -165,9 +168,14 @@ class WeightServer:
         """Listen on `port` (0: the system chooses) and publish the address (OUTPUT_PREFIX).
 
         Raises:
-            OSError: the port is taken, or the port file cannot be written; nothing is left open.
+            CannotListen: the port is taken, or the host's address is none of this machine.
+            OSError: the port file cannot be written; nothing is left open.
         """
-        address = Address(self._host, self._server.start(self.config.listen_host, port))
+        try:
+            opened = self._server.start(self.config.listen_host, port)
+        except OSError as error:
+            raise CannotListen(_why_not(self.config, port, error)) from None
+        address = Address(self._host, opened)
         if self.config.output_prefix is not None:
             self._port_file = PortFile(self.config.output_prefix, self.rank, address)
             try:
@@ -722,6 +730,23 @@ class WeightServer:
             session.peer,
             one_line(": ".join([str(refusal), *map(str, refusal.problem.differences)])),
         )
+
+
+def _why_not(config: NetLoaderConfig, port: int, error: OSError) -> str:
+    """Return why a port cannot be opened, with the key that decides it."""
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        host = config.listen_host
+        return f"LISTEN_HOST is {host!r}, which is no address of this machine: {_words(error)}"
+    of_port = port and error.errno in (errno.EADDRINUSE, errno.EACCES)
+    key = f"LISTEN_PORT is {config.listen_port}, and " if of_port else ""
+    return f"{key}port {port} cannot be opened: {_words(error)}"
+
+
+def _words(error: OSError) -> str:
+    # The rest of what `socket.create_server` says is the address.
+    if error.errno is not None and error.errno > 0:  # else not of the system, but of a look-up
+        return os.strerror(error.errno)
+    return one_line(error.strerror or error)
 
 
 class Relay:

@@ -209,6 +209,33 @@ def test_the_last_instance_of_a_pull_is_not_taken_for_a_folder(tmp_path, monkeyp
         assert cli.main(["pull", str(there.address), f"{HOST}:2"]) == cli.OK
 
 
+# Where a holder listens
+
+
+@pytest.mark.parametrize("port", [0, 80])
+@pytest.mark.parametrize("what", [[f"{HOST}:1"], ["--checkpoint", "/"]])
+def test_a_holder_needs_a_port_and_says_so_before_it_pulls(port, what, capsys):
+    assert cli.main(["hold", *what, "--config", json.dumps({"LISTEN_PORT": port})]) == cli.USAGE
+    assert capsys.readouterr().err == (
+        f"netloader: LISTEN_PORT is {port}; allowed: 1024 to 65535 less the rank, or leave it out\n"
+    )
+
+
+def test_a_holder_that_cannot_listen_names_the_key_and_its_value(capsys):
+    with source({"w": torch.ones(3)}) as there:
+        port = there.address.port
+        for keys, said in (
+            ({"LISTEN_HOST": HOST, "LISTEN_PORT": port}, f"LISTEN_PORT is {port}, and port {port}"),
+            ({"LISTEN_HOST": "192.0.2.1"}, "LISTEN_HOST is '192.0.2.1', which is no address of"),
+            ({"LISTEN_HOST": "a.invalid"}, "LISTEN_HOST is 'a.invalid', which is no address of"),
+        ):
+            hold = ["hold", str(there.address), "--json", "--config", json.dumps(keys)]
+            assert cli.main(hold) == cli.NO
+            words = capsys.readouterr().err
+            assert words.startswith(f"netloader: {said}")
+            assert "Errno" not in words
+
+
 # What peers say
 
 

@@ -281,7 +281,8 @@ def test_a_port_that_is_taken_is_no_server_and_one_error(config, servers, log):
         model = put_in_use(config(LISTEN_PORT=other.address.port))
     assert server_of(model) is None
     assert servers == []
-    assert f"cannot listen on port {other.address.port}, so this instance is no source" in log[0]
+    assert f"cannot listen on port {other.address.port}, so this instance is no source: " in log[0]
+    assert f"LISTEN_PORT is {other.address.port}, and port" in log[0]
 
 
 # The end of a model
