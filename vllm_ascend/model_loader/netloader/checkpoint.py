@@ -187,13 +187,16 @@ def identity_of(folder: Path, model: str | None, group: str) -> ModelIdentity:
         group: see `ModelIdentity`.
 
     Raises:
-        ConfigError: the configuration is missing or wrong.
+        ConfigError: the folder or the configuration is missing, or the latter is wrong.
     """
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{folder}: no such folder")
     path = folder / _CONFIG
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {one_line(error)}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: {one_line(why)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must have a JSON object")
     snapshot = cached_snapshot(str(folder))

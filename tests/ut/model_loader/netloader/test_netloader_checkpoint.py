@@ -339,3 +339,11 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, text):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         checkpoint.identity_of(tmp_path, "small", "netloader")
+
+
+def test_a_configuration_that_is_not_there_is_named_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        checkpoint.identity_of(tmp_path, "small", "netloader")
+    assert str(error.value) == f"{tmp_path}/config.json: No such file or directory"
+    with pytest.raises(ConfigError, match=r"/nope: no such folder$"):
+        checkpoint.identity_of(tmp_path / "nope", "small", "netloader")

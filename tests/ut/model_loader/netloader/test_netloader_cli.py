@@ -236,6 +236,11 @@ def test_a_holder_that_cannot_listen_names_the_key_and_its_value(capsys):
             assert "Errno" not in words
 
 
+def test_a_folder_that_is_not_there_is_not_held(capsys):
+    assert cli.main(["hold", "--checkpoint", "/nope"]) == cli.USAGE
+    assert capsys.readouterr().err == "netloader: /nope: no such folder\n"
+
+
 # What peers say
 
 
