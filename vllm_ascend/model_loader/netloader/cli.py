@@ -171,15 +171,14 @@ def _where(text: str) -> Name:
 
 
 def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir():
-        return path
-    if path.exists():
+    if os.path.isdir(text):
+        return Path(text)
+    if os.path.exists(text):
         raise argparse.ArgumentTypeError(f"{text!r} is a file; it must be a folder, or a new one")
     try:
         parse_address(text)
     except ValueError:
-        return path
+        return Path(text)
     raise argparse.ArgumentTypeError(f"{text!r} is an address; the last argument is a folder")
 
 

@@ -198,6 +198,11 @@ def test_what_is_to_be_a_folder_and_is_a_file_is_wrong_usage(tmp_path, capsys):
         assert f"{file!r} is a file; it must be a folder" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_looked_at_is_an_error_and_no_crash(capsys):
+    assert cli.main(["fetch", f"{HOST}:1", "x" * 300]) == cli.NO
+    assert "File name too long" in capsys.readouterr().err
+
+
 def test_the_last_instance_of_a_pull_is_not_taken_for_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
