@@ -221,6 +221,12 @@ def connect(address, *, connect=PATIENCE, handshake=PATIENCE, progress=PATIENCE)
     return ElasticClient.connect(address, connect=connect, handshake=handshake, progress=progress)
 
 
+def connected_pair():
+    with socket.create_server((HOST, 0)) as listener:
+        far = socket.create_connection(listener.getsockname(), timeout=PATIENCE)
+        return listener.accept()[0], far
+
+
 def answer_on(sock, method="GET"):
     answer = http.client.HTTPResponse(sock, method=method)
     answer.begin()
@@ -1281,6 +1287,20 @@ def test_within_a_machine_the_kernel_sends_ahead_as_far_as_there_is_room():
             wire = Wire(sock, PATIENCE)
             assert chosen(sock) == (expected or before)
             wire.close()
+
+
+def test_a_deadline_that_has_passed_ends_reading_though_bytes_are_there():
+    near, far = connected_pair()
+    with far:
+        wire = Wire(near, PATIENCE)
+        far.sendall(b"there")
+        assert until(lambda: wire.has_data)
+        wire.allow(0.0, 100)
+        with pytest.raises(TimeoutError):
+            wire.read(bytearray(5))
+        wire.allow(PATIENCE, 100)
+        assert wire.read(bytearray(5)) == 5
+        wire.close()
 
 
 def trickle(sock, over):

@@ -10,6 +10,9 @@ import threading
 import time
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from tests.certificates import OTHER_SECRET, SECRET, Authority, forged, secret_file
 from vllm_ascend.model_loader.netloader.credentials import Credentials, Files, derived_from
@@ -33,6 +36,7 @@ from .test_netloader_http import (
     JOIN,
     PATIENCE,
     answer_on,
+    connected_pair,
     read,
     running,
     stalling,
@@ -429,6 +433,76 @@ def test_a_source_that_stalls_in_the_handshake_is_given_up_in_time(secret):
         with pytest.raises(SourceSilent, match=r"no complete TLS handshake in 0\.3 s"):
             dial(stalled, secret, handshake=0.3)
         assert time.monotonic() - began < AT_ONCE
+
+
+def derived(secret, label, nbytes):
+    """What TLS 1.3 derives from a secret; see RFC 8446, 7.1."""
+    info = nbytes.to_bytes(2, "big") + bytes([6 + len(label)]) + b"tls13 " + label + b"\0"
+    return HKDFExpand(SHA384(), nbytes, info).derive(secret)
+
+
+def key_updates(secret):
+    """The records of a peer that changes its key without end, and says nothing else."""
+    head = b"\x17\x03\x03\x00\x16"
+    while True:
+        key, nonce = derived(secret, b"key", 32), derived(secret, b"iv", 12)
+        yield head + AESGCM(key).encrypt(nonce, b"\x18\x00\x00\x01\x01\x16", head)
+        secret = derived(secret, b"traffic upd", 48)
+
+
+@pytest.fixture
+def changes_its_key(secret, tmp_path):
+    """A wire, and the socket and the records of such a peer."""
+    near, far = connected_pair()
+    wire, raw = tls.TlsWire(near, 0.3, secret), far.dup()
+    context = stranger(keylog_filename=str(tmp_path / "keys"))
+    connecting = threading.Thread(target=lambda: context.wrap_socket(far).detach())
+    connecting.start()
+    wire.handshake(PATIENCE)
+    connecting.join()
+    keys = dict(line.rsplit(" ", 1) for line in (tmp_path / "keys").read_text().splitlines())
+    key = next(keys[name] for name in keys if name.startswith("CLIENT_TRAFFIC_SECRET_0"))
+    yield wire, raw, key_updates(bytes.fromhex(key))
+    wire.close()
+    raw.close()
+
+
+def test_what_tls_answers_by_itself_is_sent_and_not_kept(changes_its_key):
+    wire, raw, records = changes_its_key
+    raw.sendall(b"".join(itertools.islice(records, 1000)))
+    wire.allow(0.3, 100)
+    with pytest.raises(TimeoutError):
+        wire.read(bytearray(100))
+    assert not wire._outgoing.pending
+
+
+def read_one(wire):
+    wire.allow(0.3, 100)
+    wire.read(bytearray(1))
+
+
+def receive_one(wire):
+    wire.receive([memoryview(bytearray(1))])
+
+
+@pytest.mark.parametrize("wait", [read_one, receive_one])
+def test_records_that_carry_no_data_take_no_longer_than_is_allowed(changes_its_key, wait):
+    wire, raw, records = changes_its_key
+    over = threading.Event()
+
+    def change():
+        deadline = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):
+            while not over.is_set() and time.monotonic() < deadline:
+                raw.sendall(next(records))
+            raw.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    with pytest.raises(TimeoutError):
+        wait(wire)
+    over.set()
+    thread.join()
 
 
 def test_a_server_stops_while_handshakes_stall(secret):

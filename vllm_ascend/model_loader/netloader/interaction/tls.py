@@ -81,7 +81,6 @@ class TlsWire(Wire):
             else:
                 self._tls = self._credentials.connecting(incoming, outgoing, self._host)
             while not self._done(self._tls):
-                self._flush()
                 try:
                     if not self._fetch(deadline):
                         raise ConnectionResetError("the connection ended in the TLS handshake")
@@ -128,7 +127,7 @@ class TlsWire(Wire):
                 return nbytes
 
     def _take(self, left: list[Any], missing: int) -> None:
-        tls = self._established()
+        tls, until = self._established(), 0.0  # 0: data has come since
         with self._failures():  # once, as entering it takes a good part of a record's time
             while left:
                 view = memoryview(left.pop()).cast("B")
@@ -136,17 +135,18 @@ class TlsWire(Wire):
                     try:
                         nbytes = cast(int, tls.read(len(view), cast(Any, view)))
                     except ssl.SSLWantReadError:
-                        if self._fetch_some():
+                        until = until or time.monotonic() + self._patience()
+                        if self._fetch_some(until):
                             continue
                         nbytes = 0
                     if not nbytes:
                         early = f"the connection ended {missing} bytes too early"
                         raise ConnectionResetError(early)
-                    view, missing = view[nbytes:], missing - nbytes
+                    view, missing, until = view[nbytes:], missing - nbytes, 0.0
 
-    def _fetch_some(self) -> int:
+    def _fetch_some(self, deadline: float) -> int:
         try:
-            return self._fetch(time.monotonic() + self._patience())
+            return self._fetch(deadline)
         except TimeoutError:
             raise TimeoutError(f"no data received for {self._progress:g} s") from None
 
@@ -163,6 +163,7 @@ class TlsWire(Wire):
         return True
 
     def _fetch(self, deadline: float) -> int:
+        self._flush()  # OpenSSL answers records that carry no data, of which a peer may send many
         nbytes = super()._read(self._received, deadline)
         self._incoming.write(self._received[:nbytes])
         return nbytes

@@ -99,8 +99,9 @@ class Wire:
         return nbytes
 
     def _read(self, buffer: "WriteableBuffer", deadline: float) -> int:
-        # A timeout of 0 would mean something else.
-        self._sock.settimeout(max(1e-6, deadline - time.monotonic()))
+        if (left := deadline - time.monotonic()) <= 0:  # also while bytes go on coming
+            raise TimeoutError("the time is up")
+        self._sock.settimeout(left)
         return self._sock.recv_into(buffer)
 
     def send(self, views: Iterable[Buffer | bytes]) -> None:
