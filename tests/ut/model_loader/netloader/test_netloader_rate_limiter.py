@@ -1,7 +1,10 @@
+import contextlib
+import heapq
+import itertools
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.executor import rate_limiter
@@ -20,6 +23,49 @@ class Stop:
     def wait(self, seconds):
         self.waited.append(seconds)
         self._clock.sleep(max(0.0, seconds))
+
+
+class Clients:
+    """Threads that share a limiter, and sleep on the test's clock: one at a time is awake.
+
+    It stands in the place of their events, too.
+    """
+
+    def __init__(self, clock):
+        self._clock, self._asleep, self._count = clock, [], itertools.count()
+        self._all_asleep = threading.Semaphore(0)
+
+    def run(self, *lives):
+        threads = [threading.Thread(target=self._live, args=[life], daemon=True) for life in lives]
+        for thread in threads:
+            thread.start()
+            assert self._all_asleep.acquire(timeout=PATIENCE)
+        while self._asleep:
+            moment, _, awake = heapq.heappop(self._asleep)
+            self._clock.sleep(max(0.0, moment - self._clock.now))
+            awake.release()
+            assert self._all_asleep.acquire(timeout=PATIENCE)
+
+    def _live(self, life):
+        try:
+            life()
+        finally:
+            self._all_asleep.release()
+
+    def wait(self, seconds):
+        awake = threading.Semaphore(0)
+        heapq.heappush(self._asleep, (self._clock.now + seconds, next(self._count), awake))
+        self._all_asleep.release()
+        awake.acquire()
+
+
+def assert_within_the_rate(started, rate):
+    """No stretch of time has more than the rate and one message."""
+    for first, (begin, _) in enumerate(started):
+        sent = 0
+        for moment, nbytes in started[first:]:
+            assert sent <= rate * (moment - begin) + 1e-6
+            sent += nbytes
 
 
 @pytest.fixture
@@ -48,11 +94,42 @@ def test_no_stretch_of_time_has_more_than_the_rate_and_one_message(messages):
             clock.sleep(pause)
             limiter.wait(nbytes, stop)
             started.append((clock.passed, nbytes))
-    for first, (begin, _) in enumerate(started):
-        sent = 0
-        for moment, nbytes in started[first:]:
-            assert sent <= 1000 * (moment - begin) + 1e-6
-            sent += nbytes
+    assert_within_the_rate(started, 1000)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5000), st.floats(0, 3), st.none() | st.floats(0, 9)),
+        min_size=2,
+        max_size=8,
+    )
+)
+@example([(600, 0.0, None), (2000, 0.0, 0.4), (100, 0.45, None), (100, 0.46, None)])
+def test_no_stretch_of_time_has_more_where_clients_hang_up_and_nobody_waits_for_their_bytes(arrive):
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rate_limiter, "time", clock)
+        limiter, clients, started = RateLimiter(1000), Clients(clock), []
+
+        def life(nbytes, pause, leaves):
+            clients.wait(pause)
+            try:
+                gone = (lambda: False) if leaves is None else lambda: clock.passed >= leaves
+                limiter.wait(nbytes, clients, gone)
+            except ConnectionResetError:
+                assert leaves <= clock.passed
+            else:
+                started.append((clock.passed, nbytes))
+
+        clients.run(*(lambda one=one: life(*one) for one in arrive))
+    assert_within_the_rate(started, 1000)
+    sent = sum(nbytes for _, nbytes in started) / 1000
+    leave = [leaves for _, _, leaves in arrive if leaves is not None]
+    assert started == sorted(started, key=lambda one: one[0])
+    # The last one is noticed half a second later, and so is that its turn is over.
+    latest = max(*(pause for _, pause, _ in arrive), *leave, 0.0)
+    assert all(moment <= latest + 1.0 + sent for moment, _ in started)
 
 
 def test_a_message_that_may_start_is_not_held_back(clock):
@@ -92,8 +169,21 @@ def test_whoever_waits_goes_on_when_the_weights_are_withdrawn():
     assert over.wait(PATIENCE)
 
 
-def test_whoever_waits_for_a_client_that_goes_goes_on_within_half_a_second(clock):
+def test_whoever_waits_for_a_client_that_goes_learns_it_within_half_a_second(clock):
     limiter, stop = RateLimiter(1), Stop(clock)
     limiter.wait(3600, stop)
-    limiter.wait(1, stop, lambda: clock.passed >= 5)
+    with pytest.raises(ConnectionResetError):
+        limiter.wait(1, stop, lambda: clock.passed >= 5)
     assert 5 <= clock.passed <= 5.5
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_nobody_waits_for_bytes_that_nobody_wants_any_more(clock, stopped):
+    limiter, stop = RateLimiter(1000), threading.Event()
+    limiter.wait(1000, stop)
+    for _ in range(100):
+        with contextlib.nullcontext() if stopped else pytest.raises(ConnectionResetError):
+            stop.set()
+            limiter.wait(1000, stop, lambda: not stopped)
+    limiter.wait(1000, Stop(clock))
+    assert clock.passed == pytest.approx(1)
