@@ -12,11 +12,12 @@ from vllm_ascend.model_loader.netloader.errors import Withdrawn
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import Digests
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.executor.transport.group import AHEAD, WINDOW
+from vllm_ascend.model_loader.netloader.loading import sessions
 
 from . import models
 from .faults import Proxy, closed_port, corrupting, failing_after, tapped
 from .models import COUNT, ROW, many_rows, rows
-from .sides import PATIENCE, fresh, load, make, source, store_of, until
+from .sides import PATIENCE, fresh, load, load_here, make, source, store_of, until
 from .ways import Way
 
 MANY = 64
@@ -199,6 +200,41 @@ def test_a_source_that_answers_late_does_not_delay_a_finished_load(way, over):
         assert load(way, sources, handshake_timeout=20.0).check().seconds < 10
         over.set()
         until(lambda: late.sessions == 0)
+
+
+@pytest.mark.ways(Way.HTTP, Way.NPU_HTTP)
+def test_further_connections_that_are_let_in_late_do_not_delay_a_finished_load(way, over):
+    with source(way) as running:
+        join, first = running.server.join, threading.Lock()
+
+        def let_in(session, asked):
+            if not first.acquire(blocking=False):
+                over.wait(PATIENCE)
+            return join(session, asked)
+
+        running.server.join = let_in
+        outcome = load(way, [running], connections=3, handshake_timeout=PATIENCE).check()
+        assert outcome.seconds < PATIENCE / 2
+        over.set()
+        until(lambda: running.sessions == 0)
+
+
+@pytest.mark.ways(Way.HTTP)
+def test_further_connections_that_cannot_be_made_do_not_delay_a_finished_load(
+    way, over, monkeypatch
+):
+    dial, made = sessions.connect, threading.Lock()
+
+    def connect(address, config):
+        if not made.acquire(blocking=False):
+            over.wait(PATIENCE)
+        return dial(address, config)
+
+    monkeypatch.setattr(sessions, "connect", connect)
+    with source(way) as running:
+        assert load_here(way, [running], connections=3).check().seconds < PATIENCE / 2
+        over.set()
+        until(lambda: running.sessions == 0)
 
 
 def test_a_stalled_source_does_not_fail_a_load_that_another_one_can_finish(way, over):

@@ -1,6 +1,7 @@
 """What the threads of one load do with its sources."""
 
 import contextlib
+import math
 import random
 import threading
 import time
@@ -47,6 +48,8 @@ _FORM_AGAIN = 0.02, 0.1
 _TRY_ANOTHER = 3.0
 # Seconds to wait for a group that this rank forms with another one.
 _TURN = 2.0
+# Seconds between two looks at threads of a session that is over, and for those of no use to end.
+_LOOK, _LEAVE = 0.05, 0.2
 # Times PROGRESS_TIMEOUT for a run to come from a source that may send a byte now and then.
 _OVERDUE = 3
 # Times PROGRESS_TIMEOUT, at least and at most, without news of sources that all load themselves.
@@ -502,7 +505,8 @@ class Sessions:
                 yield
             finally:
                 news.cut(SourceLost(f"{address}: the session is over"))
-                thread.join()
+                while thread.is_alive() and not news.dialing:
+                    thread.join(_LOOK)
 
     def _learn(
         self,
@@ -523,8 +527,10 @@ class Sessions:
                     if news.cut_by is not None or not again:
                         raise
                     again -= 1
+                    news.dialing = True
                     client = connections.enter_context(self._connect(address))
                     news.add(client)
+                    news.dialing = False
                     continue
                 at_once = time.monotonic() - asked < wait / 2
                 if at_once and not have.runs and not have.complete:
@@ -612,12 +618,14 @@ class Sessions:
         self, address: Address, store: BlockStore, scheduler: Scheduler, session: "_HttpSession"
     ) -> Iterator[None]:
         """Let further connections to a source pull, too; what goes wrong with them is no news."""
+        pulling: set[threading.Thread] = set()
 
         def pull() -> None:
             try:
                 with self._device.attached(), self._connect(address) as client:
                     session.add(client)
                     client.join(Join(self._identity, store.digests.weights, self._peer))
+                    pulling.add(threading.current_thread())
                     through = HttpReceiver(client, store, verify=self._config.verify)
                     self._receive(address, through, store, scheduler, session.peer)
                     client.done(Done(complete=True))
@@ -636,9 +644,14 @@ class Sessions:
                     thread.start()
             yield
         finally:
+            ends = math.inf
             for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+                # One that has not been let in yet brings nothing once all is here.
+                while thread.is_alive() and (thread in pulling or time.monotonic() < ends):
+                    thread.join(_LOOK)
+                    if scheduler.finished or session.cut_by is not None:
+                        ends = min(ends, time.monotonic() + _LEAVE)
+            session.leave()
 
 
 class _HttpSession:
@@ -647,11 +660,14 @@ class _HttpSession:
     Attributes:
         peer: the source.
         cut_by: why they were cut; None: they were not.
+        dialing: whether another one is being made.
     """
 
     def __init__(self, peer: Peer, client: ElasticClient) -> None:
         self.peer = peer
         self.cut_by: SourceError | None = None
+        self.dialing = False
+        self._left = False
         self._lock = threading.Lock()
         self._clients = [client]
 
@@ -659,7 +675,14 @@ class _HttpSession:
         """Take note of a further connection."""
         with self._lock:
             self._clients.append(client)
-            if self.cut_by is not None:
+            if self._left or self.cut_by is not None:
+                client.cut()
+
+    def leave(self) -> None:
+        """End all connections but the first, also those that have yet to be made."""
+        with self._lock:
+            self._left = True
+            for client in self._clients[1:]:
                 client.cut()
 
     def cut(self, why: SourceError) -> None:

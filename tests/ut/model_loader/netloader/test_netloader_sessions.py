@@ -1,0 +1,58 @@
+"""What a load does with one source, where the cases of conformance cannot bring it about."""
+
+import threading
+from types import SimpleNamespace
+
+from vllm_ascend.model_loader.netloader.errors import SourceLost
+from vllm_ascend.model_loader.netloader.executor.scheduler import Peer
+from vllm_ascend.model_loader.netloader.loading.sessions import Sessions
+from vllm_ascend.model_loader.netloader.utils import Address
+
+from .support import HOST, PATIENCE, settings
+
+ADDRESS = Address(HOST, 1)
+
+
+class Client:
+    """A connection that ends when it is asked for news."""
+
+    def __init__(self):
+        self.cut_by_us = threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def cut(self):
+        self.cut_by_us.set()
+
+    def have(self, weights, since, wait):
+        raise SourceLost("closed")
+
+
+def test_a_session_that_is_over_does_not_wait_for_its_news_to_be_dialled(monkeypatch):
+    target = SimpleNamespace()
+    sessions = Sessions(None, target, None, settings(), None, 0, None, None)
+    clients, dials, go_on, lost = [Client(), Client()], threading.Event(), threading.Event(), []
+    left = iter(clients)
+
+    def connect(address):
+        if threading.current_thread() is not threading.main_thread():
+            dials.set()
+            go_on.wait(PATIENCE)
+        return next(left)
+
+    monkeypatch.setattr(sessions, "_connect", connect)
+    store = SimpleNamespace(digests=SimpleNamespace(weights="w"))
+    scheduler = SimpleNamespace(lost=lambda peer, error: lost.append(error))
+    before = {*threading.enumerate()}
+    with sessions._news_of(ADDRESS, store, scheduler, Peer(complete=False)):
+        assert dials.wait(PATIENCE)
+        (news,) = (one for one in threading.enumerate() if one not in before)
+    assert news.is_alive()
+    go_on.set()
+    news.join(PATIENCE)
+    assert clients[1].cut_by_us.is_set()
+    assert len(lost) == 1
