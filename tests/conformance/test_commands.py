@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -484,6 +485,23 @@ def test_a_larger_file_than_allowed_is_not_told(way, folder, monkeypatch):
     monkeypatch.setattr(model_files, "MAX_FILE", 25)
     with with_folder(way, folder) as seed, dial(seed.address) as client:
         assert "chat_template.jinja" not in {file.name for file in client.files("netloader")}
+
+
+def test_a_file_that_gets_shorter_on_its_way_ends_the_connection(way, folder):
+    large, nbytes = folder / "tokenizer.json", 64 << 20
+    os.truncate(large, nbytes)
+    with with_folder(way, folder) as seed, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or all is on its way at once
+        sock.settimeout(PATIENCE)
+        sock.connect((seed.address.host, seed.address.port))
+        path = api.FILE.format(group="netloader", name=large.name)
+        sock.sendall(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        came = len(sock.recv(1))
+        os.truncate(large, 1 << 20)
+        while part := len(sock.recv(1 << 20)):
+            came += part
+        assert 1 << 20 < came < nbytes
+        assert run("fetch", seed.address, folder / "got") == cli.OK
 
 
 def test_a_source_without_a_folder_says_so(way, tmp_path, capsys):

@@ -4,9 +4,13 @@ import contextlib
 import functools
 import hashlib
 import re
+from collections.abc import Generator
 from pathlib import Path
 
-from .interaction.api import MAX_FILE, MAX_FILES, ModelFile
+from .interaction.api import MAX_FILE, MAX_FILES, Bytes, ModelFile
+from .utils import Buffer
+
+_PIECE = 1 << 20  # bytes of a file that are in memory at once
 
 # What a client needs beside weights. Nothing else of a folder is told or sent.
 _KINDS = re.compile(
@@ -46,12 +50,10 @@ def files_of(folder: Path) -> list[ModelFile]:
     return found[:MAX_FILES]
 
 
-def read(folder: Path, name: str) -> bytes | None:
+def read(folder: Path, name: str) -> Bytes | None:
     """Return what a file has; None: there is none that clients may get."""
-    if all(name != file.name for file in files_of(folder)):
-        return None
-    with (folder / name).open("rb") as file:
-        return file.read(MAX_FILE)
+    nbytes = next((file.nbytes for file in files_of(folder) if file.name == name), None)
+    return None if nbytes is None else Bytes(nbytes, _pieces(folder / name, nbytes))
 
 
 def digest_of(data: bytes) -> str:
@@ -66,6 +68,14 @@ def _is_within(path: Path, folder: Path) -> bool:
     return target.parent == snapshot or (
         snapshot.parent.name == "snapshots" and target.parent == blobs
     )
+
+
+def _pieces(path: Path, nbytes: int) -> Generator[list[Buffer], None, None]:
+    """Yield the first bytes of a file; fewer if it has become shorter."""
+    with path.open("rb") as file:
+        while piece := file.read(min(nbytes, _PIECE)):
+            nbytes -= len(piece)
+            yield [memoryview(piece)]
 
 
 @functools.lru_cache(maxsize=4 * MAX_FILES)

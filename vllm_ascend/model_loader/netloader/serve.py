@@ -517,7 +517,7 @@ class WeightServer:
         """Return which files a model has beside its weights."""
         return model_files.files_of(self._folder(group))
 
-    def file(self, group: str, name: str) -> bytes:
+    def file(self, group: str, name: str) -> Bytes:
         """Return what such a file has."""
         content = model_files.read(self._folder(group), name)
         if content is None:

@@ -170,7 +170,7 @@ class Service:
         return [FILE]
 
     def file(self, group, name):
-        return FILE_CONTENT
+        return Bytes(len(FILE_CONTENT), self.made(memoryview(FILE_CONTENT)))
 
     def metrics(self):
         return b"some_total 1.0\n"
@@ -1501,6 +1501,26 @@ def test_files_and_records_are_read_by_few_at_once_and_without_a_place(monkeypat
         for thread in reading:
             thread.join()
         assert three[2].files("netloader") == [FILE]
+
+
+def test_clients_that_read_a_file_slowly_keep_no_others_from_files_and_little_in_memory():
+    made, mib = [], memoryview(bytes(1 << 20))
+
+    def chunks(_):
+        for number in range(64):
+            made.append(number)
+            yield [mib]
+
+    with running() as source, contextlib.ExitStack() as clients:
+        source.service.file = lambda group, name: Bytes(64 << 20, chunks(name))
+        for _ in range(3):
+            client = clients.enter_context(source.dial())
+            client.sendall(get(api.FILE.format(group="netloader", name=FILE.name)))
+            assert client.recv(1) == b"H"
+        assert len(made) < 3 * 64
+        source.service.file = lambda group, name: Service().file(group, name)
+        with source.client() as client:
+            assert client.file("netloader", FILE) == FILE_CONTENT
 
 
 def test_the_netloader_of_vllm_ascend_does_not_fill_the_log(source, log):

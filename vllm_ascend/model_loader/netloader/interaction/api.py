@@ -581,7 +581,7 @@ class Refusal(NetLoaderError):
 
 @dataclass(frozen=True)
 class Bytes:
-    """The bytes of a run of blocks, or of regions, on their way out.
+    """The bytes of a run of blocks, of regions, or of a file, on their way out.
 
     Attributes:
         nbytes: how many there are.

@@ -157,7 +157,7 @@ class Service(Protocol):
     def files(self, group: str) -> list[api.ModelFile]:
         """Return which files a model has beside its weights."""
 
-    def file(self, group: str, name: str) -> bytes:
+    def file(self, group: str, name: str) -> Bytes:
         """Return what such a file has."""
 
     def status(self, sessions: int) -> Status:
@@ -645,7 +645,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, body: bytes, group: str, name: str) -> None:
         with self._reading():
             content = self._server.service.file(group, name)
-        self._reply(HTTPStatus.OK, _BYTES, content)
+            views = next(content.chunks, None)
+        self._send_bytes(content, views, f"file {name}")
 
     def _status(self, body: bytes) -> None:
         with self._calls():
