@@ -1,6 +1,7 @@
 """What a source answers, without the connections around it."""
 
 import contextlib
+import itertools
 import logging
 import socket
 import threading
@@ -221,6 +222,18 @@ def test_target_and_draft_are_served_side_by_side():
     withdraw(to, DRAFT)
     join(to)
     assert refusal(join, to, DRAFT)[0] == "changing"
+
+
+def test_a_setting_that_is_nested_too_deep_to_be_told_is_refused():
+    to, codes, body = server(offer()), set(), msgspec.json.encode(Join(WHO))
+    for depth in itertools.count(500):
+        nested = b"[" * depth + b"]" * depth
+        try:
+            asked = api.decode(body.replace(b'"hidden_size":4', b'"hidden_size":' + nested), Join)
+        except Refusal:
+            break  # it is not even decoded
+        codes.add(refusal(to.join, session(), asked)[0])
+    assert codes == {"other_model", "bad_request"}
 
 
 # Blocks

@@ -601,15 +601,21 @@ def differences(
         client: the client's.
         source: the source's.
         view: whether only those count that decide what the checkpoint is.
+
+    Raises:
+        Refusal: they cannot be told, as one is nested almost too deep to be decoded.
     """
     if source.layout == CHECKPOINT:
         client = client.as_told_by(source)
     if view:
         client, source = client.of_checkpoint(), source.of_checkpoint()
-    return [
-        Difference(shortened(field, 200), shortened(repr(ours), 200), shortened(repr(theirs), 200))
-        for field, ours, theirs in client.differences(source)[:MAX_DIFFERENCES]
-    ]
+    try:
+        return [
+            Difference(*(shortened(text, 200) for text in (field, repr(ours), repr(theirs))))
+            for field, ours, theirs in client.differences(source)[:MAX_DIFFERENCES]
+        ]
+    except RecursionError:
+        raise Refusal(Code.BAD_REQUEST, "a setting of the model is nested too deep") from None
 
 
 def route(target: str) -> tuple[str, dict[str, str]]:
