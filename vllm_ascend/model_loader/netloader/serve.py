@@ -35,6 +35,7 @@ from .served import Served, ServedGroup, as_refusals
 from .utils import (
     Address,
     Buffer,
+    FewLines,
     logger,
     one_line,
     parse_address,
@@ -57,6 +58,7 @@ _MOST_CHECKED = 16  # blocks of one
 # of the device and seconds to form. Others get from these what they have.
 _CHILDREN = 2
 _LOOK = 0.5  # seconds between two looks at whether a client that waits is still there
+_MOST_TOLD = 5  # differences in one line of the log
 _MADE_READY = "the weights are being made ready for inference"
 _SHUTTING_DOWN = "the source is shutting down"
 
@@ -137,6 +139,7 @@ class WeightServer:
         self._peers = PeerBook()
         self._first_copies: dict[str, FirstCopy[Peer]] = {}  # by weights digest
         self._next_check = 0.0
+        self._lines = FewLines()
         self._served: dict[Session, Served] = {}
         self._bytes_sent = 0  # in sessions that are over
         self._limiter = RateLimiter(config.max_send_rate)
@@ -666,8 +669,12 @@ class WeightServer:
         """Count and log what a session got from a store; the lock is held."""
         self._bytes_sent += served.bytes_sent
         ends = {"": "went_away", api.COMPLETE: api.COMPLETE, api.LOOKED: "looked"}
-        metrics.count(metrics.SESSIONS_FINISHED, ends.get(served.end, "gave_up"))
-        served.log(self.rank)
+        end = ends.get(served.end, "gave_up")
+        metrics.count(metrics.SESSIONS_FINISHED, end)
+        usual = end == api.COMPLETE and served.bytes_sent
+        more = "" if usual else self._lines.more((end, session.peer.host))
+        if more is not None:
+            served.log(self.rank, more)
         if served.relay is not None:
             complete = served.end == api.COMPLETE
             gone = self._peers.left(served.relay, session, complete=complete)
@@ -724,12 +731,14 @@ class WeightServer:
     def _log_refusal(self, session: Session, refusal: Refusal) -> None:
         # A client that is to come again asks many times.
         log = logger.debug if refusal.code.error is SourceBusy else logger.info
-        log(
-            "NetLoader rank %d: declined %s: %s",
-            self.rank,
-            session.peer,
-            one_line(": ".join([str(refusal), *map(str, refusal.problem.differences)])),
-        )
+        more = self._lines.more((refusal.code, session.peer.host))
+        if more is None:
+            return
+        differ = [*map(str, refusal.problem.differences)]
+        if len(differ) > _MOST_TOLD:
+            differ[_MOST_TOLD:] = [f"and {len(differ) - _MOST_TOLD} more"]
+        told = one_line(": ".join([str(refusal), *differ]))
+        log("NetLoader rank %d: declined %s: %s%s", self.rank, session.peer, told, more)
 
 
 def _why_not(config: NetLoaderConfig, port: int, error: OSError) -> str:

@@ -108,15 +108,15 @@ class Served:
             self.relay.address if self.relay is not None else None,
         )
 
-    def log(self, rank: int) -> None:
-        """Write the session's one line: a warning unless it ended as it should."""
+    def log(self, rank: int, more: str) -> None:
+        """Write the session's one line, and `more`: a warning unless it ended as it should."""
         seconds = time.monotonic() - self._started
         # A client leaves one that is loading itself for another one whenever that brings more.
         usual = self.end in (api.COMPLETE, api.LOOKED) or not self.store.complete
         log = logger.info if usual else logger.warning
         log(
             "NetLoader rank %d: sent %s of %s (%d tensors) in %.2f s (%s) to %s, weights digest "
-            "%s: %s",
+            "%s: %s%s",
             rank,
             size(self.bytes_sent),
             size(self.store.blocks.nbytes),
@@ -126,6 +126,7 @@ class Served:
             self._peer,
             self.store.digests.weights,
             one_line(self.end) or "the client went away",
+            more,
         )
 
 

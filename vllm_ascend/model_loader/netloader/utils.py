@@ -22,6 +22,8 @@ logger = logging.getLogger("vllm.netloader")
 LOAD_FORMAT = "netloader"
 MIN_PORT, MAX_PORT = 1024, 65535
 _LOOK = 0.05  # seconds between two looks at whether to go on waiting
+_BETWEEN_LINES = 10.0  # seconds from one line in the log to the next of the same kind
+_MOST_KINDS = 1000  # of lines that are told apart at once
 T = TypeVar("T")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 Plain: TypeAlias = bool | int | float | str | None
@@ -159,6 +161,27 @@ def own_host() -> str:
             sock.connect((other, 9))  # sends nothing
             return str(sock.getsockname()[0])
     return "127.0.0.1"
+
+
+class FewLines:
+    """Lets the log have one line of each kind in ten seconds, and counts those left out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kinds: dict[object, tuple[float, int]] = {}  # when the next one is due; left out
+
+    def more(self, kind: object) -> str | None:
+        """Return what a line of a kind is to end with; None: leave it out."""
+        now = time.monotonic()
+        with self._lock:
+            due, left_out = self._kinds.get(kind, (now, 0))
+            if now < due:
+                self._kinds[kind] = due, left_out + 1
+                return None
+            if len(self._kinds) >= _MOST_KINDS:  # peers may have any number of addresses
+                self._kinds.clear()
+            self._kinds[kind] = now + _BETWEEN_LINES, 0
+        return f" ({left_out} more since the last line like this)" if left_out else ""
 
 
 def one_line(text: object) -> str:

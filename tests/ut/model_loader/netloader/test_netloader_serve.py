@@ -14,7 +14,7 @@ import torch
 
 from tests.certificates import SECRET, secret_file
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import serve
+from vllm_ascend.model_loader.netloader import serve, utils
 from vllm_ascend.model_loader.netloader.config import Transport
 from vllm_ascend.model_loader.netloader.executor import scheduler
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
@@ -42,6 +42,7 @@ from .support import (
     HOST,
     MIB,
     PATIENCE,
+    Clock,
     LinkDevice,
     assorted,
     bytes_of,
@@ -59,8 +60,8 @@ ALL = 12 * MIB
 
 
 class Wire:
-    def __init__(self, number=1):
-        self.peer = Address("192.0.2.7", number)
+    def __init__(self, number=1, host="192.0.2.7"):
+        self.peer = Address(host, number)
         self.local_host = HOST
         self.hung_up = False
         self.ended = threading.Event()
@@ -234,6 +235,57 @@ def test_a_setting_that_is_nested_too_deep_to_be_told_is_refused():
             break  # it is not even decoded
         codes.add(refusal(to.join, session(), asked)[0])
     assert codes == {"other_model", "bad_request"}
+
+
+@pytest.fixture
+def passing(monkeypatch):
+    """Time goes on only where a test lets it."""
+    clock = Clock()
+    monkeypatch.setattr(utils, "time", clock)
+    return clock
+
+
+def test_clients_that_are_refused_again_and_again_do_not_fill_the_log(records, passing):
+    to = server(offer())
+    other = identity(config={f"setting_{number}": number for number in range(20)})
+    for _ in range(100):
+        refusal(join, to, other)
+    refusal(join, to, DRAFT)
+    refusal(to.join, Session(Wire(host="192.0.2.8")), Join(other))
+    passing.sleep(10)
+    refusal(join, to, other)
+    refused = [text for _, text in records if "declined" in text]
+    who = ["192.0.2.7:1: the models", "192.0.2.7:1: there is no", "192.0.2.8:1", "192.0.2.7:1"]
+    assert [w in text for w, text in zip(who, refused, strict=True)] == [True] * 4
+    assert refused[3].endswith(": and 15 more (99 more since the last line like this)")
+    assert refused[3].count("config.") == 5
+
+
+@pytest.mark.parametrize("how", [None, Done(complete=False, reason="x"), Done(complete=True)])
+def test_clients_that_end_again_and_again_without_all_do_not_fill_the_log(records, passing, how):
+    one = offer()
+    to = server(one)
+
+    def end(blocks):
+        client = session()
+        join(to, by=client)
+        if blocks:
+            fetched(to, one.store.digests.weights, 0, blocks - 1, client)
+        if how is not None:
+            to.done(client, how)
+        client.close()
+
+    for _ in range(100):
+        end(0)
+    passing.sleep(10)
+    end(0)
+    sent = [text for _, text in records if "sent " in text]
+    assert len(sent) == 2
+    assert sent[1].endswith(" (99 more since the last line like this)")
+    for _ in range(3):
+        end(12)
+    complete = how is not None and how.complete
+    assert len([text for _, text in records if "sent 12.6" in text]) == 3 * complete
 
 
 # Blocks

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from ..credentials import Credentials
-from ..utils import Address, Buffer, logger
+from ..utils import Address, Buffer, FewLines, logger
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ ALERT = b"\x15\x03"  # how TLS says that it goes no further
 _UNEXPECTED = b"\x15\x03\x03\x00\x02\x02\x0a"  # what OpenSSL does not say to HTTP
 _PIECE = 256 << 10  # bytes that are encrypted or decrypted at once
 _SMALL = 32 << 10  # the same of a request
-_BETWEEN_LINES = 10.0  # seconds from one line in the log to the next of the same kind
 _NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_IP = 9, 10, 62, 64  # of X509_V_ERR
 
 
@@ -228,22 +227,15 @@ class Doorkeeper:
         self._noted = noted
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._next_line: dict[str, float] = {}
-        self._left_out: Counter[str] = Counter()
+        self._lines = FewLines()
 
     def note(self, peer: Address, error: NotAdmitted) -> None:
         """Take note of a peer that was not let in."""
-        kind, now = error.kind, time.monotonic()
-        self._noted(kind)
+        self._noted(error.kind)
         with self._lock:
-            self.counts[kind] += 1
-            if now < self._next_line.get(kind, now):
-                self._left_out[kind] += 1
-                return
-            self._next_line[kind] = now + _BETWEEN_LINES
-            left_out = self._left_out.pop(kind, 0)
-        more = f" ({left_out} more since the last line like this)" if left_out else ""
-        logger.warning("NetLoader: refused the connection of %s: %s%s", peer, error, more)
+            self.counts[error.kind] += 1
+        if (more := self._lines.more(error.kind)) is not None:
+            logger.warning("NetLoader: refused the connection of %s: %s%s", peer, error, more)
 
 
 def _pieces(views: Iterable[Buffer | bytes]) -> Iterator[memoryview]:
