@@ -135,8 +135,10 @@ def _remembered(configuration: object) -> Callable[[], None]:
     inside = [_remembered(value) for value in values.values() if hasattr(value, "to_dict")]
 
     def restore() -> None:
-        vars(configuration).clear()
-        vars(configuration).update({name: _copied(value) for name, value in values.items()})
+        now = vars(configuration)
+        now.update({name: _copied(value) for name, value in values.items()})
+        for name in now.keys() - values.keys():
+            del now[name]
         for one in inside:
             one()
 
