@@ -3,7 +3,9 @@
 import threading
 from types import SimpleNamespace
 
-from vllm_ascend.model_loader.netloader.errors import SourceLost
+import pytest
+
+from vllm_ascend.model_loader.netloader.errors import SourceLost, TransferCorrupt
 from vllm_ascend.model_loader.netloader.executor.scheduler import Peer
 from vllm_ascend.model_loader.netloader.loading.sessions import Sessions
 from vllm_ascend.model_loader.netloader.utils import Address
@@ -30,6 +32,24 @@ class Client:
 
     def have(self, weights, since, wait):
         raise SourceLost("closed")
+
+
+@pytest.mark.parametrize("hearsay", [True, False])
+def test_one_that_only_others_have_named_is_not_asked_why_its_bytes_were_wrong(
+    monkeypatch, hearsay
+):
+    queue, asked = SimpleNamespace(is_hearsay=lambda address: hearsay), []
+    sessions = Sessions(queue, SimpleNamespace(), None, settings(), None, 0, None, None)
+
+    def connect(address):
+        asked.append(address)
+        raise SourceLost("closed")
+
+    monkeypatch.setattr(sessions, "_connect", connect)
+    error = TransferCorrupt("wrong bytes in blocks 3-3")
+    error.block = 3
+    sessions._report(ADDRESS, SimpleNamespace(), error)
+    assert asked == ([] if hearsay else [ADDRESS])
 
 
 def test_a_session_that_is_over_does_not_wait_for_its_news_to_be_dialled(monkeypatch):

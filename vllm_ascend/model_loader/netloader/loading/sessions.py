@@ -347,10 +347,12 @@ class Sessions:
     def _report(self, address: Address, store: BlockStore, error: TransferCorrupt) -> None:
         """Ask the source whether its weights are still what it said, as they came wrong twice.
 
+        One that only others have named might answer anything, to be asked again and again.
+
         Raises:
             SourceError: they are not.
         """
-        if error.block is None:
+        if error.block is None or self._queue.is_hearsay(address):
             return
         try:
             # Answers to what was asked for before are still due on the session's own connection.
