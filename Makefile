@@ -17,7 +17,7 @@ BIN_NPU := $(VENV_NPU)/bin
 
 .PHONY: help venv venv-npu overlay-npu demo demo-npu test test-ut test-simulation test-conformance \
 	test-e2e fuzz proof proof-npu test-npu lint docs bench bench-serving bench-fleet simulate-fleet \
-	clean venv-oldest test-ut-oldest test-newest test-e2e-oldest
+	clean venv-oldest test-ut-oldest test-newest test-e2e-oldest test-on-cpus
 
 help:
 	@echo "make demo      three vllm serve, each fed by the one before (SIZE=small, medium or large)"
@@ -146,7 +146,7 @@ test:
 	$(call step,unit tests,$(MAKE) test-ut VLLM=$(NEWEST))
 	$(call step,unit tests on vLLM $(OLDEST),$(MAKE) test-ut-oldest)
 	$(call step,conformance,$(MAKE) test-conformance VLLM=$(NEWEST))
-	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-newest test-npu test-e2e-oldest)
+	$(call step,fuzz and end-to-end tests,$(MAKE) --jobs=2 --output-sync=target test-npu test-on-cpus)
 
 WITHOUT_VLLM := test_matrix.py test_patch_set.py \
 	$(patsubst %,model_loader/netloader/test_netloader_%.py,http overload scheduler source_queue tls)
@@ -158,6 +158,11 @@ venv-oldest:
 test-ut-oldest:
 	$(MAKE) test-ut VLLM=$(OLDEST) \
 		PYTEST_ARGS="$(addprefix --ignore=tests/ut/,$(WITHOUT_VLLM)) $(PYTEST_ARGS)"
+
+# One after the other, as the tests on simulated NPUs take as long as these together.
+test-on-cpus:
+	$(MAKE) test-newest
+	$(MAKE) test-e2e-oldest
 
 test-newest:
 	$(call step,fuzz,$(MAKE) fuzz VLLM=$(NEWEST))
