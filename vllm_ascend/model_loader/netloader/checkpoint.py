@@ -38,7 +38,7 @@ from .identity import (
     flattened,
     plain_identity,
 )
-from .utils import one_line, shortened
+from .utils import one_line, shortened, words_of
 
 # How safetensors names dtypes.
 DTYPES = {
@@ -195,8 +195,7 @@ def identity_of(folder: Path, model: str | None, group: str) -> ModelIdentity:
     try:
         settings = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: {one_line(why)}") from None
+        raise ConfigError(f"{path}: {one_line(words_of(error))}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} must have a JSON object")
     snapshot = cached_snapshot(str(folder))

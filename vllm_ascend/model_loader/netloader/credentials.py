@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 
 from .errors import ConfigError
-from .utils import logger, one_line
+from .utils import logger, one_line, words_of
 
 MIN_CHARACTERS = 32  # of a secret, or of a token
 _MAX_FILE = 4 << 10  # bytes of a file with secrets or tokens
@@ -208,9 +208,8 @@ def read_secrets(key: str, path: str) -> list[str]:
             mode = os.fstat(file.fileno()).st_mode
             content = file.read(_MAX_FILE + 1)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
         after = f"; {how}" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{where} cannot be read: {why}{after}") from None
+        raise ConfigError(f"{where} cannot be read: {words_of(error)}{after}") from None
     if mode & (stat.S_IROTH | stat.S_IWOTH):
         raise ConfigError(
             f"{where} has mode {stat.S_IMODE(mode):04o}, so that others than its owner and group "
@@ -374,8 +373,7 @@ def _use_files(context: ssl.SSLContext, files: Files) -> None:
             with open(path, "rb") as file:
                 contents[name] = file.read(_MAX_PEM)
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{name} {path!r} cannot be read: {why}") from None
+            raise ConfigError(f"{name} {path!r} cannot be read: {words_of(error)}") from None
     try:
         # A password would be asked for at the terminal.
         context.load_cert_chain(cert, key, password=lambda: "")

@@ -40,6 +40,7 @@ from .utils import (
     one_line,
     parse_address,
     shortened,
+    words_of,
 )
 from .version import __version__
 
@@ -755,7 +756,7 @@ def _words(error: OSError) -> str:
     # The rest of what `socket.create_server` says is the address.
     if error.errno is not None and error.errno > 0:  # else not of the system, but of a look-up
         return os.strerror(error.errno)
-    return one_line(error.strerror or error)
+    return one_line(words_of(error))
 
 
 class Relay:

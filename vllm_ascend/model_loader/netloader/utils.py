@@ -184,6 +184,12 @@ class FewLines:
         return f" ({left_out} more since the last line like this)" if left_out else ""
 
 
+def words_of(error: BaseException) -> str:
+    """Return what an error says. The number and the path of a system error are left out."""
+    words: str = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words
+
+
 def one_line(text: object) -> str:
     """Return a text, such as what an error says, on one line, as in logs and messages to peers."""
     return " ".join(str(text).split())

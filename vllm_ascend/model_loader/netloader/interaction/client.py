@@ -28,7 +28,7 @@ from ..errors import (
     TransferCorrupt,
 )
 from ..identity import PLACEMENT
-from ..utils import Address, Buffer, Patience, shortened, within
+from ..utils import Address, Buffer, Patience, shortened, within, words_of
 from . import api
 from .api import Done, Join, Joined, Refusal, Status
 from .tls import ALERT, NotAdmitted, TlsWire
@@ -635,4 +635,4 @@ def _connected(
 
 
 def _reason(error: BaseException) -> str:
-    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    return shortened(words_of(error))

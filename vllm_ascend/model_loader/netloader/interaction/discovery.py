@@ -34,6 +34,7 @@ from ..utils import (
     parse_address,
     shortened,
     unmapped,
+    words_of,
 )
 from . import api
 from .api import Code, ModelStatus, Status
@@ -379,7 +380,7 @@ def _hash(text: str) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return shortened(getattr(error, "strerror", None) or str(error) or type(error).__name__, 300)
+    return shortened(words_of(error), 300)
 
 
 def _ips(host: str) -> set[str]:
