@@ -64,7 +64,10 @@ def in_place(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None
         return None
     if span.nbytes == tensor.nbytes:
         return tensor
-    return bytes_of(tensor)[span.offset : span.offset + span.nbytes]
+    # Half as long as a slice of all of its bytes takes: messages of a group wait for it.
+    size, start = tensor.element_size(), tensor.storage_offset()
+    elements = (span.nbytes // size,)
+    return tensor.detach().as_strided(elements, (1,), start + span.offset // size).view(torch.uint8)
 
 
 def read(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
