@@ -115,6 +115,7 @@ class _Load:
     Attributes:
         identity: who the model is.
         device: where it is.
+        ranks: those of the instance that load it together.
         serving: whether others may pull it, if it turns out to be possible.
         hashing: whether its weights digest is needed, even if it is loaded from disk.
         from_disk: whether the sources are out of the question.
@@ -124,7 +125,6 @@ class _Load:
         scalars: the plain attributes before loading, in the processed layout.
         to_fill: whether the model is still empty, as it is filled after post-processing.
         worker: number of this process among all workers of the instance, also in the log.
-        hosts: see `Own`.
         process: see `Own`, unless another server listens by then.
         unserved: why others cannot pull it.
         loaded_from: where the weights came from.
@@ -138,12 +138,12 @@ class _Load:
 
     identity: ModelIdentity
     device: Device
+    ranks: Ranks
     serving: bool
     hashing: bool = False
     from_disk: bool = False
     wanted: str | None = None
     worker: int = 0
-    hosts: Callable[[], Iterable[str]] = tuple
     process: str = ""
     store: BlockStore | None = None
     copies: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -860,9 +860,9 @@ class ModelNetLoaderElastic(BaseModelLoader):
     def _own(self, load: _Load) -> Own:
         """Return what belongs to this instance, as far as it is known before its ranks listen."""
         first = load.worker - load.identity.rank
-        ports = [self._config.port_for(first + rank) for rank in range(_world_size())]
+        ports = [self._config.port_for(first + rank) for rank in load.ranks.all]
         own = self._relay.peer.instance if self._relay is not None else load.process
-        return Own(own, [port for port in ports if port], load.hosts)
+        return Own(own, [port for port in ports if port], load.ranks.hosts)
 
     def _host(self) -> str:
         """Return the address of this machine that others reach."""
@@ -901,16 +901,17 @@ class ModelNetLoaderElastic(BaseModelLoader):
         worker = self._worker()
         unserved = why_experts_move(vllm_config, model_config)
         serving = not unserved and self._config.port_for(worker) is not None
+        ranks = ranks_of(vllm_config, identity)
         # A rank that reads the disk is compared with those that have other sources.
-        compared = bool(self._config.source) and _world_size() > 1
+        compared = bool(self._config.source) and ranks.several
         return _Load(
             identity,
             self._device(),
+            ranks,
             serving,
             hashing=self._config.weights_digest is not None or compared,
             wanted=order.weights[identity.rank] if order.weights is not None else None,
             worker=worker,
-            hosts=ranks_of(vllm_config, identity).hosts,
             process=registry.process_of(instance_of(vllm_config)),
             unserved=unserved,
         )

@@ -41,6 +41,8 @@ from vllm_ascend.model_loader.netloader.utils import Address, Lookup, Name
 
 from .support import DEVICE, HOST, closed_port, settings, source, store_of
 
+ALONE = Ranks(0, [0], "target")
+
 # Registration
 
 
@@ -140,7 +142,7 @@ def test_without_a_good_address_the_reasons_for_going_to_disk_are_the_malformed_
 def test_what_is_wrong_with_malformed_addresses_is_among_the_reasons_of_a_failed_load():
     address = closed_port()
     loader = make(SOURCE=sources("a", str(address)), LISTEN_PORT=1, SOURCE_WAIT=0)
-    load = netloader._Load(identity(), DEVICE, serving=False)
+    load = netloader._Load(identity(), DEVICE, ALONE, serving=False)
     with pytest.raises(LoadFailed) as failed:
         loader._pull(load, None, {}, (), [address], {})
     assert str(failed.value).startswith("malformed source 'a': no port")
@@ -413,7 +415,7 @@ def offered(monkeypatch, load, **extra_config):
 
 
 def in_progress(**changes):
-    return netloader._Load(identity(), DEVICE, serving=True, store=STORE, **changes)
+    return netloader._Load(identity(), DEVICE, ALONE, serving=True, store=STORE, **changes)
 
 
 OF_STORE = {0: STORE.digests.weights, 1: "xxh3_128:01"}
@@ -512,7 +514,7 @@ def test_what_was_read_from_disk_is_named_in_one_line_where_it_is_hashed(
 ):
     loader, model = make(LISTEN_PORT=1), Watched()
     loader._vllm_config, loader._disk = ON_CPU, WholeDisk()
-    load = loader._load = netloader._Load(identity(layout=layout), DEVICE, **needed)
+    load = loader._load = netloader._Load(identity(layout=layout), DEVICE, ALONE, **needed)
     loader.load_weights(model, None)
     loader._finish(load, model)
     assert (load.weights is not None) == hashed
@@ -783,7 +785,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_for_the_next_one(log):
         keys = {"SOURCE": sources(str(unfit.address), str(fit.address)), "MAX_SOURCES": 1}
         loader, model = make(LISTEN_PORT=1, SOURCE_WAIT=0, **keys), Watched()
         loader._vllm_config = ON_CPU
-        loader._load = netloader._Load(identity(), DEVICE, serving=False)
+        loader._load = netloader._Load(identity(), DEVICE, ALONE, serving=False)
         loader.load_weights(model, None)
     assert torch.equal(model.weight, CHECKPOINT["weight"]) and model.scale == 0.5
     assert any(f"from {fit.address}, weights digest" in line for line in log)
@@ -819,7 +821,7 @@ def test_digests_that_were_not_checked_are_computed_before_they_are_passed_on(
     tensor.zero_()  # as if a source had lied
     loaded = Loaded(store, "192.0.2.7:1")
     monkeypatch.setattr(netloader, "elastic_load", lambda *_, **options: loaded)
-    load = netloader._Load(identity(), DEVICE, serving=serving)
+    load = netloader._Load(identity(), DEVICE, ALONE, serving=serving)
     got = make(VERIFY=verify)._pull(load, None, {}, (), [Address("192.0.2.7", 1)], {})
     assert load.loaded_from == "192.0.2.7:1"
     assert (got is store) == (verify or not serving)
@@ -844,12 +846,27 @@ def test_who_serves_raw_weights_that_came_by_name_asks_their_sources_for_the_rec
         netloader, "elastic_load", lambda *_, **options: Loaded(store, "a", givers=givers)
     )
     monkeypatch.setattr(netloader, "records_by_name", ask)
-    load = netloader._Load(identity(**change), DEVICE, serving=serving)
+    load = netloader._Load(identity(**change), DEVICE, ALONE, serving=serving)
     assert make()._pull(load, None, {}, (), givers, {}) is store
     assert calls == ([(givers, store.digests.weights)] if asked else [])
     assert load.records is None and load.why_no_view == (
         "192.0.2.7:1: no_view: none" if asked else netloader.Offer.why_no_view
     )
+
+
+@pytest.mark.parametrize(("ranks", "hashing"), [([0], False), ([0, 1], True)])
+def test_what_comes_from_disk_is_hashed_where_another_rank_of_the_instance_compares_it(
+    monkeypatch, ranks, hashing
+):
+    monkeypatch.setattr(netloader, "ranks_of", lambda *_: Ranks(0, ranks, "target"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    for name in ("worker_of", "why_experts_move", "instance_of"):
+        monkeypatch.setattr(netloader, name, lambda *_: 0)
+    loader = make(SOURCE=sources("192.0.2.7:1"))
+    loader._vllm_config = ON_CPU
+    assert loader._new_load(identity(), None).hashing is hashing
 
 
 @pytest.mark.parametrize(("port", "ports"), [(28000, [28002, 28003]), (None, []), (1, [])])
@@ -861,11 +878,12 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
         return Loaded(store_of({"a": torch.ones(3)}), "192.0.2.7:1")
 
     monkeypatch.setattr(netloader, "elastic_load", load_from)
-    monkeypatch.setattr(netloader, "_world_size", lambda: 2)
     loader = make(SOURCE="dns+fleet:28000", LISTEN_PORT=port)
     loader._relay = types.SimpleNamespace(peer=types.SimpleNamespace(instance="its own"))
     # The second rank of the second data-parallel replica.
-    load = netloader._Load(identity(rank=1), DEVICE, False, worker=3, hosts=lambda: ["10.0.0.1"])
+    ranks = Ranks(1, [0, 1], "target", worker=3)
+    monkeypatch.setattr(Ranks, "hosts", lambda _: ["10.0.0.1"])
+    load = netloader._Load(identity(rank=1), DEVICE, ranks, False, worker=3)
     loader._pull(load, None, {}, (), loader._sources(1, 3), {})
     assert asked["own"].hosts() == ["10.0.0.1"]
     assert asked["own"].process == "its own"
