@@ -59,6 +59,9 @@ $(VENV_NPU)/installed: tools/install_ascend.sh tests/npu_sim/requirements.txt
 demo: venv
 	$(BIN)/python -m demo.demo --size $(SIZE)
 
+# What vLLM finds out about a model's class is good for one version of it, and costs half a minute.
+test-ut test-conformance test-e2e: export VLLM_CACHE_ROOT = $(CURDIR)/$(VENV)/cache
+
 test-ut: venv
 	$(BIN)/python -m pytest tests/ut --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
 

@@ -11,7 +11,6 @@ import vllm
 from torch import nn
 from transformers import LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models import registry
 
 from tools.make_model import make_model
 from vllm_ascend.model_loader.netloader.compat import (
@@ -26,12 +25,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSE
 from vllm_ascend.model_loader.netloader.interaction import api
 
 
-@pytest.fixture(scope="module", autouse=True)
-def looked_at_here():
-    """vLLM looks at a model's class in a process of its own, which imports vLLM once more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
-        yield
+pytestmark = pytest.mark.usefixtures("looks_at_models_here")
 
 
 @pytest.fixture(scope="module")
