@@ -152,6 +152,7 @@ class Ranks:
         store: where they tell each other; not used by one rank alone.
         instance: tells instances of the same processes apart, once they have loaded.
         worker: number of this process among all workers of the instance, for the log.
+        workers: those of all ranks of the instance, of such without this model as well.
     """
 
     rank: int
@@ -160,6 +161,7 @@ class Ranks:
     store: Store | None = None
     instance: int = 0
     worker: int = 0
+    workers: Sequence[int] = ()
 
     @property
     def several(self) -> bool:

@@ -538,18 +538,19 @@ def ranks_of(vllm_config: VllmConfig, loaded: ModelIdentity) -> Ranks:
     first, count = 0, together
     if world == size:
         first, count = loaded.rank // size * size, size
+    worker = worker_of(vllm_config, group.rank() if group is not None else 0)
     if group is None or world % count:
-        return Ranks(loaded.rank, [loaded.rank], loaded.group)
+        return Ranks(loaded.rank, [loaded.rank], loaded.group, worker=worker, workers=[worker])
     store = group.get_group_store()
     if world > count:
         store = PrefixStore(f"netloader instance {group.rank() // count}", store)
     ranks = [*range(first, first + count)]
+    workers = [worker - loaded.rank + rank for rank in ranks]
     if loaded.group == DRAFT_GROUP:
         # Only the last pipeline stage has the draft; ranks count by replica, then by stage.
         before = size - size // vllm_config.parallel_config.pipeline_parallel_size
         ranks = [rank for rank in ranks if rank % size >= before]
-    worker = worker_of(vllm_config, group.rank())
-    return Ranks(loaded.rank, ranks, loaded.group, store, worker=worker)
+    return Ranks(loaded.rank, ranks, loaded.group, store, worker=worker, workers=workers)
 
 
 def _draft_of(vllm_config: VllmConfig) -> ModelConfig | None:

@@ -859,8 +859,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
 
     def _own(self, load: _Load) -> Own:
         """Return what belongs to this instance, as far as it is known before its ranks listen."""
-        first = load.worker - load.identity.rank
-        ports = [self._config.port_for(first + rank) for rank in load.ranks.all]
+        ports = [self._config.port_for(worker) for worker in load.ranks.workers]
         own = self._relay.peer.instance if self._relay is not None else load.process
         return Own(own, [port for port in ports if port], load.ranks.hosts)
 

@@ -881,7 +881,7 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
     loader = make(SOURCE="dns+fleet:28000", LISTEN_PORT=port)
     loader._relay = types.SimpleNamespace(peer=types.SimpleNamespace(instance="its own"))
     # The second rank of the second data-parallel replica.
-    ranks = Ranks(1, [0, 1], "target", worker=3)
+    ranks = Ranks(1, [0, 1], "target", worker=3, workers=[2, 3])
     monkeypatch.setattr(Ranks, "hosts", lambda _: ["10.0.0.1"])
     load = netloader._Load(identity(rank=1), DEVICE, ranks, False, worker=3)
     loader._pull(load, None, {}, (), loader._sources(1, 3), {})

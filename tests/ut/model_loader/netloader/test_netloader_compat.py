@@ -369,6 +369,7 @@ def test_all_ranks_load_the_target_and_those_of_the_last_stage_the_draft(world, 
     config = instance(target, draft, dp=dp, tp=tp, pp=pp)
     ranks = [ranks_of(config, who(config, model)) for model in (target, draft)]
     assert [each.all for each in ranks] == [[*range(size)], drafts]
+    assert [each.workers for each in ranks] == [[*range(size)]] * 2  # all of them listen
     assert [each.group for each in ranks] == [TARGET_GROUP, DRAFT_GROUP]
     assert {each.store for each in ranks} == {store}
 
@@ -385,6 +386,7 @@ def test_instances_in_one_process_group_load_each_for_itself(world, moe):
     assert [(each.rank, each.all, each.worker) for each in seen] == [
         *((0, [0, 1], 0), (1, [0, 1], 1), (0, [0, 1], 2), (1, [0, 1], 3))
     ]
+    assert [each.workers for each in seen] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     for each in seen[::2]:
         each.store.set("key", str(each.worker))
     assert [each.store.get("key") for each in seen] == [b"0", b"0", b"2", b"2"]
@@ -397,7 +399,7 @@ def test_replicas_that_share_experts_can_have_groups_of_their_own(world):
     config = instance(target, dp=2, tp=2)
     config.parallel_config.data_parallel_index = 1
     ranks = ranks_of(config, identity_of(config, target, "m", 1, RAW))
-    assert (ranks.rank, ranks.all, ranks.worker) == (3, [2, 3], 3)
+    assert (ranks.rank, ranks.all, ranks.worker, ranks.workers) == (3, [2, 3], 3, [2, 3])
     assert ranks.store is store
 
 
