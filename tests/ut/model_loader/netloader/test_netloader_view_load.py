@@ -551,6 +551,31 @@ def test_more_is_asked_for_while_an_answer_comes_if_the_request_is_short(monkeyp
     assert most == [ahead]
 
 
+def test_what_a_further_connection_has_asked_for_comes_though_it_is_lost_and_the_first_one_over(
+    monkeypatch,
+):
+    monkeypatch.setattr(view_reader, "_ANSWER", 64)
+    monkeypatch.setattr(view_reader, "PAUSE", (0.0, 0.0))
+    ask, took = ElasticClient.ask_regions, threading.Event()
+
+    def asking(client, *rest):
+        first = next((t for t in threading.enumerate() if t.name == "netloader-view-0-0"), None)
+        if threading.current_thread() is first:
+            assert took.wait(30)
+        elif not took.is_set():
+            took.set()
+            first.join()
+            raise SourceLost(f"{client.address}: reset")
+        ask(client, *rest)
+
+    monkeypatch.setattr(ElasticClient, "ask_regions", asking)
+    with sources(1) as source:
+        model = Model(0, 2)
+        take(source.addresses, model, connections=2)
+        assert is_as_from_disk(model)
+    assert took.is_set()
+
+
 def test_a_rank_that_loses_every_connection_ends_the_load(monkeypatch):
     asked = losing(monkeypatch, 1000)
     with sources(1) as source, pytest.raises(LoadFailed, match="reset"):

@@ -286,7 +286,7 @@ class Reader:
         return not self._left[number] or bool(self.failure)
 
     def _work(self, number: int, further: bool) -> None:
-        """Fetch what one rank has to give; `further`: others do, too."""
+        """Fetch what one rank has to give; `further`: others do, if this one cannot connect."""
         rank = self._ranks[number]
         staging = torch.empty(_AT_ONCE, dtype=torch.uint8)
         pace = _Pace()
@@ -295,8 +295,8 @@ class Reader:
             while self._waits(number, None):
                 try:
                     with self._connected(rank) as client, self._outstanding(number) as asked:
+                        further = False  # what it asks for, others may not be there to ask for
                         while self._ask(client, number, asked):
-                            further = False
                             self._bring(client, rank, asked, staging, pace)
                             lost = 0
                         complete = not self._asked[number]
