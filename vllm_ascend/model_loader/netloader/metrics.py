@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 
 from prometheus_client import (
@@ -118,13 +118,11 @@ AUTHENTICATION_FAILURES = Counter(
 
 BUILD_INFO.labels(__version__).set(1)
 _lock = threading.Lock()  # while the states of models change
-_gone: deque[str] = deque()  # models of which that is still to be shown
 _states: defaultdict[str, set[str]] = defaultdict(set)  # that a model has been in
 
 
 def exposition() -> bytes:
     """Return all metrics of this process as Prometheus reads them."""
-    _show_gone()
     return generate_latest(registry)
 
 
@@ -147,25 +145,10 @@ def show_model(model: str, state: str | None, nbytes: int) -> None:
         state: None: it has been unloaded.
         nbytes: 0 if there is nothing to load.
     """
-    _show_gone()
     with _lock:
         if state is not None:
             _states[model].add(state)
         _set(model, state, nbytes)
-
-
-def gone(model: str) -> None:
-    """Let the next look at the metrics show that a model has been unloaded.
-
-    It takes no lock: a garbage collector may call it while this thread holds prometheus_client's.
-    """
-    _gone.append(model)
-
-
-def _show_gone() -> None:
-    with _lock, contextlib.suppress(IndexError):
-        while True:
-            _set(_gone.popleft(), None, 0)
 
 
 def _set(model: str, state: str | None, nbytes: int) -> None:

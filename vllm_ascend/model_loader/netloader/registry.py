@@ -416,6 +416,7 @@ def _seen_again(offer: Offer, store: BlockStore, seen: Reread | None, change: st
 def _changed_without_notice(server: WeightServer, group: str) -> None:
     for known in [*_in_use.values()]:
         if known.server is server and known.identity.group == group:
+            known.publish(None)
             instance = _instances.get(known.instance or "")
             if instance is not None:
                 instance.changed_without_notice()
@@ -440,6 +441,7 @@ def _serve(member: Member, offer: Offer) -> WeightServer | None:
         server.expect(group)
     if offer.store is None or _open(server, member.instance):
         return server
+    server.forget(offer.identity.group)
     _servers.remove(server)
     return None
 

@@ -62,6 +62,7 @@ _LOOK = 0.5  # seconds between two looks at whether a client that waits is still
 _MOST_TOLD = 5  # differences in one line of the log
 _MADE_READY = "the weights are being made ready for inference"
 _SHUTTING_DOWN = "the source is shutting down"
+_CHANGED = "the weights have changed since they were offered"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class WeightServer:
         process: names this server to others, so that another at its address is noticed.
         endpoint: where it listens; None: it has not been started.
         connecting: held while this rank forms a group for a load, in either role.
-        renew: called with a group whose weights have changed without notice, once withdrawn.
+        renew: called with a group whose weights have changed without notice, once withdrawn; it is
+            offered no more if nothing else is set.
         met: called with a weights digest and a peer that gets these weights.
     """
 
@@ -129,7 +131,7 @@ class WeightServer:
         self.process = uuid.uuid4().hex
         self.endpoint: Endpoint | None = None
         self.connecting = threading.Lock()
-        self.renew: Callable[[str], object] = lambda group: None
+        self.renew: Callable[[str], object] = self._gives_up
         self.met: Callable[[str, Peer], object] = lambda weights, peer: None
         self._host = host
         self._offers: dict[str, Offer] = {}
@@ -185,7 +187,7 @@ class WeightServer:
             try:
                 self._port_file.publish()
             except OSError:
-                self.stop()
+                self._server.stop()  # it may be started once more
                 raise
         self.endpoint = Endpoint(str(address), self.process)
         logger.info(
@@ -265,7 +267,7 @@ class WeightServer:
         """Offer a group's model no more, as it has been unloaded."""
         with self._lock:
             offer = self._offers.pop(group, None)
-            metrics.gone(group)
+            metrics.show_model(group, None, 0)
         if offer is not None and offer.store is not None:
             self._withdraw(offer.store, Gone("the source has unloaded the model"))
 
@@ -277,7 +279,7 @@ class WeightServer:
                 if offer.store is not None:
                     offer.store.withdraw(Gone(_SHUTTING_DOWN))
             for group in self._offers:
-                metrics.gone(group)
+                metrics.show_model(group, None, 0)
             self._offers.clear()
             self._expected.clear()
         self._server.stop()
@@ -470,7 +472,6 @@ class WeightServer:
             wrong = store.wrong(run)
         if not wrong:
             return
-        reason = "the weights have changed since they were offered"
         with self._lock:
             changed = [group for group, offer in self._offers.items() if offer.store is store]
         for group in changed:
@@ -482,9 +483,12 @@ class WeightServer:
                 ", ".join(store.names(wrong)),
                 session.peer,
             )
-            self._refuse(group, Code.CHANGING, reason)
+            self._refuse(group, Code.CHANGING, _CHANGED)
             self.renew(group)
-        raise Refusal(Code.CHANGED, reason)
+        raise Refusal(Code.CHANGED, _CHANGED)
+
+    def _gives_up(self, group: str) -> None:
+        self.withdraw(group, Code.CANNOT_SERVE, _CHANGED)
 
     def done(self, session: Session, done: Done) -> None:
         """Take note of how the client's session has ended."""

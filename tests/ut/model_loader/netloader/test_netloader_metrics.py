@@ -133,46 +133,6 @@ def in_process(code, folder):
     )
 
 
-COLLECTED_WHILE_A_VALUE_IS_WRITTEN = """
-import gc, weakref
-from prometheus_client import mmap_dict
-import torch
-from tests.ut.model_loader.netloader.support import source
-from vllm_ascend.model_loader.netloader import metrics
-
-class Model: pass
-
-write = mmap_dict.MmapedDict.write_value
-def collect_and_write(*arguments):
-    gc.collect()
-    write(*arguments)
-
-with source({"w": torch.ones(3)}) as there:
-    model = Model()
-    model.itself = model
-    weakref.finalize(model, there.server.forget, "netloader")
-    del model
-    mmap_dict.MmapedDict.write_value = collect_and_write
-    metrics.SENT_BYTES.labels("serving").inc(1)
-    assert b'state="serving"} 0.0' in metrics.exposition()
-"""
-
-
-def test_a_model_may_be_collected_while_a_metric_is_written(tmp_path):
-    in_process(COLLECTED_WHILE_A_VALUE_IS_WRITTEN, tmp_path)
-
-
-def test_a_model_that_is_gone_and_comes_again_is_there():
-    metrics.show_model("back", "serving", 7)
-    metrics.gone("back")
-    metrics.show_model("back", "serving", 9)
-    shown = samples()
-    assert shown["netloader_state", (("model", "back"), ("state", "serving"))] == 1
-    assert shown["netloader_weights_bytes", (("model", "back"),)] == 9
-    metrics.gone("back")
-    assert samples()["netloader_weights_bytes", (("model", "back"),)] == 0
-
-
 WITHOUT_A_FOLDER = """
 import logging
 logging.basicConfig()

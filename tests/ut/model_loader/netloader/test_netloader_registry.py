@@ -14,12 +14,18 @@ from torch import nn
 from torch.distributed import HashStore
 
 from tests.identity import identity
-from vllm_ascend.model_loader.netloader import registry
+from vllm_ascend.model_loader.netloader import metrics, registry
 from vllm_ascend.model_loader.netloader.agreement import Ranks
 from vllm_ascend.model_loader.netloader.changes import After, Change
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import Gone, LoadFailed, SourceBusy
+from vllm_ascend.model_loader.netloader.errors import (
+    Gone,
+    LayoutUnsupported,
+    LoadFailed,
+    SourceBusy,
+)
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.executor.model.renewal import Renewal
 from vllm_ascend.model_loader.netloader.executor.model.trace import Trace
 from vllm_ascend.model_loader.netloader.executor.view.offered import Viewed, viewed
 from vllm_ascend.model_loader.netloader.executor.view.records import decode
@@ -279,6 +285,7 @@ def test_a_port_that_is_taken_is_no_server_and_one_error(config, servers, log):
     with source(WEIGHTS) as other:
         del log[:]
         model = put_in_use(config(LISTEN_PORT=other.address.port))
+        assert b'netloader_weights_bytes{model="netloader"} 0.0' in metrics.exposition()
     assert server_of(model) is None
     assert servers == []
     assert f"cannot listen on port {other.address.port}, so this instance is no source: " in log[0]
@@ -383,11 +390,12 @@ class Living(nn.Module):
 
 
 @contextlib.contextmanager
-def living(config, instance, group=TARGET):
+def living(config, instance, group=TARGET, ranks=None):
     """A model in use of an instance of its own, and its status."""
     model = Living()
     made = offer(group=group, tensors={"layer.weight": model.layer.weight.detach()})
-    registry.put_in_use(model, "path", Member(config, HOST, instance=instance), made)
+    member = Member(config, HOST, instance=instance, ranks=ranks)
+    registry.put_in_use(model, "path", member, made)
 
     def status():
         models = server_of(model).status(0).models
@@ -686,6 +694,21 @@ def test_weights_found_changed_are_offered_anew(config):
         registry.wait_for_renewal()
         assert (status().state, status().epoch) == ("serving", 2)
         assert status().weights != before.weights
+
+
+def test_what_a_rank_had_is_not_what_it_has_once_it_was_found_changed(config, monkeypatch):
+    def fail(self, **how):
+        raise LayoutUnsupported("w was made by post-processing")
+
+    monkeypatch.setattr(Renewal, "hashed", fail)
+    store = HashStore()
+    one, other = (Ranks(rank, range(2), TARGET, store) for rank in (0, 1))
+    with living(config(), "one", ranks=one) as (model, status):
+        one.publish(status().weights)
+        server_of(model).renew(TARGET)
+        registry.wait_for_renewal()
+        assert status().state == "cannot_serve"
+        assert other.present({0: "of the load"}) == {}
 
 
 def test_a_model_that_is_no_source_is_not_one_after_its_weights_have_changed(config):

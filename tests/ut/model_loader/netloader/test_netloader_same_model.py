@@ -24,7 +24,6 @@ from vllm_ascend.model_loader.netloader.compat import (
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.interaction import api
 
-
 pytestmark = pytest.mark.usefixtures("looks_at_models_here")
 
 

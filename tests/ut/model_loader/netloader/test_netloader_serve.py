@@ -31,7 +31,7 @@ from vllm_ascend.model_loader.netloader.interaction.api import (
     Peer,
     Refusal,
 )
-from vllm_ascend.model_loader.netloader.interaction.client import GroupControl
+from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient, GroupControl
 from vllm_ascend.model_loader.netloader.interaction.server import Session
 from vllm_ascend.model_loader.netloader.port_file import PortFile
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
@@ -506,6 +506,15 @@ def test_weights_that_have_changed_without_notice_are_withdrawn_and_offered_anew
     assert "the weights have changed without notice: found in t3, which 192.0.2.7:1" in line
 
 
+def test_weights_that_nobody_hashes_anew_are_given_up_once_they_have_changed(checked):
+    _, store, _ = checked
+    to = server(Offer(WHO, store))
+    store.tensors[3][0] ^= 1
+    changed = "the weights have changed since they were offered"
+    assert refusal(to.check, session(), store.digests.weights, 3, 3) == ("changed", changed)
+    assert refusal(join, to) == ("cannot_serve", changed)
+
+
 def test_a_client_cannot_have_more_checked_than_a_few_blocks_a_second(records):
     one, client = offer(tensors={"t": torch.zeros(20 * MIB, dtype=torch.uint8)}), session()
     to, weights = server(one), one.store.digests.weights
@@ -862,21 +871,25 @@ def test_the_port_file_is_there_while_it_listens(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_where_the_port_file_cannot_be_written_nothing_is_left_open(tmp_path, monkeypatch):
+def test_where_the_port_file_cannot_be_written_nothing_is_left_open(tmp_path):
     opened = []
 
     def fail(self):
         opened.append(self._text)
         raise OSError("disk full")
 
-    monkeypatch.setattr(PortFile, "publish", fail)
     to = WeightServer(settings(output_prefix=f"{tmp_path}/rank_"), 0, HOST)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(PortFile, "publish", fail)
         to.start(0)
     assert not to.listening
     [address] = opened
     with pytest.raises(OSError):
         socket.create_connection((HOST, int(address.rpartition(":")[2])), 1)
+    again = to.start(0)
+    with ElasticClient.connect(again, connect=5, handshake=5, progress=5) as client:
+        assert client.status().instance == to.process
+    to.stop()
 
 
 def test_what_is_served_is_withdrawn_when_the_server_stops():

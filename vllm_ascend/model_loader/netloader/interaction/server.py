@@ -224,6 +224,7 @@ class ElasticServer:
                 threads.
         """
         self._listener = _listen(host, port)
+        self._stopping.clear()
         accepting = threading.Thread(
             target=self._accept, args=(self._listener,), name="netloader-accept", daemon=True
         )
