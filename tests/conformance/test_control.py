@@ -189,215 +189,157 @@ NO_MANIFESTS = [
     "x",
     {"layout": "raw", "tensors": [["a", "b"]], "attributes": {}},
 ]
-# name: (of, number, of the answer?, lie, part of the reason; "": right bytes; None: either)
-LIES = {
-    **{
-        f"no manifest: {lie}": ("join", 0, True, putting(manifest=lie), "not a valid manifest")
-        for lie in NO_MANIFESTS
-    },
-    "no manifest at all": ("join", 0, True, lambda s: s.put(manifest=None), "not a valid manifest"),
-    "other weights": (
-        "join",
-        0,
-        True,
-        putting(weights=lambda w: w[:-32] + "0" * 32),
-        "and the source says",
+# name: (lie, part of the reason; "": right bytes; None: either), by (of, number, of the answer?)
+_LIES = [
+    (
+        ("join", 0, True),
+        {
+            **{
+                f"no manifest: {lie}": (putting(manifest=lie), "not a valid manifest")
+                for lie in NO_MANIFESTS
+            },
+            "no manifest at all": (lambda s: s.put(manifest=None), "not a valid manifest"),
+            "other weights": (putting(weights=lambda w: w[:-32] + "0" * 32), "and the source says"),
+            "no weights": (putting(weights=""), "not a valid Joined"),
+            "a digest less": (putting(blocks=lambda b: b[64:]), "bytes of digests came"),
+            "digests that are none": (putting(blocks="?"), "not a valid Joined"),
+            "another algorithm": (
+                putting(weights=lambda w: "md5:" + w[-32:]),
+                "here and md5 there",
+            ),
+            "a tensor less": (manifest(list.pop), "tensors differ: row.23 is only here"),
+            "no tensors": (manifest(list.clear), "row.0 is only here"),
+            "a tensor twice": (manifest(lambda t: t.append(t[0])), "a name is there twi"),
+            "tensors swapped": (manifest(swap_first_two), "tensors differ"),
+            "another name": (manifest(lambda t: t[3].__setitem__(0, "x")), "x is only there"),
+            "more than would fit": (
+                manifest(lambda t: t.extend([["", "", []]] * 100_000)),
+                "values; allowed: up to 262",
+            ),
+            "a long name": (manifest(lambda t: t[3].__setitem__(0, NOISE)), "tensors differ"),
+            "another dtype": (
+                manifest(lambda t: t[3].__setitem__(1, "torch.int8")),
+                "row.3 is uint8",
+            ),
+            "another shape": (manifest(lambda t: t[3].__setitem__(2, [7])), "uint8[7] there"),
+            "a tie": (
+                manifest(lambda t: t[3].__setitem__(3, "row.2")),
+                "row.3 shares the memory",
+            ),
+            "a refusal": (
+                saying(409, '{"code": "cannot_serve", "message": "no\\n\\u001b[1m"}'),
+                "cannot_serve: no",
+            ),
+            "an unknown code": (saying(410, '{"code": "x", "message": "y"}'), "x: y"),
+            "noise": (
+                saying(409, '{"code": "%s", "message": "%s"}' % (("\\u001b[1m" * 3000,) * 2)),
+                "[1m",
+            ),
+            "another server": (saying(404, "<html>"), "not a NetLoader port"),
+        },
     ),
-    "no weights": ("join", 0, True, putting(weights=""), "not a valid Joined"),
-    "a digest less": ("join", 0, True, putting(blocks=lambda b: b[64:]), "bytes of digests came"),
-    "digests swapped": (
-        "join",
-        0,
-        True,
-        putting(blocks=lambda b: b[64:128] + b[:64] + b[128:]),
-        "manifest and block digests make",
+    (
+        ("join", 0, False),
+        {
+            "asked for another model": (
+                putting(identity=lambda i: i | {"model": "x"}),
+                "the models differ",
+            ),
+            "asked for another group": (
+                putting(identity=lambda i: i | {"group": "x"}),
+                "bad_request",
+            ),
+            "asked for nothing": (lambda s: s.put(identity=None), "bad_request"),
+            "asked for other weights": (putting(weights="xxh3_128:" + "0" * 32), None),
+        },
     ),
-    "digests that are none": ("join", 0, True, putting(blocks="?"), "not a valid Joined"),
-    "another algorithm": (
-        "join",
-        0,
-        True,
-        putting(weights=lambda w: "md5:" + w[-32:]),
-        "here and md5 there",
+    (
+        ("blocks", 2, False),
+        {
+            "other blocks": (asking(lambda path: path.rpartition("/")[0] + "/9-9"), ""),
+            "blocks that are not there": (
+                asking(lambda path: path.rpartition("/")[0] + "/99-99"),
+                "out_of_range",
+            ),
+            "blocks of other weights": (
+                asking(lambda path: path.replace(path.split("/")[4], "xxh3_128:" + "0" * 32)),
+                "changed",
+            ),
+        },
     ),
-    "an attribute": (
-        "join",
-        0,
-        True,
-        putting(manifest=lambda m: m | {"attributes": {"x": 1}}),
-        "manifest and block digests make",
+    (
+        ("blocks", 2, True),
+        {
+            "no blocks": (saying(200, ""), "sends 0 bytes where blocks have"),
+            "blocks too long": (
+                saying(200, "x" * (MIB + 1)),
+                f"sends {MIB + 1} bytes where blocks have",
+            ),
+            "it is busy": (saying(503, '{"code": "busy", "message": "b"}'), "busy: b"),
+            "it fails": (saying(500, '{"code": "internal", "message": "b"}'), "l: b"),
+        },
     ),
-    "a tensor less": ("join", 0, True, manifest(list.pop), "tensors differ: row.23 is only here"),
-    "no tensors": ("join", 0, True, manifest(list.clear), "row.0 is only here"),
-    "a tensor twice": ("join", 0, True, manifest(lambda t: t.append(t[0])), "a name is there twi"),
-    "tensors swapped": ("join", 0, True, manifest(swap_first_two), "tensors differ"),
-    "another name": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t[3].__setitem__(0, "x")),
-        "x is only there",
+    (
+        ("groups", 0, True),
+        {
+            "small messages": (putting(max_bytes=1), "not a valid GroupOpened"),
+            "a group that is none": (putting(id="x"), "not a valid GroupOpened"),
+        },
     ),
-    "more than would fit": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t.extend([["", "", []]] * 100_000)),
-        "values; allowed: up to 262",
+    (
+        ("groups", 0, False),
+        {"a group of other weights": (putting(weights="xxh3_128:" + "0" * 32), "")},
     ),
-    "a long name": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t[3].__setitem__(0, NOISE)),
-        "tensors differ",
+    (
+        ("store", 1, True),
+        {"values that are none": (putting(values=[["x", "?"]]), "not a valid Store")},
     ),
-    "another dtype": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t[3].__setitem__(1, "torch.int8")),
-        "row.3 is uint8",
+    (
+        ("store", 0, True),
+        {
+            "more values than any backend sets": (
+                putting(values=[[f"x{i}", ""] for i in range(200)]),
+                "more than 64 values",
+            ),
+        },
     ),
-    "another shape": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t[3].__setitem__(2, [7])),
-        "uint8[7] there",
+    (
+        ("store", 1, True),
+        {
+            "a value under another name": (
+                putting(values=lambda values: [["x", value] for _, value in values]),
+                None,
+            ),
+        },
     ),
-    "a tie": (
-        "join",
-        0,
-        True,
-        manifest(lambda t: t[3].__setitem__(3, "row.2")),
-        "row.3 shares the memory",
+    (
+        ("send", 1, False),
+        {
+            "other runs": (putting(runs=lambda runs: [[a - 1, b - 1] for a, b in runs]), ""),
+            "runs that are not there": (putting(runs=[[99, 99]]), "out_of_range"),
+            "another group": (
+                asking(lambda path: path.replace("groups/0", "groups/7")),
+                "not_found",
+            ),
+        },
     ),
-    "a refusal": (
-        "join",
-        0,
-        True,
-        saying(409, '{"code": "cannot_serve", "message": "no\\n\\u001b[1m"}'),
-        "cannot_serve: no",
+    (
+        ("send", 1, True),
+        {
+            "other sizes": (
+                putting(sizes=lambda sizes: [size + 1 for size in sizes]),
+                "bytes here and",
+            ),
+            "a size less": (putting(sizes=lambda sizes: sizes[1:]), "bytes here and"),
+            "a negative size": (putting(sizes=[-1]), "not a valid Sizes"),
+            "it gives up": (
+                saying(500, '{"code": "transfer_failed", "message": "tired"}'),
+                "transfer_failed: tired",
+            ),
+        },
     ),
-    "an unknown code": ("join", 0, True, saying(410, '{"code": "x", "message": "y"}'), "x: y"),
-    "noise": (
-        "join",
-        0,
-        True,
-        saying(409, '{"code": "%s", "message": "%s"}' % (("\\u001b[1m" * 3000,) * 2)),
-        "[1m",
-    ),
-    "another server": ("join", 0, True, saying(404, "<html>"), "not a NetLoader port"),
-    "asked for another model": (
-        "join",
-        0,
-        False,
-        putting(identity=lambda i: i | {"model": "x"}),
-        "the models differ",
-    ),
-    "asked for another group": (
-        "join",
-        0,
-        False,
-        putting(identity=lambda i: i | {"group": "x"}),
-        "bad_request",
-    ),
-    "asked for nothing": ("join", 0, False, lambda s: s.put(identity=None), "bad_request"),
-    "asked for other weights": (
-        "join",
-        0,
-        False,
-        putting(weights="xxh3_128:" + "0" * 32),
-        None,
-    ),
-    "other blocks": (
-        "blocks",
-        2,
-        False,
-        asking(lambda path: path.rpartition("/")[0] + "/9-9"),
-        "",
-    ),
-    "blocks that are not there": (
-        "blocks",
-        2,
-        False,
-        asking(lambda path: path.rpartition("/")[0] + "/99-99"),
-        "out_of_range",
-    ),
-    "blocks of other weights": (
-        "blocks",
-        2,
-        False,
-        asking(lambda path: path.replace(path.split("/")[4], "xxh3_128:" + "0" * 32)),
-        "changed",
-    ),
-    "no blocks": ("blocks", 2, True, saying(200, ""), "sends 0 bytes where blocks have"),
-    "blocks too long": (
-        "blocks",
-        2,
-        True,
-        saying(200, "x" * (MIB + 1)),
-        f"sends {MIB + 1} bytes where blocks have",
-    ),
-    "it is busy": ("blocks", 2, True, saying(503, '{"code": "busy", "message": "b"}'), "busy: b"),
-    "it fails": ("blocks", 2, True, saying(500, '{"code": "internal", "message": "b"}'), "l: b"),
-    "small messages": ("groups", 0, True, putting(max_bytes=1), "not a valid GroupOpened"),
-    "a group that is none": ("groups", 0, True, putting(id="x"), "not a valid GroupOpened"),
-    "a group of other weights": (
-        "groups",
-        0,
-        False,
-        putting(weights="xxh3_128:" + "0" * 32),
-        "",
-    ),
-    "values that are none": ("store", 1, True, putting(values=[["x", "?"]]), "not a valid Store"),
-    "more values than any backend sets": (
-        "store",
-        0,
-        True,
-        putting(values=[[f"x{i}", ""] for i in range(200)]),
-        "more than 64 values",
-    ),
-    "a value under another name": (
-        "store",
-        1,
-        True,
-        putting(values=lambda values: [["x", value] for _, value in values]),
-        None,
-    ),
-    "other runs": (
-        "send",
-        1,
-        False,
-        putting(runs=lambda runs: [[a - 1, b - 1] for a, b in runs]),
-        "",
-    ),
-    "runs that are not there": ("send", 1, False, putting(runs=[[99, 99]]), "out_of_range"),
-    "another group": (
-        "send",
-        1,
-        False,
-        asking(lambda path: path.replace("groups/0", "groups/7")),
-        "not_found",
-    ),
-    "other sizes": (
-        "send",
-        1,
-        True,
-        putting(sizes=lambda sizes: [size + 1 for size in sizes]),
-        "bytes here and",
-    ),
-    "a size less": ("send", 1, True, putting(sizes=lambda sizes: sizes[1:]), "bytes here and"),
-    "a negative size": ("send", 1, True, putting(sizes=[-1]), "not a valid Sizes"),
-    "it gives up": (
-        "send",
-        1,
-        True,
-        saying(500, '{"code": "transfer_failed", "message": "tired"}'),
-        "transfer_failed: tired",
-    ),
-}
+]
+LIES = {name: (*of, *lie) for of, lies in _LIES for name, lie in lies.items()}
 
 
 @pytest.mark.parametrize(("way", "name"), applicable({name: lie[0] for name, lie in LIES.items()}))
