@@ -399,28 +399,6 @@ def test_a_session_with_nothing_to_fetch_says_that_it_is_there(pair):
     assert session.here.complete
 
 
-def test_a_source_that_fails_on_the_way_costs_the_session(pair):
-    session = Session(pair, {f"t{i}": random_tensor(i, torch.uint8, MIB) for i in range(20)})
-    send, count = session.control.sender.send, []
-
-    def fail(run):
-        count.append(run)
-        if len(count) > 5:
-            assert until(lambda: session.load.bytes_received >= 2 * MIB)
-            pair.source.close()
-            raise RuntimeError("injected failure")
-        send(run)
-
-    session.control.sender.send = fail
-    with pytest.raises(RuntimeError, match="the transfer failed"):
-        session.load.run()
-    here, outstanding = session.load.bytes_received, session.load.outstanding
-    assert here >= 2 * MIB
-    session.scheduler.give_back(outstanding)
-    left = session.scheduler.take(Peer(), 100)
-    assert here + MIB * len(left) == 20 * MIB
-
-
 def test_a_source_whose_client_has_gone_stops(pair):
     session = Session(pair, {f"t{i}": random_tensor(i, torch.uint8, MIB) for i in range(20)})
     pair.client.close()
