@@ -230,12 +230,6 @@ def test_workers_of_the_same_rank_in_two_replicas_have_ports_and_files_of_their_
     assert line.startswith(f"NetLoader rank 2: cannot listen on port {taken}, ")
 
 
-def test_ranks_have_servers_of_their_own(config, tmp_path):
-    first, second = put_in_use(config()), put_in_use(config(), offer(rank=1))
-    assert server_of(first) is not server_of(second)
-    assert address_of(tmp_path, 0) != address_of(tmp_path, 1)
-
-
 # Listening or not
 
 

@@ -863,14 +863,6 @@ def test_a_port_that_everybody_reaches_is_one_warning(
     assert warnings == ([line] if warned else [])
 
 
-def test_the_port_file_is_there_while_it_listens(tmp_path):
-    to = WeightServer(settings(output_prefix=f"{tmp_path}/rank_"), 2, HOST)
-    address = to.start(0)
-    assert (tmp_path / "rank_2.txt").read_text() == str(address)
-    to.stop()
-    assert not list(tmp_path.iterdir())
-
-
 def test_where_the_port_file_cannot_be_written_nothing_is_left_open(tmp_path):
     opened = []
 
