@@ -486,8 +486,6 @@ MAKERS = {
     "new_empty": lambda dtype: torch.zeros(1, dtype=dtype).new_empty(5),
     "new": lambda dtype: torch.zeros(1, dtype=dtype).new(5),
     "Parameter": lambda dtype: nn.Parameter(torch.empty(3, dtype=dtype), requires_grad=False),
-}
-STRIDED_MAKERS = {
     "no dimensions": lambda dtype: torch.empty((), dtype=dtype),
     "empty_strided": lambda dtype: torch.empty_strided((3, 4), (1, 3), dtype=dtype),
     "new_empty_strided": lambda dtype: torch.zeros(1, dtype=dtype).new_empty_strided((2,), (2,)),
@@ -529,20 +527,6 @@ def assert_defined(make, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_new_memory_is_defined(maker, dtype):
     assert_defined(MAKERS[maker], dtype)
-
-
-@pytest.mark.usefixtures("dirty_memory")
-@pytest.mark.parametrize("maker", STRIDED_MAKERS)
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype not in RARE], ids=str)
-def test_new_memory_of_any_strides_is_defined(maker, dtype):
-    assert_defined(STRIDED_MAKERS[maker], dtype)
-
-
-@pytest.mark.usefixtures("dirty_memory")
-@pytest.mark.parametrize("maker", STRIDED_MAKERS)
-@pytest.mark.parametrize("dtype", RARE, ids=str)
-def test_new_memory_of_rare_dtypes_and_any_strides_is_defined(maker, dtype):
-    assert_defined(STRIDED_MAKERS[maker], dtype)
 
 
 @pytest.mark.usefixtures("dirty_memory")
