@@ -304,22 +304,14 @@ def test_a_removed_port_file_has_no_watcher_left(prefix):
     assert until(lambda: not _watchers(port_file.path))
 
 
-def test_a_port_file_that_another_instance_has_overwritten_stays(prefix):
+@pytest.mark.parametrize("content", [b"192.0.2.8:1111", b"\xff"])
+def test_a_port_file_that_another_instance_has_overwritten_stays(prefix, content):
     port_file = PortFile(prefix, 0, ADDRESS)
     port_file.publish()
-    port_file.path.write_text("192.0.2.8:1111")
+    port_file.path.write_bytes(content)
     port_file.remove()
     assert until(lambda: not _watchers(port_file.path))
-    assert port_file.path.read_text() == "192.0.2.8:1111"
-
-
-def test_a_file_that_is_no_text_is_not_taken_for_its_own(prefix):
-    port_file = PortFile(prefix, 0, ADDRESS)
-    port_file.publish()
-    port_file.path.write_bytes(b"\xff")
-    port_file.remove()
-    assert until(lambda: not _watchers(port_file.path))
-    assert port_file.path.exists()
+    assert port_file.path.read_bytes() == content
 
 
 def test_removing_twice_or_what_was_never_published_is_harmless(prefix, tmp_path):
