@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 from torch.distributed import HashStore
-from vllm.config import CompilationConfig, LoadConfig
+from vllm.config import LoadConfig
 from vllm.model_executor import model_loader as vllm_loaders
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
@@ -19,7 +19,7 @@ from tests.identity import identity
 from vllm_ascend.model_loader.netloader import metrics, netloader, register_netloader, registry
 from vllm_ascend.model_loader.netloader.agreement import AS_CONFIGURED, Order, Ranks
 from vllm_ascend.model_loader.netloader.changes import After, Change
-from vllm_ascend.model_loader.netloader.compat import load_watched, remember_state
+from vllm_ascend.model_loader.netloader.compat import load_watched
 from vllm_ascend.model_loader.netloader.config import KEYS
 from vllm_ascend.model_loader.netloader.errors import (
     ChosenToRead,
@@ -889,35 +889,6 @@ def test_a_name_is_for_all_ranks_and_leaves_this_instance_out(monkeypatch, port,
     assert asked["own"].process == "its own"
     assert asked["sources"] == (Name(Lookup.DNS, "fleet", 28000),)
     assert asked["own"].ports == ports
-
-
-# What making a model leaves in the configuration
-
-
-@dataclasses.dataclass
-class Config:
-    compilation_config: CompilationConfig
-    quant_config: None = None
-
-
-def test_registrations_are_brought_back_as_they_were():
-    config = Config(CompilationConfig())
-    compilation = config.compilation_config
-    compilation.static_forward_context["before"] = 1
-    compilation.custom_ops.append("+before")
-    contexts = compilation.static_forward_context
-    restore = remember_state(config, types.SimpleNamespace(hf_config=None, hf_text_config=None))
-    contexts["made"] = 2
-    del contexts["before"]
-    compilation.custom_ops.append("+made")
-    compilation.static_all_moe_layers.append("made")
-    restore()
-    assert compilation.static_forward_context is contexts  # others may hold it
-    assert contexts == {"before": 1}
-    assert compilation.custom_ops == ["+before"]
-    assert compilation.static_all_moe_layers == []
-    restore()
-    assert contexts == {"before": 1}
 
 
 # What listens while a model is being loaded

@@ -8,7 +8,6 @@ import types
 import msgspec
 import pytest
 import torch
-import vllm
 from torch import nn
 from transformers import LlamaConfig, LlavaConfig
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
@@ -36,7 +35,7 @@ from vllm_ascend.model_loader.netloader.compat import (
     why_no_reload,
 )
 from vllm_ascend.model_loader.netloader.errors import ConfigError
-from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, Revision
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, TARGET_GROUP
 
@@ -61,6 +60,26 @@ def import_adaptor(monkeypatch, *layers):
     module.VllmEplbAdaptor = type("VllmEplbAdaptor", (), {"_registered_moe_layers": registered})
     monkeypatch.setitem(sys.modules, ADAPTOR, module)
     return registered
+
+
+def test_registrations_are_brought_back_as_they_were():
+    config = Config(CompilationConfig())
+    compilation = config.compilation_config
+    compilation.static_forward_context["before"] = 1
+    compilation.custom_ops.append("+before")
+    contexts = compilation.static_forward_context
+    restore = remember_state(config, NO_MODEL)
+    contexts["made"] = 2
+    del contexts["before"]
+    compilation.custom_ops.append("+made")
+    compilation.static_all_moe_layers.append("made")
+    restore()
+    assert compilation.static_forward_context is contexts  # others may hold it
+    assert contexts == {"before": 1}
+    assert compilation.custom_ops == ["+before"]
+    assert compilation.static_all_moe_layers == []
+    restore()
+    assert contexts == {"before": 1}
 
 
 def test_expert_layers_of_vllm_ascend_are_brought_back_as_they_were(monkeypatch):
@@ -261,9 +280,9 @@ def test_a_field_that_no_message_can_carry_is_an_error_at_start():
 # Identities
 
 
-def model_config(moe=False, **settings):
+def model_config(moe=False):
     return types.SimpleNamespace(
-        hf_config=types.SimpleNamespace(to_dict=lambda: {"hidden_size": 4} | settings),
+        hf_config=types.SimpleNamespace(to_dict=lambda: {"hidden_size": 4}),
         model="m",
         revision=None,
         dtype="torch.bfloat16",
@@ -287,8 +306,8 @@ def instance(target, draft=None, dp=1, tp=1, pp=1):
     return types.SimpleNamespace(parallel_config=parallel, speculative_config=speculative)
 
 
-def who(config, model, layout=RAW):
-    return identity_of(config, model, "m", 0, layout)
+def who(config, model):
+    return identity_of(config, model, "m", 0, RAW)
 
 
 def test_without_speculation_there_is_only_a_target():
@@ -418,33 +437,9 @@ def test_without_a_process_group_a_rank_is_alone(monkeypatch):
     assert (ranks.all, ranks.several) == ([ranks.rank], False)
 
 
-def test_the_processed_layout_goes_by_the_version_that_processes(monkeypatch):
-    target = model_config()
-    config = instance(target)
-    here = who(config, target, PROCESSED)
-    assert here.layout == PROCESSED
-    assert f"vllm {vllm.__version__}" in here.vllm_version
-    monkeypatch.setattr(vllm, "__version__", "0.0.1")
-    assert who(config, target, PROCESSED).vllm_version != here.vllm_version
-
-
 def test_the_raw_layout_is_the_same_in_all_versions():
     target = model_config()
     assert who(instance(target), target).vllm_version is None
-
-
-def test_where_a_model_lies_is_no_part_of_who_it_is():
-    here, there = model_config(_name_or_path="/a"), model_config(_name_or_path="/b")
-    assert who(instance(here), here) == who(instance(there), there)
-
-
-def test_where_a_model_lies_is_no_part_of_who_it_is_in_nested_settings_either():
-    """As in an EAGLE draft's configuration, and in those of parts of multimodal models."""
-    here, there = (
-        model_config(model={"_name_or_path": path, "transformers_version": version})
-        for path, version in (("/a", "4"), ("/b", "5"))
-    )
-    assert who(instance(here), here) == who(instance(there), there)
 
 
 # Changes of weights

@@ -197,6 +197,7 @@ def test_a_refusal_names_the_first_differences_only(models, with_settings):
 def test_the_processed_layout_goes_by_the_version_of_vllm_too(models, monkeypatch):
     config = configured(models / "llama")
     here = who(config, layout=PROCESSED)
+    assert here.layout == PROCESSED
     monkeypatch.setattr(vllm, "__version__", "0.0.1")
     [(field, _, there)] = here.differences(who(config, layout=PROCESSED))
     assert field == "vllm_version"
