@@ -137,6 +137,16 @@ class Copying(Model):
             super().load_weights([(name, tensor)])
 
 
+def reading(through):
+    """A model that loads what comes through this function of its weights."""
+
+    class Reading(Model):
+        def load_weights(self, weights):
+            super().load_weights(through(weights))
+
+    return Reading()
+
+
 def loaded(of=Model, **cut):
     model, trace = of(**cut), Trace()
     with trace:
@@ -250,19 +260,15 @@ def test_no_more_comes_than_is_allowed_ahead_of_what_is_read(monkeypatch, ahead)
 
     monkeypatch.setattr(view_reader._Memory, "tensor", counted)
 
-    class Slow(Model):
-        def load_weights(self, weights):
-            def watched():
-                for name, tensor in weights:
-                    if not tensor.is_meta:
-                        time.sleep(0.01)
-                    yield name, tensor
-                    held.discard(name)
-
-            super().load_weights(watched())
+    def slow(weights):
+        for name, tensor in weights:
+            if not tensor.is_meta:
+                time.sleep(0.01)
+            yield name, tensor
+            held.discard(name)
 
     with sources(2) as source:
-        model = Slow()
+        model = reading(slow)
         take(source.addresses, model)
     assert is_as_from_disk(model)
     # What is read, what may come ahead, and the tensor that the last answer begins with.
@@ -327,22 +333,17 @@ def test_a_rank_that_is_lost_ends_the_load_and_another_instance_gives_the_weight
         addresses = [*lost.addresses, *other.addresses]
         model = Model()
 
-        class Dying(Model):
-            def load_weights(self, weights):
-                def watched():
-                    for name, tensor in weights:
-                        if not tensor.is_meta and name.startswith("layers.1"):
-                            lost.servers[1].stop()
-                        yield name, tensor
-
-                super().load_weights(watched())
+        def losing_one(weights):
+            for name, tensor in weights:
+                if not tensor.is_meta and name.startswith("layers.1"):
+                    lost.servers[1].stop()
+                yield name, tensor
 
         monkeypatch.setattr(view_reader, "_AHEAD", 1)
-        dying = Dying()
         who, config = identity(), settings(source_wait=0.0)
         instance = find_instance(addresses, who, config, 0)
         with pytest.raises(LoadFailed, match=str(lost.addresses[1])):
-            take((), dying, instance=instance)
+            take((), reading(losing_one), instance=instance)
         again = take(addresses, model, [instance])
         assert is_as_from_disk(model)
         assert [rank.address for rank in again.ranks] == other.addresses
@@ -376,18 +377,14 @@ def test_weights_that_change_on_the_way_end_the_load(monkeypatch):
     monkeypatch.setattr(view_reader, "_AHEAD", 1)
     with sources(2) as source:
 
-        class Changing(Model):
-            def load_weights(self, weights):
-                def watched():
-                    for name, tensor in weights:
-                        if not tensor.is_meta and name.startswith("layers.1"):
-                            source.servers[0].withdraw("netloader", Code.CHANGING, "they change")
-                        yield name, tensor
-
-                super().load_weights(watched())
+        def changing(weights):
+            for name, tensor in weights:
+                if not tensor.is_meta and name.startswith("layers.1"):
+                    source.servers[0].withdraw("netloader", Code.CHANGING, "they change")
+                yield name, tensor
 
         with pytest.raises(LoadFailed, match="changed: they change"):
-            take(source.addresses, Changing())
+            take(source.addresses, reading(changing))
 
 
 def test_a_source_that_is_silent_ends_the_load_in_time(monkeypatch):
@@ -601,18 +598,14 @@ def test_ranks_of_which_some_have_changed_are_refused():
 def test_ranks_that_change_before_all_has_come_end_the_load():
     with sources(2) as source:
 
-        class Changing(Model):
-            def load_weights(self, weights):
-                def watched():
-                    for name, tensor in weights:
-                        yield name, tensor
-                    if not tensor.is_meta:
-                        source.offers[0].ranks().update({0: "xxh3:" + "0" * 32})
-
-                super().load_weights(watched())
+        def changing(weights):
+            for name, tensor in weights:
+                yield name, tensor
+            if not tensor.is_meta:
+                source.offers[0].ranks().update({0: "xxh3:" + "0" * 32})
 
         with pytest.raises(LoadFailed, match=r"its instance has instance:.* now, and not instance"):
-            take(source.addresses, Changing())
+            take(source.addresses, reading(changing))
 
 
 # Weights that came by name
@@ -789,13 +782,12 @@ def test_the_records_of_another_checkpoint_are_those_that_reading_it_at_first_gi
     ],
 )
 def test_nothing_is_known_of_weights_from_a_checkpoint_of_other_tensors(change, why):
-    class Lenient(Model):
-        def load_weights(self, weights):
-            super().load_weights(one for one in weights if one[0] != "layers.7.norm")
+    def known(weights):
+        return (one for one in weights if one[0] != "layers.7.norm")
 
     checkpoint = {name: one for name, one in (CHECKPOINT | change).items() if one is not None}
     again = Reread(loaded()[1])
-    Lenient().load_weights(again.watch(checkpoint.items()))
+    reading(known).load_weights(again.watch(checkpoint.items()))
     with pytest.raises(Unmapped, match=why):
         again.records()
 
@@ -1005,12 +997,11 @@ def test_a_tensor_that_is_larger_than_any_memory_costs_no_more_than_this_source(
         large = msgspec.structs.replace(first, name="zzz", shape=(1 << 60,), copies=(), kept=())
         return msgspec.structs.replace(records, tensors=(first, *others, large))
 
-    class Lenient(Model):
-        def load_weights(self, weights):
-            super().load_weights((name, one) for name, one in weights if name != "zzz")
+    def known(weights):
+        return (one for one in weights if one[0] != "zzz")
 
     with sources(2, changed_records(change)) as source, pytest.raises(LoadFailed):
-        take(source.addresses, Lenient())
+        take(source.addresses, reading(known))
 
 
 def test_an_instance_whose_ranks_have_other_weights_than_it_says_is_refused():
@@ -1094,18 +1085,14 @@ def test_what_a_source_has_rounded_is_refused_by_name(monkeypatch):
 
 
 def test_a_model_that_reads_other_weights_than_it_said_is_not_trusted():
-    class Fickle(Model):
-        def load_weights(self, weights):
-            def watched():
-                for name, tensor in weights:
-                    if tensor.is_meta or name != "layers.1.norm":
-                        yield name, tensor
-
-            super().load_weights(watched())
+    def fickle(weights):
+        for name, tensor in weights:
+            if tensor.is_meta or name != "layers.1.norm":
+                yield name, tensor
 
     other = "loading reads other tensors the second time"
     with sources(2) as source, pytest.raises(LoadFailed, match=other):
-        take(source.addresses, Fickle())
+        take(source.addresses, reading(fickle))
 
 
 @pytest.mark.parametrize("kind", ["meta", "values"])
