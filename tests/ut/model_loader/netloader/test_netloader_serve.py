@@ -85,6 +85,9 @@ def offer(who=WHO, tensors=TENSORS, device=DEVICE, **options):
     return Offer(who, store_of(tensors, device, layout=who.layout), **options)
 
 
+WEIGHTS = offer().store.digests.weights
+
+
 def refusal(call, *arguments):
     with pytest.raises(Refusal) as error:
         call(*arguments)
@@ -127,9 +130,9 @@ def records():
 # Joins
 
 
-@pytest.mark.parametrize("known", [None, offer().store.digests.weights])
+@pytest.mark.parametrize("known", [None, WEIGHTS])
 def test_a_client_gets_the_weights_digests_of_all_ranks_of_the_instance(known):
-    ranks = {0: offer().store.digests.weights, 1: "xxh3_128:01"}
+    ranks = {0: WEIGHTS, 1: "xxh3_128:01"}
     joined = join(server(offer(ranks=lambda: ranks)), weights=known)
     assert (joined.ranks, joined.manifest is msgspec.UNSET) == (ranks, known is not None)
 
@@ -918,12 +921,11 @@ def joins(to, peer=None, by=None):
 def test_a_client_hears_of_others_and_they_hear_of_it():
     to, met = server(offer()), []
     to.met = lambda weights, peer: met.append((weights, peer))
-    weights = offer().store.digests.weights
     assert joins(to, relayed(1))[1].peers == []
     assert [peer.address for peer in joins(to, relayed(2))[1].peers] == [relayed(1).address]
     assert joins(to)[1].peers != []  # one that passes nothing on
-    assert met == [(weights, relayed(1)), (weights, relayed(2))]
-    named = {peer.address: peer for peer in to.peers_of(weights)}
+    assert met == [(WEIGHTS, relayed(1)), (WEIGHTS, relayed(2))]
+    named = {peer.address: peer for peer in to.peers_of(WEIGHTS)}
     assert {*named} == {relayed(1).address, relayed(2).address}
     assert to.peers_of("xxh3_128:00") == []
 
@@ -939,31 +941,28 @@ def test_those_named_to_fewest_are_named_first(monkeypatch):
 
 def test_a_client_that_went_away_is_named_no_more_and_one_that_is_complete_serves():
     to = server(offer())
-    weights = offer().store.digests.weights
     gone, done = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
     gone.close()
     to.done(done, Done(complete=True))
     done.close()
-    [left] = to.peers_of(weights)
+    [left] = to.peers_of(WEIGHTS)
     assert (left.address, left.state) == (relayed(2).address, "serving")
 
 
 def test_what_a_client_says_of_itself_but_its_address_is_not_passed_on():
     to = server(offer())
-    weights = offer().store.digests.weights
     joins(to, Peer("10.0.0.9:1", "honest", "serving", 2**53))
     joins(to, Peer("nowhere", "not an address"))
     assert joins(to, relayed(2))[1].peers == [Peer("10.0.0.9:1", "honest", "loading", 2)]
-    assert len(to.peers_of(weights)) == 2
+    assert len(to.peers_of(WEIGHTS)) == 2
 
 
 def test_those_last_heard_of_are_remembered_and_no_more_than_so_many(monkeypatch):
     monkeypatch.setattr(peer_book, "_MOST", 2)
     to = server(offer())
-    weights = offer().store.digests.weights
     for number in (1, 2, 1, 3):
-        to.know(weights, relayed(number))
-    assert [peer.address for peer in to.peers_of(weights)] == [
+        to.know(WEIGHTS, relayed(number))
+    assert [peer.address for peer in to.peers_of(WEIGHTS)] == [
         relayed(number).address for number in (1, 3)
     ]
 
@@ -983,64 +982,60 @@ def test_of_those_that_have_a_session_some_are_named_whoever_else_asks():
 
 def test_a_connection_that_goes_on_with_another_model_counts_for_one_peer():
     to = server(offer(), offer(DRAFT, {"d": torch.ones(3)}))
-    weights, client = offer().store.digests.weights, session()
+    client = session()
     for number in range(1, 5):
         to.join(client, Join(WHO, peer=relayed(number)))
-        fetched(to, weights, number, number, by=client)
+        fetched(to, WEIGHTS, number, number, by=client)
         to.join(client, Join(DRAFT))
     assert to._first_copies == {}
     client.close()
-    assert to.peers_of(weights) == []
+    assert to.peers_of(WEIGHTS) == []
 
 
 def test_a_client_that_had_to_wait_and_then_went_away_is_named_no_more():
     to = server(offer())
-    weights = offer().store.digests.weights
     to.others(Join(WHO, peer=relayed(1)))
     joins(to, relayed(1))[0].close()
-    assert to.peers_of(weights) == []
+    assert to.peers_of(WEIGHTS) == []
 
 
 @pytest.mark.parametrize("code", [Code.LOADING, Code.PREPARING])
 def test_who_asks_for_blocks_that_are_being_made_ready_is_to_come_again(code):
     to = server(offer())
-    weights = offer().store.digests.weights
     to.withdraw(WHO.group, code, "why")
-    assert refusal(to.have, session(), weights, 0, 0) == (code.text, "why")
+    assert refusal(to.have, session(), WEIGHTS, 0, 0) == (code.text, "why")
 
 
 def test_nothing_is_kept_of_clients_that_are_gone_or_of_weights_that_are_withdrawn():
     to = server(offer())
-    weights = offer().store.digests.weights
     for number, end in enumerate([True, False], 1):
         client = joins(to, relayed(number))[0]
-        fetched(to, weights, number, number, by=client)
+        fetched(to, WEIGHTS, number, number, by=client)
         to.done(client, Done(complete=end))
         client.close()
     assert to._first_copies == {}
-    fetched(to, weights, 0, 0, by=joins(to, relayed(1))[0])
+    fetched(to, WEIGHTS, 0, 0, by=joins(to, relayed(1))[0])
     withdraw(to)
     assert to._first_copies == {}
     to.offer(offer())
-    fetched(to, weights, 0, 0, by=joins(to, relayed(1))[0])
+    fetched(to, WEIGHTS, 0, 0, by=joins(to, relayed(1))[0])
     to.forget(WHO.group)
     assert to._first_copies == {}
 
 
 def test_a_peer_that_nobody_has_heard_of_for_long_is_forgotten(monkeypatch):
     to = server(offer())
-    weights = offer().store.digests.weights
-    to.know(weights, relayed(1))
-    assert len(to.peers_of(weights)) == 1
+    to.know(WEIGHTS, relayed(1))
+    assert len(to.peers_of(WEIGHTS)) == 1
     monkeypatch.setattr(peer_book, "_REMEMBERED", -1.0)
-    assert to.peers_of(weights) == []
+    assert to.peers_of(WEIGHTS) == []
 
 
 def test_who_is_refused_for_now_hears_of_those_with_the_same_weights():
     to = server(offer())
     joins(to, relayed(1))
     weights, peers, _ = to.others(Join(WHO))
-    assert weights == offer().store.digests.weights
+    assert weights == WEIGHTS
     assert [peer.address for peer in peers] == [relayed(1).address]
     assert to.others(Join(identity(model="other"))) is None
     assert to.others(Join(DRAFT)) is None
@@ -1055,21 +1050,20 @@ def test_who_is_refused_for_now_is_named_to_others():
 def test_a_block_is_sent_to_a_second_relay_once_all_were_sent_to_somebody(monkeypatch):
     monkeypatch.setattr(scheduler, "_LEAST_PASSED_ON", 60.0)
     to = server(offer())
-    weights = offer().store.digests.weights
     one, other, plain = joins(to, relayed(1))[0], joins(to, relayed(2))[0], joins(to)[0]
-    fetched(to, weights, 0, 5, by=one)
-    assert refusal(to.blocks, other, weights, 3, 8)[0] == "ask_others"
-    fetched(to, weights, 3, 8, by=plain)
-    fetched(to, weights, 6, 11, by=other)
-    assert refusal(to.blocks, other, weights, 3, 8)[0] == "ask_others"
+    fetched(to, WEIGHTS, 0, 5, by=one)
+    assert refusal(to.blocks, other, WEIGHTS, 3, 8)[0] == "ask_others"
+    fetched(to, WEIGHTS, 3, 8, by=plain)
+    fetched(to, WEIGHTS, 6, 11, by=other)
+    assert refusal(to.blocks, other, WEIGHTS, 3, 8)[0] == "ask_others"
     for name in ("_LEAST_PASSED_ON", "_PASSED_ON"):
         monkeypatch.setattr(scheduler, name, 0.0)
-    fetched(to, weights, 3, 8, by=other)
+    fetched(to, WEIGHTS, 3, 8, by=other)
     to = server(offer())
     one, other = joins(to, relayed(1))[0], joins(to, relayed(2))[0]
-    fetched(to, weights, 0, 5, by=one)
+    fetched(to, WEIGHTS, 0, 5, by=one)
     one.close()
-    fetched(to, weights, 3, 8, by=other)
+    fetched(to, WEIGHTS, 3, 8, by=other)
 
 
 def joins_on_accelerator(to, peer=None):
@@ -1137,15 +1131,14 @@ def test_a_relay_forms_one_group_at_a_time():
 
 def test_who_joins_once_all_relays_have_gone_is_not_sent_to_them():
     to = server(offer())
-    weights = offer().store.digests.weights
     one, plain = joins(to, relayed(1))[0], joins(to)[0]
-    fetched(to, weights, 0, 5, by=one)
+    fetched(to, WEIGHTS, 0, 5, by=one)
     to.done(one, Done(complete=True))
     other = joins(to, relayed(2))[0]
-    assert refusal(to.blocks, other, weights, 0, 5)[0] == "ask_others"
+    assert refusal(to.blocks, other, WEIGHTS, 0, 5)[0] == "ask_others"
     for gone in (one, other):
         gone.close()
-    fetched(to, weights, 0, 5, by=joins(to, relayed(3))[0])
+    fetched(to, WEIGHTS, 0, 5, by=joins(to, relayed(3))[0])
     plain.close()
 
 
@@ -1156,6 +1149,14 @@ def loading(to, who=WHO, device=None):
     there = store_of(TENSORS, *[device] if device else [])
     empty = [torch.empty_like(one) for one in there.tensors]
     return Relay(to, made), incomplete(there, empty, there.device)
+
+
+def relaying():
+    """A server, the load that it passes on from now on, and what that has of the weights."""
+    to = server()
+    relay, store = loading(to)
+    relay.begin(store, lambda weights, peer: None)
+    return to, relay, store
 
 
 def test_a_load_passes_on_what_has_come_until_it_ends():
@@ -1184,9 +1185,7 @@ def test_a_load_passes_on_what_has_come_until_it_ends():
 
 
 def test_a_load_that_is_complete_waits_for_its_clients_for_a_part_of_its_time(monkeypatch):
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, relay, store = relaying()
     store.add(Run(0, store.blocks.count - 1))
     client = joins(to, relayed(1))[0]
     refused = []
@@ -1232,9 +1231,7 @@ def _content(tensor):
 
 
 def test_a_load_that_fails_is_being_loaded_again():
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, relay, store = relaying()
     relay.end(complete=False)
     assert refusal(join, to)[0] == "loading"
     assert store.withdrawn.is_set()
@@ -1244,9 +1241,8 @@ def test_a_load_that_fails_is_being_loaded_again():
 def test_the_memory_of_a_load_is_read_by_nobody_when_it_has_ended(complete, monkeypatch):
     monkeypatch.setattr(serve, "_LINGER", 0.0)
     monkeypatch.setattr(serve, "_LAST_RUNS", PATIENCE)
-    to, reading = server(), session()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, relay, store = relaying()
+    reading = session()
     store.add(Run(0, store.blocks.count - 1))
     chunks = iter(to.blocks(reading, store.digests.weights, 0, 1).chunks)
     next(chunks)  # is on its way from now on
@@ -1261,9 +1257,7 @@ def test_the_memory_of_a_load_is_read_by_nobody_when_it_has_ended(complete, monk
 
 
 def test_a_load_names_its_own_sources():
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, relay, store = relaying()
     relay.know(store.digests.weights, Address("10.0.0.2", 5), "seed", complete=True)
     relay.know(store.digests.weights, Address("10.0.0.3", 5), "relay", complete=False)
     assert joins(to, relayed(1))[1].peers == [
@@ -1274,9 +1268,7 @@ def test_a_load_names_its_own_sources():
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "fe80::1%eth0", "169.254.0.1"])
 def test_an_address_that_others_reach_somebody_else_at_is_not_named(host):
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, relay, store = relaying()
     relay.know(store.digests.weights, Address(host, 5), "seed", complete=True)
     assert joins(to, relayed(1))[1].peers == []
 
@@ -1288,8 +1280,7 @@ def test_who_is_refused_hears_which_process_has_refused_it():
 
 
 def test_a_list_of_ranks_goes_with_weights_also_while_they_are_loaded_or_all_places_are_taken():
-    weights = offer().store.digests.weights
-    ranks = {0: weights, 1: "xxh3_128:" + "1" * 32}
+    ranks = {0: WEIGHTS, 1: "xxh3_128:" + "1" * 32}
     assert server(offer(ranks=lambda: ranks)).others(Join(WHO))[2] == ranks
     to = server()
     relay, store = loading(to)
@@ -1297,15 +1288,13 @@ def test_a_list_of_ranks_goes_with_weights_also_while_they_are_loaded_or_all_pla
     assert join(to).ranks == ranks
     refused = Refusal(Code.BUSY, "busy")
     for count, told in ((512, 512), (513, 0)):
-        refused.name(weights, [relayed(1)] * api.MAX_PEERS, dict.fromkeys(range(count), ranks[1]))
+        refused.name(WEIGHTS, [relayed(1)] * api.MAX_PEERS, dict.fromkeys(range(count), ranks[1]))
         assert len(refused.problem.ranks) == told
         assert len(msgspec.json.encode(refused.problem)) < api.MAX_BODY
 
 
 def test_what_a_client_says_of_blocks_ends_no_load():
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, _, store = relaying()
     store.add(Run(0, 0))  # whose bytes are wrong
     weights = store.digests.weights
     assert refusal(to.check, session(), weights, 0, 0)[0] == "loading"
@@ -1314,24 +1303,21 @@ def test_what_a_client_says_of_blocks_ends_no_load():
 
 def test_nobody_else_can_have_a_client_named_no_more():
     to = server(offer())
-    weights = offer().store.digests.weights
     honest, again = joins(to, relayed(1))[0], joins(to, relayed(1))[0]
-    fetched(to, weights, 0, 0, by=honest)
+    fetched(to, WEIGHTS, 0, 0, by=honest)
     honest.close()  # it has reconnected
     for peer in (relayed(1), Peer(relayed(1).address, "another")):
         joins(to, peer)[0].close()
-    assert [peer.instance for peer in to.peers_of(weights)] == [relayed(1).instance]
-    assert refusal(to.blocks, joins(to, relayed(2))[0], weights, 0, 0)[0] == "ask_others"
+    assert [peer.instance for peer in to.peers_of(WEIGHTS)] == [relayed(1).instance]
+    assert refusal(to.blocks, joins(to, relayed(2))[0], WEIGHTS, 0, 0)[0] == "ask_others"
     joins(to, relayed(3), by=again)
     again.close()
-    assert [peer.address for peer in to.peers_of(weights)] == [relayed(2).address]
+    assert [peer.address for peer in to.peers_of(WEIGHTS)] == [relayed(2).address]
 
 
 def test_news_are_told_in_parts_and_then_that_all_are_here(monkeypatch):
     monkeypatch.setattr(api, "MAX_NEWS", 2)
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, _, store = relaying()
     for block in range(12):
         store.add(Run(block, block))
     weights, by = store.digests.weights, session()
@@ -1343,9 +1329,7 @@ def test_news_are_told_in_parts_and_then_that_all_are_here(monkeypatch):
 
 def test_a_client_that_has_gone_is_not_told_what_comes(monkeypatch):
     monkeypatch.setattr(serve, "_LOOK", 0.01)
-    to = server()
-    relay, store = loading(to)
-    relay.begin(store, lambda weights, peer: None)
+    to, _, store = relaying()
     wire = Wire()
     by, wire.hung_up = Session(wire), True
     assert to.have(by, store.digests.weights, 0, 10 * PATIENCE).runs == []
