@@ -207,28 +207,38 @@ def test_instances_with_different_weights_are_not_mixed(way, tmp_path, capsys):
 # hold
 
 
-def test_what_is_held_in_files_outlives_the_instance(way, tmp_path):
+@contextlib.contextmanager
+def holding(cwd, *arguments):
+    """A process that holds weights, its address, and their digest."""
     command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
+    holder = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    with holder:
+        try:
+            line = holder.stdout.readline()
+            assert line, holder.stderr.read()
+            [(address, digest)] = json.loads(line).items()
+            yield holder, parse_address(address), digest
+        finally:
+            holder.kill()
+
+
+def test_what_is_held_in_files_outlives_the_instance(way, tmp_path):
     with source(way) as seed:
-        holder = subprocess.Popen(
-            [*command, "--folder", str(tmp_path / "held"), str(seed.address)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        with holder:
-            try:
-                held = json.loads(holder.stdout.readline())
-                seed.server.stop()
-                [(address, digest)] = held.items()
-                assert digest == seed.store.digests.weights
-                got = sides.load_here(way, [parse_address(address)], many_rows).check()
-                assert got.digest == digest
-                holder.send_signal(signal.SIGTERM)
-                assert holder.wait(PATIENCE) == 0
-            finally:
-                holder.kill()
+        held = ("--folder", str(tmp_path / "held"), str(seed.address))
+        with holding(tmp_path, *held) as (holder, address, digest):
+            seed.server.stop()
+            assert digest == seed.store.digests.weights
+            got = sides.load_here(way, [address], many_rows).check()
+            assert got.digest == digest
+            holder.send_signal(signal.SIGTERM)
+            assert holder.wait(PATIENCE) == 0
 
 
 def test_what_is_held_in_memory_is_that_of_all_ranks(way):
@@ -268,26 +278,8 @@ def test_what_accelerators_serve_is_held_as_well(way):
 # hold --checkpoint
 
 
-@contextlib.contextmanager
 def holding_folder(folder, *more):
-    """A process that holds the checkpoint of a folder, its address, and the weights digest."""
-    command = [sys.executable, "-m", "vllm_ascend.model_loader.netloader", "hold", "--json"]
-    holder = subprocess.Popen(
-        [*command, "--checkpoint", str(folder), "--host", HOST, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder.parent,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    with holder:
-        try:
-            line = holder.stdout.readline()
-            assert line, holder.stderr.read()
-            [(address, digest)] = json.loads(line).items()
-            yield holder, parse_address(address), digest
-        finally:
-            holder.kill()
+    return holding(folder.parent, "--checkpoint", str(folder), "--host", HOST, *more)
 
 
 @pytest.fixture
