@@ -219,24 +219,20 @@ def test_what_is_joined_with_others_is_computed():
     assert records.computed == {"p": "aten.copy_.default"}
 
 
+SHORTS, BF16 = torch.zeros(6, 8).short(), RAMP.bfloat16()
+
+
 @pytest.mark.parametrize(
     ("load", "w", "p", "why"),
     [
-        (
-            lambda p, w: p.copy_(w.view(torch.int16)),
-            *(RAMP, torch.zeros(6, 8).short(), "aten.copy_.default"),
-        ),
-        (
-            lambda p, w: p.view(torch.float32).copy_(w),
-            *(RAMP, torch.zeros(6, 8).short(), "written as torch.float32 (6, 4)"),
-        ),
+        (lambda p, w: p.copy_(w.view(torch.int16)), RAMP, SHORTS, "aten.copy_.default"),
+        (lambda p, w: p.view(w.dtype).copy_(w), RAMP, SHORTS, "written as torch.float32 (6, 4)"),
         (
             lambda p, w: p.copy_(w.half().view(torch.bfloat16)),
-            *(RAMP.bfloat16(), torch.zeros(6, 4).bfloat16()),
+            *(BF16, BF16),
             "copy of w: (torch.bfloat16, torch.float16) seen as torch.bfloat16",
         ),
     ],
-    ids=["elements of another size", "a parameter's", "cast before"],
 )
 def test_what_is_seen_as_another_dtype_is_computed(load, w, p, why):
     records, _ = traced(lambda model, name, tensor: load(model.p, tensor), {"w": w}, p=p.clone())
