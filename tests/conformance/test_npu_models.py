@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.config import Int8Cache
-from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
+from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.executor.model.processed import (
-    capture_processed,
     processed_tensors,
 )
 from vllm_ascend.model_loader.netloader.executor.model.raw import (
@@ -20,6 +19,7 @@ from vllm_ascend.model_loader.netloader.executor.model.raw import (
     copy_int8,
     raw_tensors,
 )
+from vllm_ascend.model_loader.netloader.executor.store import make_store
 
 from .models import FRACTAL_NZ, MIB, Maker
 from .sides import differing, identity, load_here, serve
@@ -165,7 +165,7 @@ _models = []
 
 def serve_processed(change=None):
     processed(Maker(WAY, 0), change)
-    return serve(WAY, capture_processed(_models[-1], {}, WAY.device()))
+    return serve(WAY, make_store(processed_tensors(_models[-1]), PROCESSED, {}, WAY.device()))
 
 
 def load_processed(address, change=None):

@@ -20,15 +20,7 @@ import torch
 from .errors import ConfigError, NetLoaderError
 from .executor.view.boxes import row_major
 from .executor.view.offered import Viewed
-from .executor.view.records import (
-    Copy,
-    Parameter,
-    Records,
-    Seen,
-    encode,
-    name_of,
-    parameter_of,
-)
+from .executor.view.records import Copy, Parameter, Records, Seen, encode, name_of, parameter_of
 from .identity import (
     CHECKPOINT,
     OF_EACH_TENSOR,

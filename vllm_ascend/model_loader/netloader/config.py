@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -20,6 +20,8 @@ from .errors import ConfigError
 from .utils import MAX_PORT, MIN_PORT, Address, Name, parse_address, parse_name
 
 MIB = 1 << 20
+E = TypeVar("E", bound=Enum)
+
 MAX_CHUNK_MIB = 64
 SECRET_FILE_VARIABLE = "NETLOADER_SECRET_FILE"  # of the environment
 MAX_MODEL_NAME_BYTES = 512  # of JSON, in joins and logs
@@ -345,13 +347,24 @@ def _model(value: object) -> str:
     return value
 
 
-def _listen_host(value: object) -> str:
-    if not isinstance(value, str):
-        raise _wrong("LISTEN_HOST", value, "an IP address or a host name")
-    try:
-        return parse_address(f"[{value}]:1" if ":" in value else f"{value}:1").host
-    except ValueError:
-        raise _wrong("LISTEN_HOST", value, "an IP address or a host name") from None
+def _host(key: str, allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return parse_address(f"[{value}]:1" if ":" in value else f"{value}:1").host
+        raise _wrong(key, value, allowed)
+
+    return parse
+
+
+def _one_of(key: str, kind: type[E], allowed: str) -> Callable[[object], E]:
+    def parse(value: object) -> E:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return kind(value.lower())
+        raise _wrong(key, value, allowed)
+
+    return parse
 
 
 def _listen_port(value: object) -> int:
@@ -368,21 +381,6 @@ def _path(key: str) -> Callable[[object], str]:
         return value
 
     return parse
-
-
-def _tls_server_name(value: object) -> str:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return parse_address(f"[{value}]:1" if ":" in value else f"{value}:1").host
-    raise _wrong("TLS_SERVER_NAME", value, "the name or IP address in the sources' certificates")
-
-
-def _int8_cache(value: object) -> Int8Cache:
-    if isinstance(value, str):
-        for member in Int8Cache:
-            if member.value == value.lower():
-                return member
-    raise _wrong("INT8_CACHE", value, "'hbm', 'dram' or 'no'")
 
 
 def _int8_cache_name(value: object) -> tuple[str, ...]:
@@ -438,14 +436,6 @@ def _weights_digest(value: object) -> tuple[str, ...]:
     return tuple(map(str, given))
 
 
-def _transport(value: object) -> Transport:
-    if isinstance(value, str):
-        for member in Transport:
-            if member.value == value.lower():
-                return member
-    raise _wrong("TRANSPORT", value, "'auto' or 'http'")
-
-
 def _rate(value: object) -> int:
     match = _RATE.fullmatch(_text(value))
     try:
@@ -476,9 +466,9 @@ def _seconds(key: str, low: float = 0.1, high: float = 3600) -> Callable[[object
 _PARSERS: dict[str, Callable[[object], Any]] = {
     "SOURCE": _source,
     "MODEL": _model,
-    "LISTEN_HOST": _listen_host,
+    "LISTEN_HOST": _host("LISTEN_HOST", "an IP address or a host name"),
     "LISTEN_PORT": _listen_port,
-    "INT8_CACHE": _int8_cache,
+    "INT8_CACHE": _one_of("INT8_CACHE", Int8Cache, "'hbm', 'dram' or 'no'"),
     "INT8_CACHE_NAME": _int8_cache_name,
     "OUTPUT_PREFIX": _output_prefix,
     "MAX_SESSIONS": _integer("MAX_SESSIONS", 1, 256),
@@ -487,7 +477,7 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "SOURCE_WAIT": _seconds("SOURCE_WAIT", 0, 86400),
     "FALLBACK": _bool("FALLBACK"),
     "WEIGHTS_DIGEST": _weights_digest,
-    "TRANSPORT": _transport,
+    "TRANSPORT": _one_of("TRANSPORT", Transport, "'auto' or 'http'"),
     "CONNECTIONS": _integer("CONNECTIONS", 1, 16),
     "CHUNK_MIB": _integer("CHUNK_MIB", 1, MAX_CHUNK_MIB),
     "VERIFY": _bool("VERIFY"),
@@ -499,7 +489,9 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "TLS_CERT": _path("TLS_CERT"),
     "TLS_KEY": _path("TLS_KEY"),
     "TLS_CA": _path("TLS_CA"),
-    "TLS_SERVER_NAME": _tls_server_name,
+    "TLS_SERVER_NAME": _host(
+        "TLS_SERVER_NAME", "the name or IP address in the sources' certificates"
+    ),
     "TOKEN_FILE": _path("TOKEN_FILE"),
 }
 assert {*map(str.lower, _PARSERS), "disk"} == {field.name for field in fields(NetLoaderConfig)}

@@ -52,7 +52,6 @@ _ROUND_TRIPS = 21
 _MAX_ASKED = 1024  # ranks of one instance
 _ASKED_AT_ONCE = 32
 _MAX_BYTES, _MOST_AXES = 1 << 50, 64  # of one tensor
-# Not by attribute of torch, which imports modules for some names.
 # What safetensors has no name for is a row of bytes there.
 _NAMES = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
 

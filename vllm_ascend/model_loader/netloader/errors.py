@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from .utils import shortened
 
-# Characters of an error about one source, or about one that is of its making: it chooses names and
-# values in them, and they go to logs.
+# Characters of an error about one source, which goes to logs: the source chooses names and values
+# in it.
 _MOST = 5000
 
 

@@ -80,5 +80,6 @@ def _pieces(path: Path, nbytes: int) -> Generator[list[Buffer], None, None]:
 
 @functools.lru_cache(maxsize=4 * MAX_FILES)
 def _digest(path: Path, nbytes: int, changed: int) -> str:
+    """Return a file's SHA-256, once for each size and time of change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -60,7 +60,6 @@ from .executor.chunks.manifest import PROCESSED, RAW, Sample, Scalar
 from .executor.devices import Device, start_prefault
 from .executor.devices.choose import device_of
 from .executor.model.processed import (
-    capture_processed,
     changed_scalars,
     defined_memory,
     processed_tensors,
@@ -80,7 +79,7 @@ from .executor.model.raw import (
     without_doubles,
 )
 from .executor.model.trace import Trace
-from .executor.store import BlockStore
+from .executor.store import BlockStore, make_store
 from .executor.view.boxes import Unmapped
 from .executor.view.offered import Viewed
 from .executor.view.records import Records
@@ -786,9 +785,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                 if load.store is None and (load.serving or (load.hashing and not load.weights)):
                     attributes = changed_scalars(load.scalars, scalars(model))
                     meaning = meaning_of(model, PROCESSED)
-                    load.store = _hashed(
-                        load, lambda: capture_processed(model, attributes, load.device, meaning)
-                    )
+                    what = processed_tensors(model), PROCESSED, attributes, load.device, meaning
+                    load.store = _hashed(load, lambda: make_store(*what))
             elif load.store is not None and not load.unserved:
                 dram = self._config.int8_cache is Int8Cache.DRAM
                 used = processed_tensors(model) if dram else {}

@@ -251,7 +251,6 @@ def reading(model: nn.Module, weights: Weights) -> Weights:
     known = _offered.get(model)
     if known is None or not known.records:
         return weights
-    seen = known.seen
     try:
         seen = known.seen or Reread(decode(known.records))
     except Exception:  # the reload is worth more than its view

@@ -32,16 +32,7 @@ from .interaction.elastic import ElasticServer, Session
 from .interaction.peer_book import PeerBook
 from .port_file import PortFile
 from .served import Served, ServedGroup, as_refusals
-from .utils import (
-    Address,
-    Buffer,
-    FewLines,
-    logger,
-    one_line,
-    parse_address,
-    shortened,
-    words_of,
-)
+from .utils import Address, Buffer, FewLines, logger, one_line, parse_address, shortened, words_of
 from .version import __version__
 
 _PIECE = 8 << 20  # bytes of a run that are sent at once over HTTP

@@ -24,13 +24,7 @@ from .executor.view.offered import Region, Viewed
 from .interaction import api
 from .interaction.api import Code, Peer, Refusal
 from .interaction.elastic import Session
-from .utils import (
-    Buffer,
-    logger,
-    one_line,
-    rate,
-    size,
-)
+from .utils import Buffer, logger, one_line, rate, size
 
 
 class Served:

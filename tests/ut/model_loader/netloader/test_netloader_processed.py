@@ -18,12 +18,12 @@ from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSE
 from vllm_ascend.model_loader.netloader.executor.memory import write
 from vllm_ascend.model_loader.netloader.executor.model.match import describe, match
 from vllm_ascend.model_loader.netloader.executor.model.processed import (
-    capture_processed,
     changed_scalars,
     defined_memory,
     processed_tensors,
 )
 from vllm_ascend.model_loader.netloader.executor.model.raw import apply_attributes, scalars
+from vllm_ascend.model_loader.netloader.executor.store import make_store
 
 from .support import DEVICE, DTYPES, blank_like, bytes_of, differing
 
@@ -304,7 +304,7 @@ def test_a_tensor_that_has_several_names_is_found_under_all():
 
 def captured(model, before=None):
     attributes = changed_scalars(before, scalars(model)) if before is not None else {}
-    return capture_processed(model, attributes, DEVICE)
+    return make_store(processed_tensors(model), PROCESSED, attributes, DEVICE)
 
 
 def pull(store, into):

@@ -25,7 +25,6 @@ from vllm_ascend.model_loader.netloader.executor.view.boxes import (
 )
 from vllm_ascend.model_loader.netloader.executor.view.casts import gives, keeps, shortest
 from vllm_ascend.model_loader.netloader.executor.view.fetch import find
-from vllm_ascend.model_loader.netloader.executor.view.offered import extent_of
 from vllm_ascend.model_loader.netloader.executor.view.records import (
     Copy,
     Fill,
@@ -569,7 +568,7 @@ def test_records_of_a_tensor_that_cannot_be_are_refused(shape):
 def test_whether_a_parameter_has_gaps_is_told_from_how_it_is_laid_out(tensor, dense):
     parameter = parameter_of("p", tensor)
     assert parameter.is_dense is dense
-    assert parameter.extent == extent_of(tensor)
+    assert parameter.extent == reach(tensor.shape, tensor.stride())
 
 
 def test_records_of_many_experts_are_small_and_planned_fast():

@@ -26,16 +26,7 @@ from ..errors import (
     SourceUnreachable,
 )
 from ..identity import PLACEMENT, ModelIdentity
-from ..utils import (
-    Address,
-    Lookup,
-    Name,
-    one_line,
-    parse_address,
-    shortened,
-    unmapped,
-    words_of,
-)
+from ..utils import Address, Lookup, Name, one_line, parse_address, shortened, unmapped, words_of
 from . import api
 from .api import Code, ModelStatus, Status
 from .cold_start import Phase, Replica, Seen, has_weights
@@ -189,8 +180,8 @@ class Discovery:
         distinct: dict[Address, str] = {}
         for one in sorted(endpoints.values()):
             distinct.setdefault(one.address, one.instance)
-        # Of one that has the target only another rank may load the draft. A rank that loads the
-        # target itself has nothing of the draft, and looks before it reads that.
+        # Who serves the target need not be a rank that loads the draft: of a pipeline only those of
+        # the last stage do. One of these that has nothing of it yet looks here before it reads it.
         known = {replica.address for replica in replicas.values()}
         silent = {
             str(address)

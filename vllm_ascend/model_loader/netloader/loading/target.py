@@ -11,13 +11,7 @@ import msgspec
 import torch
 
 from ..config import MIB, NetLoaderConfig, Transport
-from ..errors import (
-    LayoutUnsupported,
-    ProtocolError,
-    SourceRefused,
-    TransferCorrupt,
-    Withdrawn,
-)
+from ..errors import LayoutUnsupported, ProtocolError, SourceRefused, TransferCorrupt, Withdrawn
 from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
 from ..executor.chunks.manifest import Manifest, Sample, Scalar, decode

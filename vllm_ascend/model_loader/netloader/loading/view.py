@@ -35,15 +35,7 @@ from ..executor.model.trace import Trace
 from ..executor.view.boxes import Unmapped, row_major
 from ..executor.view.fetch import catalog, find, is_copied, same_reading
 from ..executor.view.places import InPlace
-from ..executor.view.records import (
-    MOST_ENTRIES,
-    Copy,
-    Records,
-    Seen,
-    decode,
-    dtype_of,
-    nbytes_of,
-)
+from ..executor.view.records import MOST_ENTRIES, Copy, Records, Seen, decode, dtype_of, nbytes_of
 from ..identity import OF_EACH_TENSOR, ModelIdentity
 from ..interaction import api
 from ..interaction.api import Done

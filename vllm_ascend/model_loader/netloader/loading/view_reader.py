@@ -479,6 +479,6 @@ def said_of(address: Address, error: Exception) -> str:
     """Return what went wrong with a source as a line that begins with its address."""
     if isinstance(error, SourceError):
         said = one_line(error)
-        return said if said.startswith(f"{address}") else f"{address}: {said}"
+        return said if said.startswith(f"{address}: ") else f"{address}: {said}"
     logger.debug("NetLoader: %s", address, exc_info=error)
     return f"{address}: {type(error).__name__}: {shortened(one_line(error))}"

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..chunks.manifest import NO_MEANING, PROCESSED, Scalar
-from ..devices import Device
-from ..store import BlockStore, make_store
+from ..chunks.manifest import Scalar
 from .walk import walk
 
 # An integer beyond that is an address in this process.
@@ -91,23 +89,3 @@ def changed_scalars(before: Mapping[str, Scalar], after: Mapping[str, Scalar]) -
         and not (type(value) is int and abs(value) >= _LARGEST_INT)
         and name.rpartition(".")[2] != "training"
     }
-
-
-def capture_processed(
-    model: nn.Module,
-    attributes: Mapping[str, Scalar],
-    device: Device,
-    meaning: Mapping[str, str] = NO_MEANING,
-) -> BlockStore:
-    """Describe and hash a post-processed model, as it is to be served.
-
-    Args:
-        model: the model, ready for inference.
-        attributes: the plain attributes that loading has set.
-        device: where the tensors are.
-        meaning: see `Manifest`.
-
-    Raises:
-        LayoutUnsupported: a tensor has no memory.
-    """
-    return make_store(processed_tensors(model), PROCESSED, attributes, device, meaning)

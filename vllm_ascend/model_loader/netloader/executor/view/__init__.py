@@ -1,1 +1,1 @@
-"""A checkpoint seen through the parameters that it was copied into: records, inverse, plans."""
+"""A checkpoint seen through the parameters that it was copied into."""

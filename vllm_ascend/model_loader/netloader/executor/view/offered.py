@@ -13,7 +13,7 @@ import torch
 from ...errors import ProtocolError, Withdrawn
 from ...utils import Buffer
 from ..memory import INTEGER, bytes_of, host_memory, host_view
-from .boxes import last_of
+from .boxes import last_of, reach
 from .records import Parameter, Records, encode, parameter_of
 
 
@@ -163,7 +163,7 @@ class Viewed:
             allowed = f"0-{len(self.parameters) - 1}" if self.parameters else "none"
             raise ProtocolError(f"there is no parameter {region.parameter}; allowed: {allowed}")
         memory = self.parameters[region.parameter]
-        extent, size, stride = extent_of(memory), region.size, region.stride
+        extent, size, stride = reach(memory.shape, memory.stride()), region.size, region.stride
         inside = (
             len(size) == len(stride)
             and region.offset >= 0
@@ -203,11 +203,6 @@ def _cut(region: Region, count: int) -> Iterator[Region]:
         part = (*size[:axis], rows, *size[axis + 1 :])
         offset = region.offset + first * stride[axis]
         yield from _cut(_Part(region.parameter, offset, part, stride), count)
-
-
-def extent_of(tensor: torch.Tensor) -> int:
-    """Return the number of elements from a tensor's first to its last one in memory."""
-    return last_of(tensor.shape, tensor.stride()) + 1 if tensor.numel() else 0
 
 
 def viewed(records: Records, tensors: Mapping[str, torch.Tensor]) -> Viewed:

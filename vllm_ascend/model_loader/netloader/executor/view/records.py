@@ -150,8 +150,8 @@ class Records(msgspec.Struct, frozen=True):
 
     Attributes:
         tensors: the checkpoint tensors that loading looked at, in that order, as the last one that
-            is written to a place counts; those without copies and without kept
-            values are in no parameter.
+            is written to a place counts; those without copies and without kept values are in no
+            parameter.
         parameters: the parameters that were copied into or filled.
         fills: memory that is filled rather than copied.
         computed: parameter -> why its values cannot be told from copies, such as the operation

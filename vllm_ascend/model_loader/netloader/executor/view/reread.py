@@ -13,7 +13,7 @@ import torch
 
 from ...utils import one_line
 from ..memory import bytes_of
-from .boxes import Unmapped
+from .boxes import Unmapped, box_of
 from .records import Kept, Records, name_of
 
 Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
@@ -95,5 +95,5 @@ class _Watched:
 def _again(kept: Kept, tensor: torch.Tensor) -> Kept:
     if kept.values is None:
         return kept
-    part = tensor[tuple(slice(a, a + n) for a, n in zip(*kept.box, strict=True))]
+    part = box_of(tensor, kept.box)
     return msgspec.structs.replace(kept, values=bytes_of(part.contiguous()).cpu().numpy().tobytes())
