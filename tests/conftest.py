@@ -39,13 +39,3 @@ def log():
     yield handler.lines
     logger.setLevel(level)
     logger.removeHandler(handler)
-
-
-@pytest.fixture(scope="session")
-def looks_at_models_here():
-    """vLLM looks at each model's class in a process of its own, which imports vLLM once more."""
-    from vllm.model_executor.models import registry  # not every environment of the tests has it
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
-        yield

@@ -14,11 +14,6 @@ def pytest_configure():
     clean_up_when_interrupted()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _looks_at_models_here(looks_at_models_here):
-    """What is found out here is known to the instances that are started later."""
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("netloader")

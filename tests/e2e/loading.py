@@ -24,10 +24,14 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models import registry as model_registry
 from vllm.plugins import load_general_plugins
 
 from vllm_ascend.model_loader.netloader import registry
 from vllm_ascend.model_loader.netloader.executor.model.processed import processed_tensors
+
+# vLLM looks at a model's class in a process of its own, which imports vLLM once more.
+model_registry._run_in_subprocess = lambda look: look()
 
 
 def make_config(

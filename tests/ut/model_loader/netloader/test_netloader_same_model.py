@@ -11,6 +11,7 @@ import vllm
 from torch import nn
 from transformers import LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
 
 from tools.make_model import make_model
 from vllm_ascend.model_loader.netloader.compat import (
@@ -24,7 +25,13 @@ from vllm_ascend.model_loader.netloader.compat import (
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
 from vllm_ascend.model_loader.netloader.interaction import api
 
-pytestmark = pytest.mark.usefixtures("looks_at_models_here")
+
+@pytest.fixture(scope="module", autouse=True)
+def _looks_at_models_here():
+    """vLLM looks at a model's class in a process of its own, which imports vLLM once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
 
 
 @pytest.fixture(scope="module")
