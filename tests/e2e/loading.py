@@ -1,6 +1,8 @@
 """Loads models as a vLLM worker does, in this process and without an engine."""
 
 import contextlib
+import functools
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -68,6 +70,13 @@ def make_config(
     ).create_engine_config()
 
 
+@functools.cache
+def freeze() -> None:
+    """Look through what was imported no more: vLLM 0.32 looks for garbage twice in each load."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def worker(
     config: VllmConfig, rank: int = 0, meeting: Path | None = None
@@ -76,6 +85,7 @@ def worker(
 
     Several of them need a file to meet at. Their group lasts as long as their processes.
     """
+    freeze()
     # vLLM's CPU worker does the same: without an accelerator both raise.
     torch.accelerator.empty_cache = lambda: None
     torch.accelerator.synchronize = lambda *_: None

@@ -37,7 +37,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers import rotary_embedding
 from vllm.platforms import current_platform
 
-from tests.e2e.loading import assert_same, load, make_config, reload_from, store_of
+from tests.e2e.loading import assert_same, freeze, load, make_config, reload_from, store_of
 from tools.make_model import copy_without_weights
 from vllm_ascend.model_loader.netloader import netloader
 from vllm_ascend.model_loader.netloader.errors import NetLoaderError
@@ -256,6 +256,7 @@ def apart(row: Row) -> bool:
 
 def main(names: list[str]) -> int:
     """Run the rows of these names, or all, and print a table."""
+    freeze()
     on_npus = current_platform.device_type == "npu"
     print(f"vLLM {vllm.__version__}", flush=True)
     print(f"| {'model':16} | {'s':>5} | {'answers':8} | load   | reload in place |")
