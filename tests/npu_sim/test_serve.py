@@ -47,15 +47,15 @@ def test_installed_netloader_is_the_active_one(tmp_path):
 def test_client_and_its_client_say_what_seed_and_cpu_say(fleet, models, dead_address):
     """Each instance feeds the next; the last two have no weight file."""
     model = models["plain"]
-    # Each process imports vLLM by itself, as `vllm serve` has it by default.
-    more = {"environment": {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}}
-    seed = fleet.start("seed", model, **more).wait()
+    seed = fleet.start("seed", model).wait()
     said = seed.say()
     assert_as_on_cpu(said, model)
 
     sources = {rank: [dead_address, *alive] for rank, alive in seed.addresses().items()}
     config = {"SOURCE": source_list(sources)}
-    client = fleet.start("client", model, config, bare=True, **more).wait()
+    # Each of its processes imports vLLM by itself, as `vllm serve` has it by default.
+    spawned = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    client = fleet.start("client", model, config, bare=True, environment=spawned).wait()
     assert client.say() == said
     client.assert_loaded_from(seed)
     # The dead source cost nothing but a line in the log.

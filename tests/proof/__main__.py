@@ -242,6 +242,7 @@ def in_its_place(row: Row) -> bool:
     """Prove a row, and tidy up after it."""
     proved = prove_and_print(row)
     gc.collect()
+    gc.freeze()  # what engines import when they are made, too
     destroy_model_parallel()  # which groups there are depends on the model
     return proved
 

@@ -178,9 +178,12 @@ class ElasticServer:
         progress_timeout: seconds that sending may take without the client receiving anything.
         idle_timeout: seconds from an answer to the next request.
         credentials: who is let in; None: everybody, without TLS.
+        turned_away: called with the kind of each refusal of one who is not let in.
 
     Attributes:
         door: who was not let in.
+        places: as many connections may have a place; first `max_sessions`.
+        reading: held for each connection that reads files or records; few at once.
     """
 
     def __init__(

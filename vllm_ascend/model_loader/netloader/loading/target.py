@@ -88,7 +88,15 @@ class Postponed(Exception):
 
 
 class Target:
-    """The store that all sessions of a load fill, once the first source has said what it is."""
+    """The store that all sessions of a load fill, once the first source has said what it is.
+
+    Attributes:
+        chosen: whether this instance is the one of several that reads the disk.
+        met: called with a weights digest and a client that wants these weights.
+        feeds: returns which sources feed this load, for others to see.
+        chunk_mib: size of a run at most; 0 before the first source.
+        lists: what sources have said of the weights of their instances' ranks.
+    """
 
     def __init__(
         self,
@@ -122,7 +130,7 @@ class Target:
         self._store: BlockStore | None = None
         self._scheduler: Scheduler | None = None
         self._sessions = 0
-        self.chunk_mib = 0  # size of a run at most, once the first source has said what it is
+        self.chunk_mib = 0
         self.lists: list[Mapping[int, str]] = []
         self._over = threading.Event()
         self._prefaulting: threading.Thread | None = None
