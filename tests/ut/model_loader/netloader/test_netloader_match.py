@@ -41,6 +41,15 @@ def test_a_manifest_survives_the_journey():
     assert _travelled(manifest) == manifest
 
 
+def test_a_tensor_in_another_format_that_is_turned_is_refused_on_both_sides():
+    turned = {"a": torch.zeros(3, 2).t()}
+    with pytest.raises(LayoutUnsupported, match=r"a is FRACTAL_NZ and strided \[1, 2\]"):
+        describe(turned, PROCESSED, {}, lambda tensor: "FRACTAL_NZ")
+    manifest, _ = describe({"a": torch.zeros(2, 3)}, PROCESSED, {}, lambda tensor: "FRACTAL_NZ")
+    with pytest.raises(LayoutUnsupported, match=r"a is FRACTAL_NZ and strided \[1, 2\]"):
+        match(manifest, turned, ["a"], {"a": "FRACTAL_NZ"})
+
+
 def test_a_manifest_of_as_many_tensors_as_any_model_has_is_taken():
     kind = "torch.bfloat16", (4096, 1024, 64), None, (1024, 1, 4096), "FRACTAL_NZ"
     count = 200_000

@@ -17,6 +17,8 @@ from ..memory import DTYPES
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
+# The memory of a tensor with a format is replaced while it is filled, and that of no view of it.
+_TURNED = "{} is {} and strided {}, and such memory cannot be filled"
 # How far apart two processors, or two versions of torch, may come out with the same number.
 _ROUNDING = 0.02
 
@@ -51,7 +53,10 @@ def describe(
         alias_of = _alias_of(name, tensor, tensors, seen)
         dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
         stride = _stride_of(tensor) if layout == PROCESSED else None
-        entries.append(TensorEntry(name, dtype, shape, alias_of, stride, format_of(tensor)))
+        form = format_of(tensor)
+        if form and stride:
+            raise LayoutUnsupported(_TURNED.format(name, form, [*stride]))
+        entries.append(TensorEntry(name, dtype, shape, alias_of, stride, form))
         if alias_of is None:
             distinct.append(_as_sent(tensor) if layout == PROCESSED else tensor)
     try:
@@ -106,6 +111,9 @@ def match(
             continue
         stride = _stride_of(tensor) if processed else None
         form = formats.get(name) if formats else None
+        if form and stride:
+            differences.append(_TURNED.format(name, form, [*stride]))
+            continue
         if (form or stride) != (entry.format or entry.stride):
             here, there = _stored(stride, form), _stored(entry.stride, entry.format)
             differences.append(f"{name} is {here} here and {there} there")
