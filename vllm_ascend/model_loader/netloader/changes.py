@@ -8,6 +8,8 @@ from enum import Enum
 
 from .interaction.api import Code
 
+_UNNOTICED = "a change without notice"
+
 
 class After(Enum):
     """What the weights are once a call that changes them has returned.
@@ -78,6 +80,7 @@ class Instance:
         self._changed = False
         self._directly = False
         self._asleep = 0
+        self._noticed = False
         self._renewing: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -107,9 +110,10 @@ class Instance:
     def changed_without_notice(self) -> None:
         """Offer the weights anew: they have changed, and nobody has said so."""
         with self._lock:
-            if not self._depth and not self._changed:
-                self._changed = self._directly = True
-                self._start("a change without notice", unchanged=False)
+            if self._depth or self._changed:  # it may change nothing, or have been hashed already
+                self._noticed = True
+            else:
+                self._start_unnoticed()
 
     def stop(self) -> None:
         """Offer nothing any more."""
@@ -151,6 +155,9 @@ class Instance:
             return
         if change.after is After.AWAKE and not failed:
             self._asleep = 0
+        if not self._changed and self._noticed:
+            self._start_unnoticed()
+            return
         if not self._changed or self._asleep:
             return
         if failed:
@@ -172,12 +179,20 @@ class Instance:
                 f"{change.name} has changed weights, and nobody said that they are complete",
             )
 
+    def _start_unnoticed(self) -> None:
+        self._changed = self._directly = True
+        self._start(_UNNOTICED, unchanged=False)
+
     def _start(self, name: str, *, unchanged: bool) -> None:
         self._cancel()
+        self._noticed = False
         stop, directly = self._stop, self._directly
 
         def renew() -> None:
             self._renew(name, directly, unchanged, stop)
+            while self._noticed and not stop.is_set():
+                self._noticed = False
+                self._renew(_UNNOTICED, True, False, stop)
             if not stop.is_set():  # else whoever has set it waits for this thread
                 self._changed = self._directly = False
 

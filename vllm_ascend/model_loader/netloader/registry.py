@@ -362,7 +362,9 @@ def _renew(
             raise LayoutUnsupported(f"the weights are not those of before {change}")
     except Withdrawn:
         return
-    except (LayoutUnsupported, RuntimeError) as error:  # torch raises RuntimeErrors
+    except Exception as error:  # whatever it is: else clients would come again for ever
+        if not isinstance(error, LayoutUnsupported | RuntimeError):  # torch raises RuntimeErrors
+            logger.debug("NetLoader rank %d: hashing failed", server.rank, exc_info=True)
         reason = one_line(error)
         server.withdraw(identity.group, Code.CANNOT_SERVE, reason)
         logger.warning(

@@ -129,6 +129,7 @@ class WeightServer:
         self._epochs: dict[str, int] = {}
         self._expected: set[str] = set()
         self._lingering: set[str] = set()
+        self._found_changed: dict[str, list[BlockStore]] = {}  # whose readers may go on
         self._stopped = False
         self._peers = PeerBook()
         self._first_copies: dict[str, FirstCopy[Peer]] = {}  # by weights digest
@@ -213,6 +214,9 @@ class WeightServer:
     def announce(self, offer: Offer) -> None:
         """Say of a model that is being loaded what there is of it; an epoch begins with `offer`."""
         group = offer.identity.group
+        before = self._offers.get(group)
+        if before is not None and before.store is not None:  # others may come into its memory
+            self.withdraw(group, Code.CHANGING, "the weights are being replaced")
         with self._lock:
             self._epochs.setdefault(group, 0)
             self._expected.discard(group)
@@ -233,8 +237,10 @@ class WeightServer:
         that was no source to begin with keeps its own reason.
         """
         store = self._refuse(group, code, reason)
-        if store is not None:
-            self._wait_for_readers(store)
+        with self._lock:
+            stores = self._found_changed.pop(group, [])
+        for one in [*stores, *([store] if store is not None else [])]:
+            self._wait_for_readers(one)
 
     def linger(self, group: str, seconds: float) -> None:
         """Let no more clients in; return when those that pull a group's model have ended.
@@ -369,9 +375,11 @@ class WeightServer:
             over = f"the regions have {nbytes} bytes; allowed: {api.MAX_GATHERED} in one request"
             raise Refusal(Code.OUT_OF_RANGE, over)
 
+        at_once = min(_GATHERED_AT_ONCE, self.config.max_message_bytes)
+
         def gathered() -> Generator[list[Buffer], None, None]:
             digest = xxhash.xxh3_128()
-            for piece in view.pieces(regions, _GATHERED_AT_ONCE):
+            for piece in view.pieces(regions, at_once):
                 # A piece is read until the next one is asked for.
                 with as_refusals(), served.gathered(view, piece) as views:
                     for one in views:
@@ -474,12 +482,14 @@ class WeightServer:
                 ", ".join(store.names(wrong)),
                 session.peer,
             )
-            self._refuse(group, Code.CHANGING, _CHANGED)
+            if self._refuse(group, Code.CHANGING, _CHANGED) is store:
+                with self._lock:
+                    self._found_changed.setdefault(group, []).append(store)
             self.renew(group)
         raise Refusal(Code.CHANGED, _CHANGED)
 
     def _gives_up(self, group: str) -> None:
-        self.withdraw(group, Code.CANNOT_SERVE, _CHANGED)
+        self._refuse(group, Code.CANNOT_SERVE, _CHANGED)
 
     def done(self, session: Session, done: Done) -> None:
         """Take note of how the client's session has ended."""

@@ -1,5 +1,6 @@
 """How the offers of an instance follow the changes of its weights."""
 
+import contextlib
 import threading
 
 import pytest
@@ -146,6 +147,29 @@ def test_a_change_without_notice_is_hashed_unless_there_is_another_one(story):
     story.instance.changed_without_notice()
     story.instance.wait()
     assert story.told == ["renewed directly", "changing"]
+
+
+@pytest.mark.parametrize(("change", "fail"), [(LATER, True), (LATER, False), (WAKE, False)])
+def test_a_change_found_during_a_call_that_changes_nothing_is_hashed_afterwards(
+    story, change, fail
+):
+    with contextlib.suppress(ZeroDivisionError), story.instance.changing(change):
+        story.instance.changed_without_notice()
+        if fail:
+            raise ZeroDivisionError
+    story.instance.wait()
+    assert story.told == ["renewed directly"]
+
+
+def test_a_change_found_while_weights_are_hashed_has_them_hashed_again(story):
+    story.hold.clear()
+    with story.instance.changing(RELOAD):
+        pass
+    assert story.begun.wait(PATIENCE)
+    story.instance.changed_without_notice()
+    story.hold.set()
+    story.instance.wait()
+    assert story.told == ["changing", "renewed", "renewed directly"]
 
 
 def test_the_reason_names_what_is_called(story):

@@ -690,9 +690,10 @@ def test_weights_found_changed_are_offered_anew(config):
         assert status().weights != before.weights
 
 
-def test_what_a_rank_had_is_not_what_it_has_once_it_was_found_changed(config, monkeypatch):
+@pytest.mark.parametrize("kind", [LayoutUnsupported, ValueError])
+def test_what_a_rank_had_is_not_what_it_has_once_it_was_found_changed(config, monkeypatch, kind):
     def fail(self, **how):
-        raise LayoutUnsupported("w was made by post-processing")
+        raise kind("odd")
 
     monkeypatch.setattr(Renewal, "hashed", fail)
     store = HashStore()

@@ -8,6 +8,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import LayoutUnsupported, Withdrawn
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import PROCESSED, RAW
+from vllm_ascend.model_loader.netloader.executor.model.raw import scalars
 from vllm_ascend.model_loader.netloader.executor.model.renewal import Renewal
 
 from .support import store_of
@@ -53,6 +54,18 @@ def test_weights_that_are_the_models_own_are_hashed_where_they_are(model):
 
 def test_weights_that_have_not_changed_have_the_same_digest(model):
     assert hashed(model.renewal()).digests == model.store.digests
+
+
+def test_attributes_of_a_module_with_two_names_are_found_under_both():
+    """As MLA has its projections in vLLM 0.32."""
+    model = nn.Module()
+    model.proj = nn.Linear(3, 4, bias=False)
+    model.mla = nn.Module()
+    model.mla.proj = model.proj
+    model.proj.processed = True
+    tensors = {"proj.weight": model.proj.weight.detach()}
+    renewal = Renewal(model, store_of(tensors, attributes=scalars(model), layout=PROCESSED))
+    assert hashed(renewal).manifest.attributes == scalars(model)
 
 
 def test_what_is_kept_beside_the_model_is_copied_when_its_layer_is_processed_again(model):

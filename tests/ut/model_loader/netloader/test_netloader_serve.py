@@ -16,6 +16,7 @@ from tests.certificates import SECRET, secret_file
 from tests.identity import identity
 from vllm_ascend.model_loader.netloader import serve, utils
 from vllm_ascend.model_loader.netloader.config import Transport
+from vllm_ascend.model_loader.netloader.errors import Withdrawn
 from vllm_ascend.model_loader.netloader.executor import scheduler
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
 from vllm_ascend.model_loader.netloader.executor.chunks.digests import combine, of_instance
@@ -32,6 +33,7 @@ from vllm_ascend.model_loader.netloader.interaction.api import (
     Refusal,
 )
 from vllm_ascend.model_loader.netloader.interaction.client import ElasticClient, GroupControl
+from vllm_ascend.model_loader.netloader.interaction.cold_start import Phase
 from vllm_ascend.model_loader.netloader.interaction.server import Session
 from vllm_ascend.model_loader.netloader.port_file import PortFile
 from vllm_ascend.model_loader.netloader.serve import Offer, Relay, WeightServer
@@ -509,6 +511,24 @@ def test_weights_that_have_changed_without_notice_are_withdrawn_and_offered_anew
     assert "the weights have changed without notice: found in t3, which 192.0.2.7:1" in line
 
 
+def test_regions_go_out_in_pieces_of_a_message_at_most(monkeypatch):
+    sizes = []
+
+    class View:
+        def nbytes_of(self, regions):
+            return 9
+
+        def pieces(self, regions, nbytes):
+            sizes.append(nbytes)
+            return []
+
+    to = server(offer(view=View()))
+    for nbytes in (5, 1 << 30):
+        monkeypatch.setattr(type(to.config), "max_message_bytes", nbytes)
+        [*to.regions(session(), WEIGHTS, []).chunks]
+    assert sizes == [5, 2 << 20]
+
+
 def test_weights_that_nobody_hashes_anew_are_given_up_once_they_have_changed(checked):
     _, store, _ = checked
     to = server(Offer(WHO, store))
@@ -516,6 +536,29 @@ def test_weights_that_nobody_hashes_anew_are_given_up_once_they_have_changed(che
     changed = "the weights have changed since they were offered"
     assert refusal(to.check, session(), store.digests.weights, 3, 3) == ("changed", changed)
     assert refusal(join, to) == ("cannot_serve", changed)
+
+
+def test_whoever_withdraws_weights_waits_for_their_readers_also_if_they_were_found_changed(checked):
+    to, store, _ = checked
+    store.tensors[3][0] ^= 1
+    reading, over = threading.Event(), threading.Event()
+
+    def read():
+        with store.reading(Run(0, 0)):
+            reading.set()
+            over.wait(PATIENCE)
+
+    threading.Thread(target=read, daemon=True).start()
+    assert reading.wait(PATIENCE)
+    assert refusal(to.check, session(), store.digests.weights, 3, 3)[0] == "changed"
+    asleep = WHO.group, api.Code.ASLEEP, "it sleeps"
+    withdrawing = threading.Thread(target=to.withdraw, args=asleep, daemon=True)
+    withdrawing.start()
+    withdrawing.join(0.2)
+    assert withdrawing.is_alive()
+    over.set()
+    withdrawing.join(PATIENCE)
+    assert not withdrawing.is_alive()
 
 
 def test_a_client_cannot_have_more_checked_than_a_few_blocks_a_second(records):
@@ -1157,6 +1200,13 @@ def relaying():
     relay, store = loading(to)
     relay.begin(store, lambda weights, peer: None)
     return to, relay, store
+
+
+def test_what_has_come_of_a_load_that_begins_anew_is_read_by_nobody():
+    _, relay, store = relaying()
+    relay.announce(Phase.LOADING)
+    with pytest.raises(Withdrawn):
+        store.check(Run(0, 0))
 
 
 def test_a_load_passes_on_what_has_come_until_it_ends():

@@ -34,7 +34,7 @@ class Renewal:
         self.store = store
         self._watched = weakref.WeakSet(watched)
         self._model = weakref.ref(model)
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         self._beside: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, torch.Tensor]]]
         self._beside = weakref.WeakKeyDictionary()
         self._stale: set[str] = set()
