@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import read_regions
 from vllm_ascend.model_loader.netloader import cli, copies, model_files
 from vllm_ascend.model_loader.netloader.config import parse_config
-from vllm_ascend.model_loader.netloader.errors import SourceError, SourceRefused
+from vllm_ascend.model_loader.netloader.errors import LoadFailed, SourceError, SourceRefused
 from vllm_ascend.model_loader.netloader.executor.memory import host_view
 from vllm_ascend.model_loader.netloader.executor.view.records import decode, dtype_of
 from vllm_ascend.model_loader.netloader.interaction import api
@@ -189,6 +189,20 @@ def test_of_other_weights_nothing_is_kept(way, tmp_path):
     assert same(tmp_path / FILE, way, many_rows)
 
 
+def test_what_was_pulled_before_stays_until_other_weights_are_there(way, tmp_path, monkeypatch):
+    with sides.source(way, rows, 1) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.OK
+    before = (tmp_path / FILE).read_bytes()
+
+    def fail(*_, **options):
+        raise LoadFailed("no source is left")
+
+    monkeypatch.setattr(copies, "elastic_load", fail)
+    with source(way) as seed:
+        assert run("pull", seed.address, tmp_path) == cli.NO
+    assert (tmp_path / FILE).read_bytes() == before
+
+
 def test_a_pull_from_nobody_fails_and_says_why(way, tmp_path, capsys):
     gone = closed_port()
     assert run("pull", gone, tmp_path) == cli.NO
@@ -239,6 +253,20 @@ def test_what_is_held_in_files_outlives_the_instance(way, tmp_path):
             assert got.digest == digest
             holder.send_signal(signal.SIGTERM)
             assert holder.wait(PATIENCE) == 0
+
+
+def test_what_came_unchecked_is_not_held_if_it_is_something_else(way, monkeypatch, capsys):
+    pull = copies.pull
+
+    def spoilt(*arguments, **options):
+        store = pull(*arguments, **options)
+        store.tensors[0][0] ^= 1
+        return store
+
+    monkeypatch.setattr(copies, "pull", spoilt)
+    with source(way) as seed:
+        assert run("hold", seed.address, "--config", '{"VERIFY": false}') == cli.NO
+        assert f"other weights came than {seed.store.digests.weights}" in capsys.readouterr().err
 
 
 def test_what_is_held_in_memory_is_that_of_all_ranks(way):
@@ -384,6 +412,12 @@ def test_instances_with_equal_weights_are_equal(way, capsys):
     with source(way) as one, source(way) as other:
         assert run("diff", one.address, other.address) == cli.OK
         assert capsys.readouterr().out == f"equal, digest {one.store.digests.weights}\n"
+
+
+def test_instances_with_equal_weights_that_are_not_one_model_are_not_equal(way, capsys):
+    with source(way) as one, source(way, who=identity(way, model="another")) as other:
+        assert run("diff", one.address, other.address) == cli.NO
+    assert "and 'another' at" in capsys.readouterr().out
 
 
 def test_tensors_that_differ_are_named(way, capsys):

@@ -21,6 +21,7 @@ from .config import SECRET_FILE_VARIABLE, NetLoaderConfig, parse_config
 from .credentials import Derived, derived_from, read_secrets
 from .errors import (
     ConfigError,
+    LoadFailed,
     NetLoaderError,
     ProtocolError,
     SourceError,
@@ -397,6 +398,8 @@ def _hold(options: argparse.Namespace) -> int:
     for what, addresses, local_host in _described(options, config):
         path = options.folder / copies.file_name(what.identity) if options.folder else None
         store = copies.pull(addresses, what, path, config, show_progress=not options.json)
+        if not config.verify and store.hashed_anew().digests != store.digests:
+            raise LoadFailed(f"other weights came than {what.digests.weights}")
         view = copies.view_of(store, addresses, config)
         held.append((what, store, view, ", ".join(map(str, addresses))))
         host = host or local_host
@@ -454,13 +457,13 @@ def _diff(options: argparse.Namespace) -> int:
     sides = [options.one, options.other]
     models = [copies.model_of(one, status_of(one, config), group) for one in sides]
     here, there = models
-    if here.weights == there.weights:
-        _say(options, {"equal": True, "weights": here.weights}, f"equal, digest {here.weights}")
-        return OK
     differences = [
         f"{one.field} is {one.client} at {sides[0]} and {one.source} at {sides[1]}"
         for one in api.differences(here.identity, there.identity)
     ]
+    if not differences and here.weights == there.weights:
+        _say(options, {"equal": True, "weights": here.weights}, f"equal, digest {here.weights}")
+        return OK
     if not differences:
         described = []
         for address, model in zip(sides, models, strict=True):

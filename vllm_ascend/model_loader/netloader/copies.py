@@ -306,7 +306,7 @@ def _memory(description: Description, path: Path | None, part: Path | None) -> l
             raise NetLoaderError(f"out of memory: the weights have {size(at)}") from None
     head = _head(description, [(index, places[index]) for index in order])
     part.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if _begins_with(path, head):  # else it stays until all of these weights are there
         path.replace(part)
     if not _begins_with(part, head):  # of other weights, or new
         part.unlink(missing_ok=True)  # whoever has mapped it keeps what it had

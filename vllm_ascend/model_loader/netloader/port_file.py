@@ -42,13 +42,17 @@ class PortFile:
             OSError: it cannot be written; nothing is left behind.
         """
         write_atomically(self.path, self._text)
-        self._watch = subprocess.Popen(
-            ["sh", "-c", _WATCH, "sh", str(self.path.absolute()), self._text],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            self._watch = subprocess.Popen(
+                ["sh", "-c", _WATCH, "sh", str(self.path.absolute()), self._text],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError:
+            self.remove()
+            raise
         self._watch.wait()  # for the outer shell, which ends once it has started the inner one
 
     def remove(self) -> None:

@@ -288,6 +288,13 @@ def test_a_port_file_has_the_address_and_is_alone_in_its_folder(prefix, tmp_path
     assert os.listdir(tmp_path) == []
 
 
+def test_a_port_file_that_nobody_watches_does_not_stay(prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(OSError):
+        PortFile(prefix, 0, ADDRESS).publish()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_port_file_replaces_what_an_earlier_instance_left(prefix, tmp_path):
     (tmp_path / "rank_0.txt").write_text("192.0.2.7:1111")
     port_file = PortFile(prefix, 0, ADDRESS)
