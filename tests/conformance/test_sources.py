@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import Withdrawn
-from vllm_ascend.model_loader.netloader.executor.chunks.digests import Digests
+from vllm_ascend.model_loader.netloader.executor.chunks.digests import Digests, of_instance
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.executor.transport.group import AHEAD, WINDOW
 from vllm_ascend.model_loader.netloader.loading import sessions
+from vllm_ascend.model_loader.netloader.serve import Offer
 
 from . import models
 from .faults import Proxy, closed_port, corrupting, failing_after, tapped
 from .models import COUNT, many_rows, rows
-from .sides import PATIENCE, fresh, load, load_here, make, source, store_of, until
+from .sides import PATIENCE, fresh, identity, load, load_here, make, source, store_of, until
 from .ways import Way
 
 MANY = 64
@@ -363,7 +364,7 @@ def test_weights_that_change_while_they_are_sent_are_not_loaded(way):
 
     with source(way, tapped(way, store, change)) as running, source(way, models.packed) as good:
         load(way, [running, good], models.packed, **ONE).check()
-        load(way, [running], models.packed).check_failed("changing: the weights have changed")
+        load(way, [running], models.packed).check_failed("cannot_serve: the weights have changed")
 
 
 @pytest.mark.ways(Way.HTTP, Way.STREAM)
@@ -420,6 +421,18 @@ def test_digests_of_other_weights_do_not_bring_them(way):
         )
     with source(way, rows, 0) as running:
         load(way, [running], weights_digest=(store.digests.weights, pinned)).check()
+
+
+def test_a_source_that_does_not_know_yet_what_its_ranks_have_is_asked_again(way):
+    who, store = identity(way, tp=2), fresh(store_of(way, rows))
+    every = {0: store.digests.weights, 1: store.digests.weights[:-1] + "0"}
+    told = iter([{0: every[0]}])
+    with source(way, store, who=who) as running:
+        offer = Offer(who, store, ranks=lambda: next(told, every))
+        running.server._offers[who.group] = offer
+        pinned = {"weights_digest": (of_instance(every),), "source_wait": PATIENCE}
+        outcome = load(way, [running], who=who, **pinned).check()
+    assert outcome.said("does not say yet what all of its ranks have")
 
 
 # Faults at random, the same ones every time

@@ -581,6 +581,11 @@ def test_as_vllms_weight_transfer_engine_it_pulls_from_the_sources_that_an_updat
         engine.update_weights({"source": [renewed.address]})
         engine.finish_weight_update()
         assert_same(renewed.model, model)
+        with pytest.raises(LoadFailed, match="no instance is named for this rank"):
+            engine.update_weights({"source": [{"device_id": 1, "sources": [seed.address]}]})
+        assert_same(renewed.model, model)
+        # As vLLM's `reload_weights` from another folder leaves it.
+        config.model_config.model = str(on_disk(models, "llama", seed=1))
         engine.update_weights({"source": [{"device_id": 0, "sources": [seed.address]}]})
         engine.shutdown()
     assert_same(seed.model, model)

@@ -231,6 +231,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._load: _Load | None = None
         self._relay: Relay | None = None
         self._cold: ColdStart | None = None
+        self._never_disk = False
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
@@ -348,11 +349,13 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     can_read=all_can_read,
                 ),
             )
-        if self._relay is not None and names:  # else nobody sees what this instance does
-            told = None if ranks.chooses else ranks.choice
-            self._cold = ColdStart(all_can_read, self._relay.announce, ranks.publish_choice, told)
-        elif names and ranks.chooses:  # the other ranks are not to wait for its choice
+        relay = self._relay
+        if names and ranks.chooses and relay is None:  # nobody sees what this instance does
             ranks.publish_choice(Choice.LEAVE)
+        elif names:
+            announce = relay.announce if relay is not None else lambda phase: None
+            told = None if ranks.chooses else ranks.choice
+            self._cold = ColdStart(all_can_read, announce, ranks.publish_choice, told)
         try:
             yield
         except BaseException:
@@ -444,7 +447,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
         known = registry.in_use(model)
         reason = why_no_reload(model, self._device_name())
         identity = known.identity if known else self._identify(model_config)
-        same_path = known is None or known.path == model_config.model
+        same_path = self._never_disk or known is None or known.path == model_config.model
         failure = ""
         # Before the ranks meet: afterwards one may have new weights already.
         ranks, pinned = known.ranks if known else None, self._config.weights_digest
@@ -481,6 +484,8 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     self._worker(),
                     failure,
                 )
+            if self._never_disk:
+                raise LoadFailed("no instance is named for this rank")
             return Attempt(None)
 
         renewal, agreed = self._together(identity, attempt)
@@ -602,6 +607,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
             ) from None
         tensors = processed_tensors(model)
         meaning = meaning_of(model, PROCESSED)
+        load.device.synchronize()  # what post-processing still writes is not to come last
         store = self._pull(load, model, tensors, tensors.keys(), sources, meaning)
         apply_attributes(model, store.manifest.attributes)
         load.store = store if load.serving else None
@@ -979,6 +985,7 @@ def _pull_update(
     loader._config = replace(
         loader._config, source=update.source, weights_digest=update.weights_digest, fallback=False
     )
+    loader._never_disk = True
     if not any(sources.addresses for sources in update.source.values()):
         raise ConfigError(f"source is {keys['SOURCE']!r} and names no instance")
     weights = loader.get_all_weights(model_config, model)

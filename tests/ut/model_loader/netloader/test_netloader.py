@@ -960,6 +960,16 @@ def test_ranks_do_not_wait_for_the_choice_of_one_that_cannot_listen(monkeypatch)
         assert Ranks(1, [0, 1], "netloader", store).choice() is Choice.LEAVE
 
 
+def test_a_rank_that_cannot_listen_does_what_was_chosen_for_all(monkeypatch):
+    steps, store = Steps(monkeypatch, **SOURCES), HashStore()
+    Listening(monkeypatch, steps)
+    monkeypatch.setattr(netloader.registry, "begin_load", lambda *_: None)
+    with listen(steps.loader, Ranks(1, [0, 1], "netloader", store)):
+        Ranks(0, [0, 1], "netloader", store).publish_choice(Choice.READ)
+        assert steps.loader._cold.told() is Choice.READ
+        steps.loader._cold.announce(Phase.READING)  # of which nobody hears
+
+
 def test_a_load_that_fails_is_given_up(monkeypatch):
     steps = Steps(monkeypatch, FALLBACK=False, **SOURCES)
     listening = Listening(monkeypatch, steps)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.identity import identity
 from vllm_ascend.model_loader.netloader.interaction.cold_start import (
     Choice,
     Election,
@@ -13,6 +14,10 @@ from vllm_ascend.model_loader.netloader.interaction.cold_start import (
     Replica,
     Seen,
 )
+from vllm_ascend.model_loader.netloader.loading.target import ColdStart, Target
+
+from .support import DEVICE
+from .support import settings as netloader_settings
 
 WAITS = Replica("waiting", can_read=True)
 CANNOT = Replica("waiting")
@@ -258,3 +263,14 @@ def test_one_that_sees_the_weights_in_other_parts_volunteers_if_no_disk_has_them
     with_disk = seen(b=WAITS, others=["192.0.2.1:1"])
     assert choices(second, with_disk, with_disk) == [Choice.WAIT, Choice.WAIT]
     assert second.reader == "b"
+
+
+def test_nothing_is_said_of_a_load_that_is_over():
+    said = []
+    cold = ColdStart(lambda: True, said.append, lambda choice: None, None)
+    nothing = {}, None, None, cold, None, lambda attributes: None
+    target = Target({}, (), identity(), netloader_settings(), DEVICE, *nothing)
+    assert target.announce(Phase.VOLUNTEERING)
+    target.complete()
+    assert not target.announce(Phase.READING)
+    assert said == [Phase.VOLUNTEERING]

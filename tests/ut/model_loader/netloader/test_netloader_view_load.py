@@ -41,6 +41,7 @@ from vllm_ascend.model_loader.netloader.executor.view.records import (
 from vllm_ascend.model_loader.netloader.executor.view.reread import Reread
 from vllm_ascend.model_loader.netloader.identity import CHECKPOINT as LAYOUT_OF_FOLDER
 from vllm_ascend.model_loader.netloader.identity import OF_EACH_TENSOR
+from vllm_ascend.model_loader.netloader.interaction import api
 from vllm_ascend.model_loader.netloader.interaction.api import DRAFT_GROUP, Code, Endpoint
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -462,6 +463,15 @@ READ = {name: tensor for name, tensor in CHECKPOINT.items() if name != "unused"}
 READ_BYTES = sum(tensor.nbytes for tensor in READ.values())
 
 
+def test_whatever_goes_wrong_with_a_view_is_a_reason_to_read_the_disk(monkeypatch):
+    def fail(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(view_module, "confirm", fail)
+    with sources(1) as source, pytest.raises(LoadFailed, match="MemoryError: no more"):
+        whole(source.addresses, 1)
+
+
 def test_a_reload_gets_the_checkpoint_where_all_ranks_have_memory_for_it(monkeypatch):
     memory_of(monkeypatch, 2 * READ_BYTES)
     with sources(2) as source:
@@ -878,7 +888,7 @@ def test_an_instance_of_which_a_rank_is_not_known_is_not_read(unknown):
     ],
 )
 def test_the_ranks_of_an_instance_are_those_of_its_sizes(change, most, ranks):
-    assert view_module._world_of(identity(**change), most) == ranks
+    assert api.world_of(identity(**change), most) == ranks
 
 
 def test_ranks_that_do_not_tell_in_time_what_they_have_are_not_waited_for(monkeypatch):

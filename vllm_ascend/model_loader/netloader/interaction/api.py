@@ -653,3 +653,17 @@ def decode(body: bytes, kind: type[S]) -> S:
 for _kind in [*globals().values()]:
     if isinstance(_kind, type) and issubclass(_kind, msgspec.Struct):
         msgspec.json.Decoder(_kind)
+
+
+def world_of(identity: ModelIdentity, most: int) -> set[int]:
+    """Return the ranks that have a model; none of them if these are more than `most`."""
+    replica = identity.tp * identity.pp * identity.pcp
+    # Only the last pipeline stage has a draft.
+    first = replica - replica // identity.pp if identity.group == DRAFT_GROUP else 0
+    if not 0 < identity.dp * (replica - first) <= most:
+        return set()
+    return {
+        at + rank
+        for at in range(0, identity.dp * replica, replica)
+        for rank in range(first, replica)
+    }

@@ -23,7 +23,7 @@ from ..errors import (
     TransferCorrupt,
 )
 from ..executor.chunks.blocks import Run
-from ..executor.chunks.digests import is_one_of, of_instance
+from ..executor.chunks.digests import is_of_instance, is_one_of, of_instance
 from ..executor.devices import Accelerator, Device
 from ..executor.elastic_load import P2PLoad, Receiver
 from ..executor.scheduler import Peer, Scheduler
@@ -383,6 +383,13 @@ class Sessions:
         # What a list says of this rank is not to matter: its weights have to be those.
         pinned, ranks = self._config.weights_digest, {**joined.ranks, identity.rank: joined.weights}
         if not is_one_of(pinned, joined.weights, ranks):
+            world = api.world_of(identity, len(ranks))
+            settled = self._queue.is_hearsay(client.address) or (world and world <= ranks.keys())
+            if any(map(is_of_instance, pinned or ())) and not settled:
+                raise SourceBusy(
+                    f"{client.address}: does not say yet what all of its ranks have, and "
+                    "WEIGHTS_DIGEST is that of an instance"
+                )
             raise SourceRefused(
                 f"{client.address}: its weights are {joined.weights} of {of_instance(ranks)} and "
                 f"WEIGHTS_DIGEST is {', '.join(pinned or ())}"

@@ -158,7 +158,7 @@ class Target:
         If it reads the disk, nothing is to come any more.
         """
         with self._lock:
-            if self._store is not None or self._cold is None:
+            if self._over.is_set() or self._store is not None or self._cold is None:
                 return False
             self._cold.announce(phase)
             if phase is Phase.READING:

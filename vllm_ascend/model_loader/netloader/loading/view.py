@@ -140,7 +140,7 @@ def _instance_at(
         return None
     if differ := api.differences(identity, model.identity, view=True):
         raise SourceRefused(f"{address}: the models differ: {'; '.join(map(str, differ))}")
-    ranks, world = model.ranks, _world_of(model.identity, len(model.ranks))
+    ranks, world = model.ranks, api.world_of(model.identity, len(model.ranks))
     if not world or not world <= ranks.keys() or not world <= model.endpoints.keys():
         raise SourceBusy(f"{address}: does not say yet what all of its ranks have")
     pinned, digest = config.weights_digest, of_instance(ranks)
@@ -175,20 +175,6 @@ def _instance_at(
         threads.shutdown(wait=False, cancel_futures=True)
     catalog([rank.records for rank in found])
     return Instance(digest, model.identity, found, processes | {status.instance})
-
-
-def _world_of(identity: ModelIdentity, most: int) -> set[int]:
-    """Return the ranks that have a model; none of them if these are more than `most`."""
-    replica = identity.tp * identity.pp * identity.pcp
-    # Only the last pipeline stage has a draft.
-    first = replica - replica // identity.pp if identity.group == api.DRAFT_GROUP else 0
-    if not 0 < identity.dp * (replica - first) <= most:
-        return set()
-    return {
-        at + rank
-        for at in range(0, identity.dp * replica, replica)
-        for rank in range(first, replica)
-    }
 
 
 def _records_of(
@@ -393,6 +379,9 @@ def whole_checkpoint(
         confirm(instance.ranks, identity, config, instance.digest)
     except (LoadFailed, SourceError) as error:
         raise LoadFailed(f"{instance}: {error}") from None
+    except Exception as error:  # what a source says is not to cost the reload
+        logger.debug("NetLoader rank %d: reading through a view failed", worker, exc_info=True)
+        raise LoadFailed(f"{instance}: {type(error).__name__}: {one_line(error)}") from None
     seconds = time.monotonic() - started
     logger.info(
         "NetLoader rank %d: got the checkpoint for a reload, %d tensors, %s in %.2f s (%s) from %s",
