@@ -97,7 +97,8 @@ def plain_bytes(way, tensor):
 def _kind(way, tensor):
     # of those without elements, strides say nothing
     stride = None if tensor.numel() < 2 else tensor.stride()
-    form = way.device(tensor.device.index).format_of(tensor) if tensor.device.index else None
+    device = way.device(tensor.device.index) if tensor.device.type == "npu" else None
+    form = device.formats({"": tensor}) if device else None
     return tensor.dtype, tensor.shape, stride, tensor.device, form
 
 

@@ -189,10 +189,9 @@ def test_every_tensor_of_a_processed_model_arrives(way, two):
 
 def names_and_formats():
     device = WAY.device()
-    return {
-        name: device.format_of(tensor) or ("" if tensor.is_contiguous() else "strided")
-        for name, tensor in processed(Maker(WAY, 0)).items()
-    }
+    tensors = processed(Maker(WAY, 0))
+    strided = {name: "" if one.is_contiguous() else "strided" for name, one in tensors.items()}
+    return strided | device.formats(tensors)
 
 
 def test_the_tensors_that_vllm_ascend_derives_are_found(way, started):

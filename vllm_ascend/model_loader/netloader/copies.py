@@ -31,7 +31,7 @@ from .executor.chunks.digests import Digests, check_length, combine
 from .executor.chunks.manifest import RAW, Manifest, TensorEntry, decode
 from .executor.devices import rowsums
 from .executor.devices.cpu import CpuDevice
-from .executor.memory import DTYPES, host_view
+from .executor.memory import DTYPES, Part, as_tensor, host_view
 from .executor.model.raw import viewed_through
 from .executor.store import BlockStore, make_store
 from .executor.view.offered import Viewed
@@ -109,10 +109,10 @@ class _Host(CpuDevice):
     def __init__(self, algorithm: str) -> None:
         self.digest_algorithm = algorithm
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """Hash each block."""
         if self.digest_algorithm == rowsums.ALGORITHM:
-            return rowsums.digests(parts)
+            return rowsums.digests([as_tensor(part) for part in parts])
         return super().digests(parts)
 
 

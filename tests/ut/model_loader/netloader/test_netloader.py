@@ -612,7 +612,7 @@ def test_a_tensor_that_is_kept_in_another_form_is_not_seen(monkeypatch):
         "device",
         types.SimpleNamespace(
             **{name: getattr(DEVICE, name) for name in dir(DEVICE) if not name.startswith("__")}
-            | {"format_of": lambda tensor: "FRACTAL_NZ"}
+            | {"formats": lambda tensors: dict.fromkeys(tensors, "FRACTAL_NZ")}
         ),
     )
     assert offered(monkeypatch, load).view.parameters == []

@@ -11,6 +11,7 @@ import xxhash
 
 from vllm_ascend.model_loader.netloader.executor.devices import cpu
 from vllm_ascend.model_loader.netloader.executor.devices.choose import device_of
+from vllm_ascend.model_loader.netloader.executor.memory import host_view
 
 from .support import MIB, random_tensor
 
@@ -136,6 +137,8 @@ def test_every_block_of_a_tensor_has_a_digest_of_its_own(length):
 def test_the_digests_of_several_tensors_follow_one_another():
     parts = [random_tensor(i, torch.int16, n) for i, n in enumerate((5, 0, MIB, 1))]
     assert DEVICE.digests(parts) == b"".join(DEVICE.digests([part]) for part in parts)
+    assert DEVICE.digests([host_view(part) for part in parts]) == DEVICE.digests(parts)
+    assert DEVICE.digests([memoryview(host_view(part)) for part in parts]) == DEVICE.digests(parts)
     assert len(DEVICE.digests(parts)) == 16 * (1 + 1 + 2 + 1)
     assert DEVICE.digests([]) == b""
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+from ctypes import addressof
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def full(request):
     client = client_of(store, tensors)
     fill(store, client)
     return client
+
+
+def test_the_memory_of_a_run_is_that_of_its_tensors_unless_one_has_gaps():
+    tensors = {
+        "large": random_tensor(0, torch.uint8, 2 * MIB + 5),
+        "empty": torch.empty(0),
+        "part": random_tensor(1, torch.int16, 100)[10:20],
+        "gaps": random_tensor(2, torch.int16, 100)[::2],
+    }
+    store = store_of(tensors)
+    for run in (Run(0, 0), Run(1, 2), Run(0, 4), Run(2, 4), Run(4, 4)):
+        memory = store.memory(run)
+        expected = [(part.data_ptr(), part.nbytes) for part in store.parts(run)]
+        assert [(addressof(one) if len(one) else 0, len(one)) for one in memory] == expected
+        assert store.wrong(run, memory) == []
+    assert [store.memory(run) for run in (Run(5, 5), Run(4, 5), Run(2, 5))] == [None] * 3
+    tensors["large"][MIB] ^= 1
+    assert store.wrong(Run(0, 2), store.memory(Run(0, 2))) == [1]
 
 
 # Complete stores, whichever way they came about

@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 
+from vllm_ascend.model_loader.netloader import copies
 from vllm_ascend.model_loader.netloader.errors import TransferCorrupt
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Run
+from vllm_ascend.model_loader.netloader.executor.devices import rowsums
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad
 from vllm_ascend.model_loader.netloader.executor.model.match import match
 from vllm_ascend.model_loader.netloader.executor.scheduler import Scheduler
@@ -144,14 +146,25 @@ def test_blocks_are_checked_once_and_as_they_come():
     def noting(nbytes, into):
         receive(nbytes, (steps.append(sum(map(len, views))) or views for views in into))
 
-    def checking(run):
+    def checking(run, parts):
         steps.append(run)
-        return check(run)
+        return check(run, parts)
 
     session.source.receive_blocks, session.here.wrong = noting, checking
     session.load.run()
     assert steps == [4 * MIB, Run(0, 3), 4 * MIB, Run(4, 7), MIB + 13, Run(8, 10)]
     assert differing(tensors, session.blanks) == []
+
+
+def test_a_command_checks_what_an_accelerator_has_hashed():
+    tensors = {"a": random_tensor(0, torch.uint8, 5 * MIB + 1), "b": torch.empty(0)}
+    host = copies._Host(rowsums.ALGORITHM)
+    session = Session(tensors, host, host, 16 * MIB)
+    session.load.run()
+    assert session.here.digests.algorithm == rowsums.ALGORITHM
+    assert differing(tensors, session.blanks) == []
+    session.blanks["a"][2 * MIB] ^= 1
+    assert session.here.wrong(Run(0, 6), session.here.memory(Run(0, 6))) == [2]
 
 
 @pytest.mark.parametrize("at", [0, 4 * MIB - 1, 4 * MIB, 5 * MIB, 9 * MIB + 12])

@@ -3,15 +3,30 @@
 import functools
 from collections.abc import Iterator, Sequence
 from ctypes import Array, c_ubyte
+from typing import TypeAlias
 
 import torch
 
+from ..utils import Buffer
 from .chunks.blocks import Span
 
+# Some bytes of a tensor: a contiguous tensor, or a buffer where its memory is the host's.
+Part: TypeAlias = torch.Tensor | Buffer
 # By the names that manifests have.
 DTYPES = {str(one): one for one in vars(torch).values() if isinstance(one, torch.dtype)}
 # As which elements of any dtype are copied: every operator knows these.
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_tensor(part: Part) -> torch.Tensor:
+    """Return a part as a tensor."""
+    if isinstance(part, torch.Tensor):
+        return part
+    return (
+        torch.frombuffer(part, dtype=torch.uint8)
+        if len(part)
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,12 @@ import msgspec
 import torch
 
 from ..errors import NotHere, Withdrawn
+from ..utils import Buffer
 from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
 from .chunks.manifest import NO_MEANING, Manifest, Sample, Scalar
 from .devices import Device
-from .memory import contiguous, read
+from .memory import Part, contiguous, host_memory, read
 from .model.match import describe
 
 # Bytes that are hashed at once when all of a model is: on accelerators that costs some launches.
@@ -151,12 +152,29 @@ class BlockStore:
         # Of a hundred thousand small tensors each span would cost microseconds.
         return [contiguous(self.readable[index]) for index in whole]
 
-    def wrong(self, run: Run) -> list[int]:
+    def memory(self, run: Run) -> list[Buffer] | None:
+        """Return a run's own memory, which is the host's, to be filled; None: it has gaps."""
+        whole = self.blocks.whole(run)
+        if whole is not None:
+            # Of a hundred thousand small tensors each further question would cost microseconds.
+            tensors = self.tensors[whole.start : whole.stop]
+            sizes = self.blocks.sizes[whole.start : whole.stop]
+            places = [*zip(tensors, itertools.repeat(0), sizes, strict=False)]
+        else:
+            spans = self.blocks.spans(run)
+            places = [(self.tensors[span.tensor], span.offset, span.nbytes) for span in spans]
+        if not all(tensor.is_contiguous() for tensor, _, _ in places):
+            return None
+        return [host_memory(one.data_ptr() + offset, nbytes) for one, offset, nbytes in places]
+
+    def wrong(self, run: Run, parts: Sequence[Part] | None = None) -> list[int]:
         """Return the blocks of a run that are not what their digests say.
 
-        They are read back from the tensors, so that one put in the wrong place is noticed as well.
+        Args:
+            run: the run.
+            parts: its bytes, where the caller has them; None: they are read from the tensors.
         """
-        found = self.device.digests(self.parts(run))
+        found = self.device.digests(self.parts(run) if parts is None else parts)
         expected = self.digests.blocks[run.first * DIGEST_BYTES : (run.last + 1) * DIGEST_BYTES]
         if found == expected:
             return []
@@ -251,7 +269,8 @@ def make_store(
     Raises:
         LayoutUnsupported: a tensor has no memory.
     """
-    manifest, distinct = describe(tensors, layout, attributes, device.format_of, meaning)
+    formats = device.formats(tensors)
+    manifest, distinct = describe(tensors, layout, attributes, formats, meaning)
     manifest = msgspec.structs.replace(manifest, made=made or {})
     blocks = Blocks([tensor.nbytes for tensor in distinct])
     return _hashed(manifest, blocks, distinct, device, progress)

@@ -16,7 +16,7 @@ from ..executor.chunks.blocks import BLOCK_BYTES, Blocks
 from ..executor.chunks.digests import combine
 from ..executor.chunks.manifest import Manifest, Sample, Scalar, decode
 from ..executor.devices import Device, start_prefault
-from ..executor.model.match import match
+from ..executor.model.match import Described, describe, match
 from ..executor.scheduler import Scheduler
 from ..executor.store import BlockStore
 from ..identity import ModelIdentity
@@ -135,11 +135,7 @@ class Target:
         self._over = threading.Event()
         self._prefaulting: threading.Thread | None = None
         # As they are when in use; while they are filled they have none.
-        self._formats = {
-            name: form
-            for name, tensor in tensors.items()
-            if (form := device.format_of(tensor)) is not None
-        }
+        self._formats = device.formats(tensors)
         self._restore: Callable[[], None] | None = None
 
     @property
@@ -230,16 +226,19 @@ class Target:
     def _begin(self, address: Address, joined: Joined) -> None:
         if joined.manifest is msgspec.UNSET or joined.blocks is msgspec.UNSET:
             raise SourceRefused(f"{address}: sent no manifest")
+        here, own = self._identity.layout, None
+        if self._place is None:
+            with contextlib.suppress(LayoutUnsupported):  # then `match` says what is in the way
+                own = describe(self._tensors, here, {}, self._formats)
         try:
-            own = None if self._place else len(self._tensors)
-            manifest = decode(bytes(joined.manifest), own)
+            count = None if self._place else len(self._tensors)
+            manifest = decode(bytes(joined.manifest), count, own[0].tensors if own else None)
         except ProtocolError as error:
             raise ProtocolError(f"{address}: {error}") from None
-        here, there = self._identity.layout, manifest.layout
-        if here != there:
+        if here != (there := manifest.layout):
             raise SourceRefused(f"{address}: layout is {here!r} here and {there!r} there")
         try:
-            tensors = (self._place or self._match)(manifest)
+            tensors = self._place(manifest) if self._place else self._match(manifest, own)
             self._check(manifest.attributes)
             blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
@@ -275,10 +274,9 @@ class Target:
         if self._relay is not None:
             self._relay.begin(self._store, self.met, self._list, self.feeds)
 
-    def _match(self, manifest: Manifest) -> Sequence[torch.Tensor]:
-        return match(
-            manifest, self._tensors, self._required, self._formats, self._meaning, self._made
-        )
+    def _match(self, manifest: Manifest, own: Described | None) -> Sequence[torch.Tensor]:
+        named, required, formats = self._tensors, self._required, self._formats
+        return match(manifest, named, required, formats, self._meaning, self._made, own)
 
     def _list(self) -> Mapping[int, str]:
         """Return what the first source that knows has said of its instance's ranks."""

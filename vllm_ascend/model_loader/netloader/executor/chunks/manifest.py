@@ -77,15 +77,28 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
         return [entry.name for entry in self.tensors if entry.alias_of is None]
 
 
+class _Unread(msgspec.Struct):
+    """A manifest whose entries are left as they are."""
+
+    tensors: msgspec.Raw
+    layout: str
+    attributes: dict[str, Scalar]
+    meaning: dict[str, str] = {}
+    made: dict[str, Sample] = {}
+
+
 _MANIFESTS = msgspec.json.Decoder(Manifest)
+_UNREAD = msgspec.json.Decoder(_Unread)
 
 
-def decode(raw: bytes, tensors: int | None) -> Manifest:
+def decode(raw: bytes, tensors: int | None, own: list[TensorEntry] | None = None) -> Manifest:
     """Return the manifest that a source has sent.
 
     Args:
         raw: as JSON.
         tensors: how many the client's own model has; None: there is none.
+        own: the entries of that model, for a manifest with the same ones: to compare a hundred
+            thousand takes a small part of the time that it takes to read them.
 
     Raises:
         ProtocolError: it is no manifest, or has more values than would fit.
@@ -99,6 +112,11 @@ def decode(raw: bytes, tensors: int | None) -> Manifest:
         whose = "" if tensors is None else f" for a model of {tensors} tensors"
         raise ProtocolError(f"manifest has {values} values; allowed: up to {most}{whose}")
     try:
+        if own is not None:
+            unread = _UNREAD.decode(raw)
+            if bytes(unread.tensors) == msgspec.json.encode(own):
+                rest = unread.attributes, unread.meaning, unread.made
+                return Manifest(unread.layout, own, *rest)
         return _MANIFESTS.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid manifest: {one_line(error)}") from None

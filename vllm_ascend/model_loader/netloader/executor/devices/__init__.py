@@ -1,7 +1,7 @@
 """What differs by accelerator, and nothing else: one module for each."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup, Store
 
 from ...utils import logger
+from ..memory import Part
 
 
 class Device(Protocol):
@@ -32,28 +33,28 @@ class Device(Protocol):
         What the thread queues there waits for nothing that inference does, and the other way round.
         """
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """Return the digests of blocks.
 
         Args:
-            parts: contiguous tensors of any dtype and shape, each of which begins a block.
+            parts: of tensors of any dtype and shape; each begins a block.
 
         Returns:
             16 bytes for each `BLOCK_BYTES` of each part, and for what is left of it, if only that
             it has no bytes.
         """
 
-    def format_of(self, tensor: torch.Tensor) -> str | None:
-        """Name the way a tensor's elements lie in memory if strides do not tell it."""
+    def formats(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
+        """Name the way in which tensors lie in memory, of those of which strides do not tell it."""
 
     def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return tensors in which those with a `format_of` are copies without one.
+        """Return tensors in which those with a format are copies without one.
 
         Such copies are made when an item is asked for, and only the last one is kept.
         """
 
     def writable(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Give tensors with a `format_of` memory without one, whose contents are undefined.
+        """Give tensors with a format memory without one, whose contents are undefined.
 
         Returns:
             What to call to bring all of them back into their format with their new contents.

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from ctypes import CDLL, byref, c_int, c_size_t, c_ubyte, c_void_p
 
@@ -12,7 +12,7 @@ import xxhash
 
 from ..chunks.blocks import BLOCK_BYTES
 from ..chunks.manifest import RAW
-from ..memory import host_memory
+from ..memory import Part, host_buffer
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23  # <sys/mman.h> of Linux; 5.14 has the second
@@ -36,20 +36,22 @@ class CpuDevice:
         """There is nothing to choose."""
         return contextlib.nullcontext()
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """Hash each block with XXH3, 128 bits; the GIL is released for large data."""
         digest, found = xxhash.xxh3_128_digest, []
         for part in parts:
-            address, nbytes = part.data_ptr(), part.nbytes
-            while nbytes > BLOCK_BYTES:
-                found.append(digest(host_memory(address, BLOCK_BYTES)))
-                address, nbytes = address + BLOCK_BYTES, nbytes - BLOCK_BYTES
-            found.append(digest(host_memory(address, nbytes)))
+            memory = host_buffer(part) if isinstance(part, torch.Tensor) else part
+            if len(memory) <= BLOCK_BYTES:
+                found.append(digest(memory))
+                continue
+            view = memoryview(memory)
+            starts = range(0, len(view), BLOCK_BYTES)
+            found += [digest(view[start : start + BLOCK_BYTES]) for start in starts]
         return b"".join(found)
 
-    def format_of(self, tensor: torch.Tensor) -> str | None:
+    def formats(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
         """Strides tell everything."""
-        return None
+        return {}
 
     def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return them as they are."""

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -203,9 +203,9 @@ class NpuDevice(StreamDevice):
         with torch.npu.stream(stream):
             return Transfer(group.broadcast(data, options), message)
 
-    def format_of(self, tensor: torch.Tensor) -> str | None:
+    def formats(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
         """Name FRACTAL_NZ, in which a tensor is stored in padded blocks of 16 rows."""
-        return "FRACTAL_NZ" if self._is_nz(tensor) else None
+        return {name: "FRACTAL_NZ" for name, tensor in tensors.items() if self._is_nz(tensor)}
 
     def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Cast FRACTAL_NZ to ND when asked for."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup, Work
 
 from ...utils import Patience, logger, within
 from ..chunks.manifest import PROCESSED
-from ..memory import bytes_of
+from ..memory import Part, as_tensor, bytes_of
 from . import Accelerator, rowsums
 from .cpu import CpuDevice
 
@@ -190,12 +190,13 @@ class StreamDevice:
         group.abort()
         return False
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """See `rowsums`; parts in host memory, as copies of INT8_CACHE are, are brought here."""
+        tensors = [as_tensor(part) for part in parts]
         if self._hashes_on_device:
-            here = [part if self.reachable(part) else part.to(self.device) for part in parts]
+            here = [one if self.reachable(one) else one.to(self.device) for one in tensors]
             return rowsums.digests(here, self.int8_product)
-        return CpuDevice().digests([part.cpu() for part in parts])
+        return CpuDevice().digests([one.cpu() for one in tensors])
 
     def int8_product(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `rowsums.Product`."""
@@ -226,9 +227,9 @@ class StreamDevice:
         """Host memory is not: backends take tensors of their device only."""
         return tensor.device == self.device
 
-    def format_of(self, tensor: torch.Tensor) -> str | None:
+    def formats(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, str]:
         """Strides tell everything."""
-        return None
+        return {}
 
     def readable(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return them as they are."""

@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 import torch
 import xxhash
@@ -12,13 +13,14 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ...errors import LayoutUnsupported
 from ...utils import plain, shortened
 from ..chunks.manifest import NO_MEANING, PROCESSED, Manifest, Sample, Scalar, TensorEntry
-from ..memory import DTYPES
 
 MAX_NAMED = 5  # how many differences a refusal spells out
 _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
 # The memory of a tensor with a format is replaced while it is filled, and that of no view of it.
 _TURNED = "{} is {} and strided {}, and such memory cannot be filled"
+# A manifest, and the tensors of its entries that are no aliases.
+Described: TypeAlias = tuple[Manifest, list[torch.Tensor]]
 # How far apart two processors, or two versions of torch, may come out with the same number.
 _ROUNDING = 0.02
 
@@ -27,16 +29,16 @@ def describe(
     tensors: Mapping[str, torch.Tensor],
     layout: str,
     attributes: Mapping[str, Scalar],
-    format_of: Callable[[torch.Tensor], str | None],
+    formats: Mapping[str, str],
     meaning: Mapping[str, str] = NO_MEANING,
-) -> tuple[Manifest, list[torch.Tensor]]:
+) -> Described:
     """Make the manifest of named tensors.
 
     Args:
         tensors: name -> tensor, any dtype, shape and strides.
         layout: the manifest's layout.
         attributes: the manifest's attributes.
-        format_of: the device's.
+        formats: name -> format of those of them that have one.
         meaning: the manifest's meaning.
 
     Returns:
@@ -48,12 +50,17 @@ def describe(
     """
     entries: list[TensorEntry] = []
     distinct: list[torch.Tensor] = []
-    seen: dict[object, str] = {}
+    seen: dict[object, str] = {0: ""}  # address 0: there is no memory
     for name, tensor in tensors.items():
-        alias_of = _alias_of(name, tensor, tensors, seen)
+        try:
+            alone = seen.setdefault(tensor.data_ptr(), name) is name
+        except (RuntimeError, ValueError):
+            alone = False
+        # As a rule it is. A load waits for this, and a call for each of many tensors takes longer.
+        alias_of = None if alone else _alias_of(name, tensor, tensors, seen)
         dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
         stride = _stride_of(tensor) if layout == PROCESSED else None
-        form = format_of(tensor)
+        form = formats.get(name)
         if form and stride:
             raise LayoutUnsupported(_TURNED.format(name, form, [*stride]))
         entries.append(TensorEntry(name, dtype, shape, alias_of, stride, form))
@@ -75,6 +82,7 @@ def match(
     formats: Mapping[str, str],
     meaning: Mapping[str, str] = NO_MEANING,
     made: Mapping[str, Sample] | None = None,
+    own: Described | None = None,
 ) -> list[torch.Tensor]:
     """Find a manifest's tensors among a model's own.
 
@@ -85,6 +93,7 @@ def match(
         formats: name -> format of those of them that have one when they are in use.
         meaning: this side's; see `Manifest`.
         made: samples of the tensors that this side has made itself; None: they are not compared.
+        own: what `describe` has said of `tensors`; None: it was not asked.
 
     Returns:
         This side's tensors of the entries that are no aliases, in order, as they are received.
@@ -95,8 +104,27 @@ def match(
     if meant := _different_meaning(manifest.meaning, meaning):
         raise LayoutUnsupported(f"tensors are not made in the same way: {_first(meant)}")
     differences: list[str] = []
+    if own is not None and manifest.tensors is own[0].tensors and not formats:
+        matched = own[1]
+    else:
+        matched, differences = _compared(manifest, tensors, required, formats)
+    if made is not None:
+        differences += _made_differently(manifest.made, made)
+    if differences:
+        raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
+    return matched
+
+
+def _compared(
+    manifest: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    required: Collection[str],
+    formats: Mapping[str, str],
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Return what a manifest's entries are here, and how they differ; see `match`."""
+    differences: list[str] = []
     matched: list[torch.Tensor] = []
-    seen: dict[object, str] = {0: ""}  # address 0: there is no memory
+    seen: dict[object, str] = {}
     processed = manifest.layout == PROCESSED
     for entry in manifest.tensors:
         name = entry.name
@@ -104,13 +132,14 @@ def match(
         if tensor is None:
             differences.append(f"{name} is only there")
             continue
-        if tensor.shape != entry.shape or tensor.dtype is not DTYPES.get(entry.dtype):
-            here = _kind(str(tensor.dtype), tensor.shape)
+        dtype = _name_of(tensor.dtype)
+        if tensor.shape != entry.shape or dtype != entry.dtype:
+            here = _kind(dtype, tensor.shape)
             there = _kind(entry.dtype, entry.shape)
             differences.append(f"{name} is {here} here and {there} there")
             continue
         stride = _stride_of(tensor) if processed else None
-        form = formats.get(name) if formats else None
+        form = formats.get(name)
         if form and stride:
             differences.append(_TURNED.format(name, form, [*stride]))
             continue
@@ -118,12 +147,7 @@ def match(
             here, there = _stored(stride, form), _stored(entry.stride, entry.format)
             differences.append(f"{name} is {here} here and {there} there")
             continue
-        try:
-            alone = seen.setdefault(tensor.data_ptr(), name) is name
-        except (RuntimeError, ValueError):
-            alone = False
-        # As a rule it is. A load waits for this, and a call for each of many tensors takes longer.
-        alias_of = None if alone else _alias_of(name, tensor, tensors, seen)
+        alias_of = _alias_of(name, tensor, tensors, seen)
         if alias_of != entry.alias_of:
             differences.append(
                 f"{name} shares the memory of {alias_of or 'no other'} here and of "
@@ -143,11 +167,7 @@ def match(
         for name in sorted(name for name in required if name not in known)
         if _alias_of(name, tensors[name], tensors, seen) is None
     ]
-    if made is not None:
-        differences += _made_differently(manifest.made, made)
-    if differences:
-        raise LayoutUnsupported(f"tensors differ: {_first(differences)}")
-    return matched
+    return matched, differences
 
 
 def _different_meaning(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

@@ -285,11 +285,10 @@ def viewed_through(raw: BlockStore, records: Records) -> Viewed:
         raw: the weights, as others get them.
         records: how they came from the checkpoint.
     """
-    tensors = {
-        name: tensor
-        for name, tensor in zip(raw.manifest.names, raw.tensors, strict=True)
-        if raw.device.format_of(tensor) is None  # strides tell where its elements are
-    }
+    named = dict(zip(raw.manifest.names, raw.tensors, strict=True))
+    formats = raw.device.formats(named)
+    # Of the others strides tell where their elements are.
+    tensors = {name: tensor for name, tensor in named.items() if name not in formats}
     for entry in raw.manifest.tensors:
         if entry.alias_of in tensors:
             tensors[entry.name] = tensors[entry.alias_of]

@@ -116,11 +116,11 @@ class Renewal:
         Raises:
             LayoutUnsupported: they are not those of before.
         """
-        manifest, format_of = self.store.manifest, self.store.device.format_of
+        manifest = self.store.manifest
         if manifest.layout == RAW:
             raise LayoutUnsupported(f"{moved} is no longer where it was")
-        formats = {name: form for name, tensor in used.items() if (form := format_of(tensor))}
         try:
+            formats = self.store.device.formats(used)
             tensors = match(manifest, used, (), formats, manifest.meaning)
         except LayoutUnsupported as error:
             raise LayoutUnsupported(f"{moved} is no longer where it was: {error}") from None

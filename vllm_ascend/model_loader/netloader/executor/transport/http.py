@@ -115,18 +115,18 @@ class HttpReceiver:
 
     def _in_place(self, run: Run, wrong: list[int]) -> Iterator[Sequence[Buffer]]:
         for piece in self._store.blocks.split(run, _PIECE):
-            yield from self._places(piece)
+            memory = self._store.memory(piece)
+            if memory is not None:
+                yield memory
+            else:
+                yield from self._beside(piece)
             if self._verify:
-                wrong += self._store.wrong(piece)
+                wrong += self._store.wrong(piece, memory)
 
-    def _places(self, run: Run) -> Iterator[Sequence[Buffer]]:
-        store = self._store
-        tensors = [store.tensors[index] for index in store.blocks.whole(run) or ()]
-        if tensors and all(tensor.is_contiguous() for tensor in tensors):
-            yield [host_buffer(tensor) for tensor in tensors]
-            return
-        spans = store.blocks.spans(run)
-        places = [in_place(span, store.tensors) for span in spans]
+    def _beside(self, run: Run) -> Iterator[Sequence[Buffer]]:
+        """Receive into memory of its own what goes to tensors with gaps."""
+        tensors, spans = self._store.tensors, self._store.blocks.spans(run)
+        places = [in_place(span, tensors) for span in spans]
         buffers = [
             torch.empty(span.nbytes, dtype=torch.uint8) if place is None else place
             for span, place in zip(spans, places, strict=True)
@@ -134,4 +134,4 @@ class HttpReceiver:
         yield [host_view(buffer) for buffer in buffers]
         for span, place, buffer in zip(spans, places, buffers, strict=True):
             if place is None:
-                write(span, store.tensors, buffer)
+                write(span, tensors, buffer)
