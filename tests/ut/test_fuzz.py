@@ -115,5 +115,5 @@ def test_what_peers_say_in_groups_is_taken_or_refused(groups):
 
 
 def test_wrong_bytes_that_a_group_brings_are_a_fault_where_nobody_looks(groups, monkeypatch):
-    monkeypatch.setattr(BlockStore, "wrong", lambda store, run: [])
+    monkeypatch.setattr(BlockStore, "wrong", lambda store, run, parts: [])
     assert [fault for _, fault in groups() if "a load ended" in fault]

@@ -58,6 +58,7 @@ class Receiver:
         for block in range(run.first, run.last + 1):
             data = torch.zeros(MIB, dtype=torch.uint8) if wrong else self.there.tensors[block]
             self.here.tensors[block].copy_(data)
+        return lambda: self.here.wrong(run)
 
 
 class Client:
@@ -135,7 +136,8 @@ def test_many_tensors_that_came_wrong_are_named_in_part():
 
     class Nothing(Receiver):
         def receive(self):
-            self.waiting.pop(0)
+            run = self.waiting.pop(0)
+            return lambda: here.wrong(run)
 
     load = P2PLoad(
         Nothing(store, here),
@@ -184,6 +186,7 @@ def test_runs_over_the_sources_limit_are_not_asked_for():
             run = self.waiting.pop(0)
             for part, own in zip(self.there.parts(run), self.here.parts(run), strict=True):
                 own.copy_(part)
+            return lambda: here.wrong(run)
 
     receiver = Whole(store, here, max_bytes=2 * MIB)
     P2PLoad(

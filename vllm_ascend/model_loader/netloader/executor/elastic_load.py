@@ -45,11 +45,11 @@ class Receiver(Protocol):
     def request(self, runs: Sequence[Run]) -> None:
         """Ask for runs, in order; for none: say that this client is still there."""
 
-    def receive(self) -> list[int] | None:
+    def receive(self) -> Callable[[], list[int]]:
         """Return once the oldest run that was asked for is in the store's memory.
 
         Returns:
-            Its blocks that are not what their digests say; None: that has yet to be checked.
+            What returns its blocks that are not what their digests say.
 
         Raises:
             SourceError: the source refused it or is lost.
@@ -167,7 +167,7 @@ class P2PLoad:
                     self._idle()
                     continue
                 try:
-                    wrong = self._receiver.receive()
+                    check = self._receiver.receive()
                 except AskOthers:
                     self._scheduler.declined(self._peer, self._requested.popleft())
                     # A source that is right sends what is asked for by then.
@@ -178,7 +178,7 @@ class P2PLoad:
                     continue
                 self._checking = self._requested.popleft()
                 self._request()  # so that the next one is on its way while this one is checked
-                self._check(self._checking, wrong)
+                self._check(self._checking, check)
                 self._checking = None
 
     def _request(self) -> None:
@@ -193,9 +193,8 @@ class P2PLoad:
             self._requested.extend(runs)
             receiver.request(runs)
 
-    def _check(self, run: Run, wrong: list[int] | None) -> None:
-        if wrong is None:
-            wrong = self._store.wrong(run) if self._verify else []
+    def _check(self, run: Run, check: Callable[[], list[int]]) -> None:
+        wrong = check() if self._verify else []
         if not wrong:
             self._store.add(run)
             nbytes = self._store.blocks.size_of(run)
@@ -203,9 +202,10 @@ class P2PLoad:
             self._scheduler.done(run)
             source = "serving" if self._peer.complete else "loading"
             metrics.count(metrics.RECEIVED_BYTES, source, by=nbytes)
-            self._count(run, "right" if self._verify else "unchecked")
+            result = "right" if self._verify else "unchecked"
+            metrics.count(metrics.BLOCKS, result, by=run.last - run.first + 1)
             return
-        self._count(run, "wrong", len(wrong))
+        metrics.count(metrics.BLOCKS, "wrong", by=len(wrong))
         if run in self._wrong_before or not self._peer.trusted:
             names = _first_few(self._store.names(wrong))
             error = TransferCorrupt(
@@ -217,10 +217,6 @@ class P2PLoad:
             raise error
         self._wrong_before.add(run)
         self._scheduler.give_back([run])
-
-    def _count(self, run: Run, result: str, blocks: int | None = None) -> None:
-        blocks = run.last - run.first + 1 if blocks is None else blocks
-        metrics.count(metrics.BLOCKS, result, by=blocks)
 
     def _idle(self) -> None:
         if self._peer.makes_room:

@@ -82,7 +82,8 @@ def in_place(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None
     # Half as long as a slice of all of its bytes takes: messages of a group wait for it.
     size, start = tensor.element_size(), tensor.storage_offset()
     elements = (span.nbytes // size,)
-    return tensor.detach().as_strided(elements, (1,), start + span.offset // size).view(torch.uint8)
+    memory = tensor.detach() if tensor.requires_grad else tensor
+    return memory.as_strided(elements, (1,), start + span.offset // size).view(torch.uint8)
 
 
 def read(span: Span, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -120,8 +120,7 @@ class Scheduler:
     @property
     def finished(self) -> bool:
         """Whether every run is done."""
-        with self._changed:
-            return self._left == 0
+        return self._left == 0
 
     @contextlib.contextmanager
     def session(self, peer: Peer) -> Iterator[Peer]:
@@ -384,7 +383,7 @@ class Scheduler:
         return brought + min((brought - self._began) / _PART_RELIEVED, _ELSEWHERE)
 
     def _best(self, peer: Peer) -> int | None:
-        if self._clock() < self._relieved_until(peer):
+        if peer._prefers_others and self._clock() < self._relieved_until(peer):
             return None
         there = self._wanted if peer.complete else self._wanted & peer._runs
         if peer._declined:  # what was declined comes last
@@ -402,7 +401,7 @@ class Scheduler:
 
     def _comes_sooner(self, peer: Peer, number: int) -> bool:
         """Return whether all that is left will have come from others before a run from a source."""
-        if not peer.seconds or not self._came:
+        if len(self._sessions) == 1 or not peer.seconds or not self._came:
             return False
         interval = (self._clock() - self._began) / self._came
         return peer.seconds > _MUCH_SLOWER * interval * (self._wanting + 1) and any(

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -213,7 +214,7 @@ class GroupReceiver:
         self._to_ask: deque[Sequence[Run]] = deque()
         self._asked: Sequence[Run] | None = None
         self._announced: deque[Run] = deque()
-        self._arriving: deque[tuple[Run, torch.Tensor | None]] = deque()
+        self._arriving: deque[tuple[Run, torch.Tensor | None, torch.Tensor | None]] = deque()
         self._declined: set[Run] = set()
 
     def request(self, runs: Sequence[Run]) -> None:
@@ -224,7 +225,7 @@ class GroupReceiver:
             while self._to_ask or self._asked is not None:
                 self._hear()
 
-    def receive(self) -> None:
+    def receive(self) -> Callable[[], list[int]]:
         """Wait for the oldest run, and unpack it."""
         # A source with a rate to keep answers long after the first runs of the batch before it
         # are here.
@@ -234,19 +235,21 @@ class GroupReceiver:
             self._hear()
         while self._announced and len(self._arriving) < WINDOW:
             self._start(self._announced.popleft())
-        run, buffer = self._arriving[0]
+        run, message, buffer = self._arriving[0]
         if run in self._declined:
             self._declined.remove(run)
             self._arriving.popleft()
             raise AskOthers(f"others have got blocks {run} from the source")
-        nbytes = self._store.blocks.size_of(run)
-        if nbytes:
+        if message is not None:
             self._group.wait()
+        parts = None if message is None else [message]
         # Meanwhile the backend receives the messages behind this one.
-        if buffer is not None:
-            unpack(run, self._store, buffer[:nbytes], self._accelerator)
+        if message is not None and buffer is not None:
+            unpack(run, self._store, message, self._accelerator)
             self._staging.give_back(buffer)
+            parts = None  # what counts is what the tensors have
         self._arriving.popleft()
+        return partial(self._store.wrong, run, parts)
 
     def _ask_next(self) -> None:
         if self._asked is None and self._to_ask:
@@ -269,13 +272,14 @@ class GroupReceiver:
 
     def _start(self, run: Run) -> None:
         nbytes = 0 if run in self._declined else self._store.blocks.size_of(run)
-        message, buffer = own_memory(run, self._store, self._accelerator), None
-        if message is None and nbytes:
-            buffer = self._staging.take(nbytes)
-            message = buffer[:nbytes]
-        if message is not None and nbytes:
+        message, buffer = None, None
+        if nbytes:
+            message = own_memory(run, self._store, self._accelerator)
+            if message is None:
+                buffer = self._staging.take(nbytes)
+                message = buffer[:nbytes]
             self._group.receive(message)
-        self._arriving.append((run, buffer))
+        self._arriving.append((run, message, buffer))
 
 
 def form_group(

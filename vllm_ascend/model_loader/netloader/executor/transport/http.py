@@ -7,6 +7,7 @@ Elsewhere a run passes through a buffer of host memory at either end.
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -100,7 +101,7 @@ class HttpReceiver:
             self._asked.append(run)
             self._source.ask_blocks(self._store.digests.weights, run.first, run.last)
 
-    def receive(self) -> list[int] | None:
+    def receive(self) -> Callable[[], list[int]]:
         """Read the run into the tensors, or into memory of its own where they are elsewhere."""
         run, store = self._asked.popleft(), self._store
         nbytes = store.blocks.size_of(run)
@@ -108,10 +109,10 @@ class HttpReceiver:
             host = self._staging.take(nbytes, accelerator)
             self._source.receive_blocks(nbytes, [[host_view(host)]])
             from_host(run, store, host, accelerator)
-            return None
+            return partial(store.wrong, run)
         wrong: list[int] = []
         self._source.receive_blocks(nbytes, self._in_place(run, wrong))
-        return wrong if self._verify else None
+        return lambda: wrong
 
     def _in_place(self, run: Run, wrong: list[int]) -> Iterator[Sequence[Buffer]]:
         for piece in self._store.blocks.split(run, _PIECE):
