@@ -68,8 +68,8 @@ def gb_per_s(named: dict[str, torch.Tensor], rounds: int) -> float:
     """Return how fast the slower end of a session is, whatever the link and the device."""
     device = NullDevice()
     accelerator = cast(Accelerator, device)
-    manifest, tensors = describe(named, RAW, {}, {})
-    blocks = Blocks([tensor.nbytes for tensor in tensors])
+    manifest, tensors, sizes = describe(named, RAW, {}, {})
+    blocks = Blocks(sizes)
     runs = blocks.cut(_CHUNK_BYTES, large_alone=True)
     digests = Digests(bytes(DIGEST_BYTES * blocks.count), "none:0")
 

@@ -36,7 +36,7 @@ def _travelled(manifest):
 
 
 def test_a_manifest_survives_the_journey():
-    manifest, _ = describe(assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"}, {})
+    manifest, *_ = describe(assorted(), RAW, {"a.b": True, "c": 1.5, "d": None, "e": "x"}, {})
     assert _travelled(manifest) == manifest
 
 
@@ -44,7 +44,7 @@ def test_a_tensor_in_another_format_that_is_turned_is_refused_on_both_sides():
     turned = {"a": torch.zeros(3, 2).t()}
     with pytest.raises(LayoutUnsupported, match=r"a is FRACTAL_NZ and strided \[1, 2\]"):
         describe(turned, PROCESSED, {}, {"a": "FRACTAL_NZ"})
-    manifest, _ = describe({"a": torch.zeros(2, 3)}, PROCESSED, {}, {"a": "FRACTAL_NZ"})
+    manifest, *_ = describe({"a": torch.zeros(2, 3)}, PROCESSED, {}, {"a": "FRACTAL_NZ"})
     with pytest.raises(LayoutUnsupported, match=r"a is FRACTAL_NZ and strided \[1, 2\]"):
         match(manifest, turned, ["a"], {"a": "FRACTAL_NZ"})
 
@@ -92,7 +92,7 @@ def test_without_a_model_the_number_of_values_has_a_limit_as_well():
 
 def test_a_model_matches_one_like_it():
     model = assorted()
-    manifest, distinct = describe(model, RAW, {}, {})
+    manifest, distinct, _ = describe(model, RAW, {}, {})
     blanks = blank_like(model)
     matched = match(_travelled(manifest), blanks, blanks.keys(), {})
     assert len(matched) == len(distinct) == len(model) - 1  # one is tied
@@ -101,22 +101,17 @@ def test_a_model_matches_one_like_it():
 
 @given(any_model(), st.sampled_from([RAW, PROCESSED]))
 def test_any_model_matches_its_copy_whether_its_entries_are_read_or_only_compared(model, layout):
-    manifest, distinct = describe(
-        model,
-        layout,
-        {"a": 1},
-        {},
-        {"b": "c"},
-    )
+    manifest, distinct, sizes = describe(model, layout, {"a": 1}, {}, {"b": "c"})
     blanks = blank_like(model)
     own = describe(blanks, layout, {}, {}, {"b": "other"})
     raw = msgspec.json.encode(manifest)
-    read, compared = decode(raw, len(model)), decode(raw, len(model), own[0].tensors)
+    read, compared = decode(raw, len(model)), decode(raw, len(model), own.manifest.tensors)
     assert compared == read == manifest
-    assert compared.tensors is own[0].tensors
-    assert read.tensors is not own[0].tensors
+    assert compared.tensors is own.manifest.tensors
+    assert read.tensors is not own.manifest.tensors
     found = [match(one, blanks, blanks.keys(), {}, {"b": "c"}, own=own) for one in (read, compared)]
     assert len(found[0]) == len(found[1]) == len(distinct)
+    assert sizes == [tensor.nbytes for tensor in distinct]
     for one, other in zip(*found, strict=True):
         assert one is other or (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride())
 
@@ -134,7 +129,9 @@ def test_entries_that_are_not_those_of_the_model_are_read_and_refused(change):
         "fewer": {"a": one},
     }[change]
     own = describe(here, RAW, {}, {})
-    manifest = decode(msgspec.json.encode(describe(there, RAW, {}, {})[0]), 2, own[0].tensors)
+    manifest = decode(
+        msgspec.json.encode(describe(there, RAW, {}, {}).manifest), 2, own.manifest.tensors
+    )
     assert [entry.name for entry in manifest.tensors] == ["a", "b"]
     if change == "order":
         matched = match(manifest, here, here.keys(), {}, own=own)
@@ -147,7 +144,7 @@ def test_entries_that_are_not_those_of_the_model_are_read_and_refused(change):
 def test_what_is_made_and_meant_is_compared_where_entries_are_the_same():
     model = {"a": torch.zeros(1)}
     own = describe(model, RAW, {}, {})
-    manifest = msgspec.structs.replace(own[0], meaning={"b": "c"}, made={"d": [1.0, 2.0]})
+    manifest = msgspec.structs.replace(own.manifest, meaning={"b": "c"}, made={"d": [1.0, 2.0]})
     with pytest.raises(LayoutUnsupported, match="b is nothing here and c there"):
         match(manifest, model, {"a"}, {}, own=own)
     with pytest.raises(LayoutUnsupported, match="d is only there"):
@@ -157,19 +154,19 @@ def test_what_is_made_and_meant_is_compared_where_entries_are_the_same():
 def test_only_whole_regions_are_ties():
     whole = torch.arange(20.0)
     tensors = {"whole": whole, "half": whole[:10], "view": whole.view(4, 5), "same": whole[:20]}
-    manifest, distinct = describe(tensors, RAW, {}, {})
+    manifest, distinct, _ = describe(tensors, RAW, {}, {})
     assert [entry.alias_of for entry in manifest.tensors] == [None, None, None, "whole"]
     assert len(distinct) == 3
 
 
 def test_empty_tensors_are_never_ties():
     empty = torch.empty(0)
-    manifest, _ = describe({"a": empty, "b": empty}, RAW, {}, {})
+    manifest, *_ = describe({"a": empty, "b": empty}, RAW, {}, {})
     assert [entry.alias_of for entry in manifest.tensors] == [None, None]
 
 
 def _refusal(there, here, required=None):
-    manifest, _ = describe(there, RAW, {}, {})
+    manifest, *_ = describe(there, RAW, {}, {})
     with pytest.raises(LayoutUnsupported) as error:
         match(manifest, here, here.keys() if required is None else required, {})
     return str(error.value)
@@ -207,12 +204,12 @@ def test_a_missing_tensor_is_named():
 
 
 def test_a_tensor_that_is_not_required_may_be_missing():
-    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {}, {})
+    manifest, *_ = describe({"a": torch.zeros(1)}, RAW, {}, {})
     assert len(match(manifest, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"a"}, {})) == 1
 
 
 def test_a_second_name_that_only_the_client_has_comes_with_the_first():
-    manifest, _ = describe({"a": torch.zeros(2, 3)}, RAW, {}, {})
+    manifest, *_ = describe({"a": torch.zeros(2, 3)}, RAW, {}, {})
     here = _tied()
     assert match(manifest, here, here.keys(), {})[0] is here["a"]
     one = torch.zeros(2, 3)
@@ -254,14 +251,14 @@ def test_names_that_a_source_has_chosen_are_shown_bounded_and_printable():
 
 
 def test_a_name_that_is_there_twice_is_refused():
-    manifest, _ = describe({"a": torch.zeros(1)}, RAW, {}, {})
+    manifest, *_ = describe({"a": torch.zeros(1)}, RAW, {}, {})
     twice = msgspec.structs.replace(manifest, tensors=manifest.tensors * 2)
     with pytest.raises(LayoutUnsupported, match="a name is there twice"):
         match(twice, {"a": torch.zeros(1)}, {"a"}, {})
 
 
 def test_a_manifest_has_the_names_of_those_that_have_bytes():
-    manifest, _ = describe(assorted(), RAW, {}, {})
+    manifest, *_ = describe(assorted(), RAW, {}, {})
     assert manifest.names == [name for name in assorted() if name != "lm_head.weight"]
 
 
@@ -281,7 +278,7 @@ class Text(str):
 
 def test_attributes_travel_as_plain_values_whatever_their_type():
     given = {"d": 1.5, "a": Text("x"), "b": enum.IntEnum("Two", {"TWO": 2}).TWO, "c": True}
-    manifest, _ = describe({"a": torch.zeros(1)}, RAW, given, {})
+    manifest, *_ = describe({"a": torch.zeros(1)}, RAW, given, {})
     assert _travelled(manifest) == manifest
     assert list(manifest.attributes.items()) == [("a", "x"), ("b", 2), ("c", True), ("d", 1.5)]
 
@@ -292,7 +289,7 @@ def test_a_source_has_no_attribute_that_no_message_can_carry():
 
 
 def test_a_client_has_no_tensors_without_memory():
-    manifest, _ = describe({"b": torch.zeros(3)}, RAW, {}, {})
+    manifest, *_ = describe({"b": torch.zeros(3)}, RAW, {}, {})
     with pytest.raises(LayoutUnsupported, match="b has no memory"):
         match(manifest, {"b": torch.empty(3, device="meta")}, {"b"}, {})
 
@@ -302,7 +299,7 @@ def test_a_client_has_no_tensors_without_memory():
 
 def test_what_tensors_were_made_for_travels_with_them_and_is_part_of_their_name():
     tensors, meaning = {"a": torch.zeros(1)}, {"layers.*.quant_method": "One", "b": "2"}
-    manifest, _ = describe(tensors, PROCESSED, {}, {}, meaning)
+    manifest, *_ = describe(tensors, PROCESSED, {}, {}, meaning)
     assert _travelled(manifest).meaning == meaning
     assert len(match(manifest, tensors, {"a"}, {}, meaning)) == 1
     digests = {
@@ -331,7 +328,7 @@ def test_what_tensors_were_made_for_travels_with_them_and_is_part_of_their_name(
 )
 def test_tensors_that_were_made_for_something_else_are_refused_with_both_values(here, there, lines):
     tensors = {"a": torch.zeros(1)}
-    manifest, _ = describe(tensors, RAW, {}, {}, there)
+    manifest, *_ = describe(tensors, RAW, {}, {}, there)
     with pytest.raises(LayoutUnsupported) as refused:
         match(manifest, tensors, {"a"}, {}, here)
     assert str(refused.value) == f"tensors are not made in the same way: {'; '.join(lines)}"

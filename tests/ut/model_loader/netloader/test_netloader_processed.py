@@ -291,7 +291,7 @@ def test_a_tensor_that_has_several_names_is_found_under_all():
     model.layers[1].attn.impl.W_UV = shared
     tensors = processed_tensors(model)
     assert set(tensors) == NAMES
-    manifest, _ = describe(tensors, PROCESSED, {}, {})
+    manifest, *_ = describe(tensors, PROCESSED, {}, {})
     aliases = {entry.name: entry.alias_of for entry in manifest.tensors if entry.alias_of}
     assert aliases == {
         "head.weight": "embed.weight",
@@ -342,7 +342,7 @@ def turned(dtype=torch.float32, count=24):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32, torch.int64])
 def test_a_permuted_tensor_travels_as_its_memory(dtype):
     tensor = turned(dtype)
-    manifest, [sent] = describe({"t": tensor}, PROCESSED, {}, {})
+    manifest, [sent], _ = describe({"t": tensor}, PROCESSED, {}, {})
     assert sent.is_contiguous()
     assert sent.data_ptr() == tensor.data_ptr()
     assert sent.tolist() == list(range(24))
@@ -367,7 +367,7 @@ def _strided(draw):
 @given(st.lists(_strided(), min_size=1, max_size=4))
 def test_tensors_of_any_strides_arrive_as_they_are(made):
     tensors = {f"t{index}": tensor for index, tensor in enumerate(made)}
-    manifest, sent = describe(tensors, PROCESSED, {}, {})
+    manifest, sent, _ = describe(tensors, PROCESSED, {}, {})
     here = blank_like(tensors)
     received = match(manifest, here, here, {})
     for one, other in zip(sent, received, strict=True):
@@ -394,7 +394,7 @@ def captured_of(tensors):
 
 
 def refusal(there, here, required=None, formats=None, here_formats=None):
-    manifest, _ = describe(there, PROCESSED, {}, formats or {})
+    manifest, *_ = describe(there, PROCESSED, {}, formats or {})
     with pytest.raises(LayoutUnsupported) as error:
         match(manifest, here, here.keys() if required is None else required, here_formats or {})
     return str(error.value)
@@ -417,7 +417,7 @@ def test_other_formats_are_refused_by_name_with_both():
 
 def test_the_same_formats_match():
     model = {"t": torch.ones(32, 32)}
-    manifest, _ = describe(model, PROCESSED, {}, {"t": "FRACTAL_NZ"})
+    manifest, *_ = describe(model, PROCESSED, {}, {"t": "FRACTAL_NZ"})
     assert len(match(manifest, model, {"t"}, {"t": "FRACTAL_NZ"})) == 1
 
 

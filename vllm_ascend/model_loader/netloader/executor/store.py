@@ -270,9 +270,9 @@ def make_store(
         LayoutUnsupported: a tensor has no memory.
     """
     formats = device.formats(tensors)
-    manifest, distinct = describe(tensors, layout, attributes, formats, meaning)
+    manifest, distinct, sizes = describe(tensors, layout, attributes, formats, meaning)
     manifest = msgspec.structs.replace(manifest, made=made or {})
-    blocks = Blocks([tensor.nbytes for tensor in distinct])
+    blocks = Blocks(sizes)
     return _hashed(manifest, blocks, distinct, device, progress)
 
 

@@ -232,7 +232,7 @@ class Target:
                 own = describe(self._tensors, here, {}, self._formats)
         try:
             count = None if self._place else len(self._tensors)
-            manifest = decode(bytes(joined.manifest), count, own[0].tensors if own else None)
+            manifest = decode(bytes(joined.manifest), count, own.manifest.tensors if own else None)
         except ProtocolError as error:
             raise ProtocolError(f"{address}: {error}") from None
         if here != (there := manifest.layout):
@@ -240,7 +240,10 @@ class Target:
         try:
             tensors = self._place(manifest) if self._place else self._match(manifest, own)
             self._check(manifest.attributes)
-            blocks = Blocks([tensor.nbytes for tensor in tensors])
+            if own is not None and tensors is own.tensors:
+                blocks = Blocks(own.sizes)
+            else:
+                blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)
             if self._restore is None:

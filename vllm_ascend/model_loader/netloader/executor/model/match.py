@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -19,10 +19,22 @@ _MAX_SHOWN = 400  # characters of each
 _MAX_VALUE = 120  # characters of one side's value
 # The memory of a tensor with a format is replaced while it is filled, and that of no view of it.
 _TURNED = "{} is {} and strided {}, and such memory cannot be filled"
-# A manifest, and the tensors of its entries that are no aliases.
-Described: TypeAlias = tuple[Manifest, list[torch.Tensor]]
 # How far apart two processors, or two versions of torch, may come out with the same number.
 _ROUNDING = 0.02
+
+
+class Described(NamedTuple):
+    """What named tensors are to others.
+
+    Attributes:
+        manifest: their manifest.
+        tensors: those of its entries that are no aliases, in order, as they are sent.
+        sizes: number of bytes of each of these.
+    """
+
+    manifest: Manifest
+    tensors: list[torch.Tensor]
+    sizes: list[int]
 
 
 def describe(
@@ -41,15 +53,12 @@ def describe(
         formats: name -> format of those of them that have one.
         meaning: the manifest's meaning.
 
-    Returns:
-        The manifest, and the tensors of its entries that are no aliases, in order, as they are
-        sent.
-
     Raises:
         LayoutUnsupported: a tensor has no memory yet, or an attribute is no plain value.
     """
     entries: list[TensorEntry] = []
     distinct: list[torch.Tensor] = []
+    sizes: list[int] = []
     seen: dict[object, str] = {0: ""}  # address 0: there is no memory
     for name, tensor in tensors.items():
         try:
@@ -58,7 +67,7 @@ def describe(
             alone = False
         # As a rule it is. A load waits for this, and a call for each of many tensors takes longer.
         alias_of = None if alone else _alias_of(name, tensor, tensors, seen)
-        dtype, shape = _name_of(tensor.dtype), tuple(tensor.shape)
+        dtype, shape, nbytes = _kind_of(tensor.dtype, tensor.shape)
         stride = _stride_of(tensor) if layout == PROCESSED else None
         form = formats.get(name)
         if form and stride:
@@ -66,13 +75,15 @@ def describe(
         entries.append(TensorEntry(name, dtype, shape, alias_of, stride, form))
         if alias_of is None:
             distinct.append(_as_sent(tensor) if layout == PROCESSED else tensor)
+            sizes.append(nbytes)
     try:
         carried = {
             name: plain(f"attribute {name}", value) for name, value in sorted(attributes.items())
         }
     except ValueError as error:
         raise LayoutUnsupported(str(error)) from None
-    return Manifest(layout, entries, carried, dict(sorted(meaning.items()))), distinct
+    manifest = Manifest(layout, entries, carried, dict(sorted(meaning.items())))
+    return Described(manifest, distinct, sizes)
 
 
 def match(
@@ -104,8 +115,8 @@ def match(
     if meant := _different_meaning(manifest.meaning, meaning):
         raise LayoutUnsupported(f"tensors are not made in the same way: {_first(meant)}")
     differences: list[str] = []
-    if own is not None and manifest.tensors is own[0].tensors and not formats:
-        matched = own[1]
+    if own is not None and manifest.tensors is own.manifest.tensors and not formats:
+        matched = own.tensors
     else:
         matched, differences = _compared(manifest, tensors, required, formats)
     if made is not None:
@@ -132,7 +143,7 @@ def _compared(
         if tensor is None:
             differences.append(f"{name} is only there")
             continue
-        dtype = _name_of(tensor.dtype)
+        dtype = str(tensor.dtype)
         if tensor.shape != entry.shape or dtype != entry.dtype:
             here = _kind(dtype, tensor.shape)
             there = _kind(entry.dtype, entry.shape)
@@ -297,7 +308,10 @@ def _stored(stride: tuple[int, ...] | None, storage_format: str | None) -> str:
     return storage_format or ("row-major" if stride is None else f"strided {list(stride)}")
 
 
-_name_of = functools.cache(str)
+# Of many tensors most are of few kinds, and each further question to a tensor takes as long.
+@functools.lru_cache(maxsize=4096)
+def _kind_of(dtype: torch.dtype, shape: torch.Size) -> tuple[str, tuple[int, ...], int]:
+    return str(dtype), tuple(shape), math.prod(shape) * dtype.itemsize
 
 
 def _kind(dtype: str, shape: Iterable[int]) -> str:
