@@ -231,7 +231,6 @@ class ModelNetLoaderElastic(BaseModelLoader):
         self._load: _Load | None = None
         self._relay: Relay | None = None
         self._cold: ColdStart | None = None
-        self._never_disk = False
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the checkpoint, unless the weights are to come from other instances."""
@@ -442,12 +441,28 @@ class ModelNetLoaderElastic(BaseModelLoader):
         Raises:
             LayoutUnsupported: this model cannot be reloaded in place; it is left as it is.
         """
+        return self.new_weights(model_config, model, from_disk=True)
+
+    def new_weights(
+        self, model_config: ModelConfig, model: nn.Module, *, from_disk: bool
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        """Do what `get_all_weights` does.
+
+        Args:
+            model_config: the model's.
+            model: the model in use.
+            from_disk: whether the disk may be read, which another path than before asks for.
+
+        Raises:
+            LayoutUnsupported: see `get_all_weights`.
+            LoadFailed: no source gave the weights, and the disk is not to be read.
+        """
         if not self._supported():
             return self._disk.get_all_weights(model_config, model)
         known = registry.in_use(model)
         reason = why_no_reload(model, self._device_name())
         identity = known.identity if known else self._identify(model_config)
-        same_path = self._never_disk or known is None or known.path == model_config.model
+        same_path = not from_disk or known is None or known.path == model_config.model
         failure = ""
         # Before the ranks meet: afterwards one may have new weights already.
         ranks, pinned = known.ranks if known else None, self._config.weights_digest
@@ -484,7 +499,7 @@ class ModelNetLoaderElastic(BaseModelLoader):
                     self._worker(),
                     failure,
                 )
-            if self._never_disk:
+            if not from_disk:
                 raise LoadFailed("no instance is named for this rank")
             return Attempt(None)
 
@@ -985,10 +1000,9 @@ def _pull_update(
     loader._config = replace(
         loader._config, source=update.source, weights_digest=update.weights_digest, fallback=False
     )
-    loader._never_disk = True
     if not any(sources.addresses for sources in update.source.values()):
         raise ConfigError(f"source is {keys['SOURCE']!r} and names no instance")
-    weights = loader.get_all_weights(model_config, model)
+    weights = loader.new_weights(model_config, model, from_disk=False)
     initialize_layerwise_reload(model)
     model.load_weights(weights)
     finalize_layerwise_reload(model, model_config)

@@ -53,6 +53,7 @@ _LOOK = 0.5  # seconds between two looks at whether a client that waits is still
 _MOST_TOLD = 5  # differences in one line of the log
 _MADE_READY = "the weights are being made ready for inference"
 _SHUTTING_DOWN = "the source is shutting down"
+_REPLACED = "the weights are being replaced"
 _CHANGED = "the weights have changed since they were offered"
 
 
@@ -202,7 +203,7 @@ class WeightServer:
     def offer(self, offer: Offer) -> int:
         """Offer a model, in the place of any earlier one of its group; return its epoch."""
         group = offer.identity.group
-        self.withdraw(group, Code.CHANGING, "the weights are being replaced")
+        self.withdraw(group, Code.CHANGING, _REPLACED)
         with self._lock:
             self._epochs[group] = self._epochs.get(group, 0) + 1
             self._expected.discard(group)
@@ -216,7 +217,7 @@ class WeightServer:
         group = offer.identity.group
         before = self._offers.get(group)
         if before is not None and before.store is not None:  # others may come into its memory
-            self.withdraw(group, Code.CHANGING, "the weights are being replaced")
+            self.withdraw(group, Code.CHANGING, _REPLACED)
         with self._lock:
             self._epochs.setdefault(group, 0)
             self._expected.discard(group)

@@ -77,18 +77,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
         return [entry.name for entry in self.tensors if entry.alias_of is None]
 
 
-class _Unread(msgspec.Struct):
-    """A manifest whose entries are left as they are."""
-
-    tensors: msgspec.Raw
-    layout: str
-    attributes: dict[str, Scalar]
-    meaning: dict[str, str] = {}
-    made: dict[str, Sample] = {}
-
-
 _MANIFESTS = msgspec.json.Decoder(Manifest)
-_UNREAD = msgspec.json.Decoder(_Unread)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def decode(raw: bytes, tensors: int | None, own: list[TensorEntry] | None = None) -> Manifest:
@@ -113,10 +103,11 @@ def decode(raw: bytes, tensors: int | None, own: list[TensorEntry] | None = None
         raise ProtocolError(f"manifest has {values} values; allowed: up to {most}{whose}")
     try:
         if own is not None:
-            unread = _UNREAD.decode(raw)
-            if bytes(unread.tensors) == msgspec.json.encode(own):
-                rest = unread.attributes, unread.meaning, unread.made
-                return Manifest(unread.layout, own, *rest)
+            fields = _FIELDS.decode(raw)
+            if fields.get("tensors") == msgspec.Raw(msgspec.json.encode(own)):
+                fields["tensors"] = msgspec.Raw(b"[]")
+                rest = _MANIFESTS.decode(msgspec.json.encode(fields))
+                return msgspec.structs.replace(rest, tensors=own)
         return _MANIFESTS.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a valid manifest: {one_line(error)}") from None
