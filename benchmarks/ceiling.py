@@ -13,6 +13,7 @@ from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices import Accelerator
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.elastic_load import P2PLoad, P2PSend
+from vllm_ascend.model_loader.netloader.executor.memory import Part
 from vllm_ascend.model_loader.netloader.executor.model.match import describe
 from vllm_ascend.model_loader.netloader.executor.rate_limiter import RateLimiter
 from vllm_ascend.model_loader.netloader.executor.scheduler import Scheduler
@@ -31,9 +32,10 @@ _CHUNK_BYTES = 4 << 20
 class NullDevice(CpuDevice):
     """Every message is there at once, and all digests are zeros."""
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """See `devices.Device`."""
-        return bytes(DIGEST_BYTES * sum(-(-part.nbytes // BLOCK_BYTES) or 1 for part in parts))
+        sizes = [part.nbytes if isinstance(part, torch.Tensor) else len(part) for part in parts]
+        return bytes(DIGEST_BYTES * sum(-(-size // BLOCK_BYTES) or 1 for size in sizes))
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """See `devices.Accelerator`."""

@@ -33,7 +33,7 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.executor.chunks.blocks import Blocks
 from vllm_ascend.model_loader.netloader.executor.chunks.manifest import RAW
 from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
-from vllm_ascend.model_loader.netloader.executor.memory import host_view
+from vllm_ascend.model_loader.netloader.executor.memory import Part, host_view
 from vllm_ascend.model_loader.netloader.executor.store import make_store
 from vllm_ascend.model_loader.netloader.interaction.elastic import ElasticClient
 from vllm_ascend.model_loader.netloader.load import elastic_load
@@ -142,7 +142,7 @@ class TimedDevice(CpuDevice):
 
     first_run = 0.0
 
-    def digests(self, parts: Sequence[torch.Tensor]) -> bytes:
+    def digests(self, parts: Sequence[Part]) -> bytes:
         """See `devices.Device`."""
         self.first_run = self.first_run or time.perf_counter()
         return super().digests(parts)

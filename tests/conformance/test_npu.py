@@ -158,6 +158,17 @@ def test_fractal_nz_that_cannot_be_filled_is_refused(way, two, there, into, reas
     loads(client, source.call(serve, WAY, there), there, into=into).check_failed(reason)
 
 
+def formats_of_what_has_no_memory():
+    device = torch.device("npu")
+    lazy = torch.nn.parameter.UninitializedParameter(device=device)
+    made = {"lazy": lazy, "empty": torch.empty(0, device=device)}
+    return WAY.device().formats(made)
+
+
+def test_what_has_no_memory_yet_has_no_format(way, started):
+    assert started(0).call(formats_of_what_has_no_memory) == {}
+
+
 # Digests
 
 

@@ -79,7 +79,7 @@ def test_what_no_model_can_need_is_refused_in_little_memory(field):
     tracemalloc.start()
     try:
         with pytest.raises(ProtocolError, match="not a valid m" if field == "digits" else many):
-            decode(raw, 300)
+            decode(raw, 300, [])
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -139,6 +139,14 @@ def test_entries_that_are_not_those_of_the_model_are_read_and_refused(change):
         return
     with pytest.raises(LayoutUnsupported, match="tensors differ: "):
         match(manifest, here, here.keys(), {}, own=own)
+
+
+def test_of_a_manifest_that_is_none_it_is_said_what_is_wrong_whatever_the_model():
+    own = describe({"a": torch.zeros(1)}, RAW, {}, {}).manifest.tensors
+    deep = b'{"layout":"raw","tensors":' + b"[" * 5000
+    for raw in (deep, b'{"layout":1,"tensors":[["a","torch.float32",[1]]],"attributes":{}}'):
+        with pytest.raises(ProtocolError, match="Expected `str`, got"):
+            decode(raw, 1, own)
 
 
 def test_what_is_made_and_meant_is_compared_where_entries_are_the_same():

@@ -3,14 +3,19 @@
 import threading
 from types import SimpleNamespace
 
+import msgspec
 import pytest
+import torch
 
 from vllm_ascend.model_loader.netloader.errors import SourceLost, TransferCorrupt
+from vllm_ascend.model_loader.netloader.executor.devices.cpu import CpuDevice
 from vllm_ascend.model_loader.netloader.executor.scheduler import Peer
+from vllm_ascend.model_loader.netloader.interaction.api import Joined
 from vllm_ascend.model_loader.netloader.loading.sessions import Sessions
+from vllm_ascend.model_loader.netloader.loading.target import Target
 from vllm_ascend.model_loader.netloader.utils import Address
 
-from .support import HOST, PATIENCE, settings
+from .support import HOST, IDENTITY, PATIENCE, settings, store_of
 
 ADDRESS = Address(HOST, 1)
 
@@ -76,3 +81,38 @@ def test_a_session_that_is_over_does_not_wait_for_its_news_to_be_dialled(monkeyp
     news.join(PATIENCE)
     assert clients[1].cut_by_us.is_set()
     assert len(lost) == 1
+
+
+class Formatted(CpuDevice):
+    """Memory that is replaced while it is filled."""
+
+    def __init__(self):
+        self.replaced, self.restored = [], []
+
+    def writable(self, tensors):
+        self.replaced.append([*tensors])
+        return lambda: self.restored.append([*tensors])
+
+
+def test_what_later_weights_have_more_is_made_ready_to_be_filled_and_restored_as_well():
+    device, mine = Formatted(), {"a": torch.zeros(4), "b": torch.zeros(4)}
+    nothing = {}, None, None, None, None, lambda attributes: None
+    target = Target(mine, ["a"], IDENTITY, settings(), device, *nothing)
+    for there in ({"a": torch.ones(4)}, {"a": torch.zeros(4), "b": torch.ones(4)}):
+        store = store_of(there)
+        joined = Joined(
+            store.digests.weights,
+            1,
+            "0" * 32,
+            manifest=msgspec.Raw(store.encoded_manifest),
+            blocks=store.digests.blocks,
+        )
+        with target.agreed(ADDRESS, joined) as (filled, scheduler):
+            for run in scheduler.take(Peer(), 9):
+                for into, data in zip(filled.memory(run), store.memory(run), strict=True):
+                    memoryview(into).cast("B")[:] = memoryview(data).cast("B")
+                filled.add(run)
+    assert target.complete() is not None
+    assert [len(tensors) for tensors in device.replaced] == [1, 2]
+    assert device.restored == device.replaced
+    assert mine["b"].tolist() == [1.0] * 4

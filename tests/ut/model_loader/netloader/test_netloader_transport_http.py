@@ -156,6 +156,15 @@ def test_blocks_are_checked_once_and_as_they_come():
     assert differing(tensors, session.blanks) == []
 
 
+def test_what_a_receiver_has_not_checked_can_be_checked_later():
+    session = Session({"a": torch.ones(3)}, DEVICE, DEVICE, MIB)
+    receiver = HttpReceiver(session.source, session.here, verify=False)
+    session.source.receive_blocks = lambda nbytes, into: [*into]  # nothing comes
+    receiver.request([Run(0, 0)])
+    session.blanks["a"].zero_()
+    assert receiver.receive()() == [0]
+
+
 def test_a_command_checks_what_an_accelerator_has_hashed():
     tensors = {"a": random_tensor(0, torch.uint8, 5 * MIB + 1), "b": torch.empty(0)}
     host = copies._Host(rowsums.ALGORITHM)

@@ -16,7 +16,7 @@ from .chunks.blocks import Blocks, Run
 from .chunks.digests import DIGEST_BYTES, Digests, combine
 from .chunks.manifest import NO_MEANING, Manifest, Sample, Scalar
 from .devices import Device
-from .memory import Part, contiguous, host_memory, read
+from .memory import Part, contiguous, host_memory, host_view, in_place, read
 from .model.match import describe
 
 # Bytes that are hashed at once when all of a model is: on accelerators that costs some launches.
@@ -155,17 +155,19 @@ class BlockStore:
     def memory(self, run: Run) -> list[Buffer] | None:
         """Return a run's own memory, which is the host's, to be filled; None: it has gaps."""
         whole = self.blocks.whole(run)
-        if whole is not None:
-            # Of a hundred thousand small tensors each further question would cost microseconds.
-            tensors = self.tensors[whole.start : whole.stop]
-            sizes = self.blocks.sizes[whole.start : whole.stop]
-            places = [*zip(tensors, itertools.repeat(0), sizes, strict=False)]
-        else:
-            spans = self.blocks.spans(run)
-            places = [(self.tensors[span.tensor], span.offset, span.nbytes) for span in spans]
-        if not all(tensor.is_contiguous() for tensor, _, _ in places):
+        if whole is None:
+            places = [in_place(span, self.tensors) for span in self.blocks.spans(run)]
+            found = [host_view(place) for place in places if place is not None]
+            return [*found] if len(found) == len(places) else None
+        # Of a hundred thousand small tensors each further question would cost microseconds.
+        tensors = self.tensors[whole.start : whole.stop]
+        if not all(tensor.is_contiguous() for tensor in tensors):
             return None
-        return [host_memory(one.data_ptr() + offset, nbytes) for one, offset, nbytes in places]
+        sizes = self.blocks.sizes[whole.start : whole.stop]
+        return [
+            host_memory(tensor.data_ptr(), nbytes)
+            for tensor, nbytes in zip(tensors, sizes, strict=True)
+        ]
 
     def wrong(self, run: Run, parts: Sequence[Part] | None = None) -> list[int]:
         """Return the blocks of a run that are not what their digests say.

@@ -136,7 +136,7 @@ class Target:
         self._prefaulting: threading.Thread | None = None
         # As they are when in use; while they are filled they have none.
         self._formats = device.formats(tensors)
-        self._restore: Callable[[], None] | None = None
+        self._restore: list[Callable[[], None]] = []
 
     @property
     def nbytes(self) -> int:
@@ -216,9 +216,10 @@ class Target:
             self._relay.end(complete=complete)
         if store is None or not complete:
             return None
-        if self._restore is not None:
+        if self._restore:
             store.withdraw(Withdrawn("its formats are changing"))
-            self._restore()
+            for restore in self._restore:
+                restore()
         self._device.synchronize()
         self._device.empty_cache()
         return store.with_tensors(store.tensors)
@@ -228,7 +229,8 @@ class Target:
             raise SourceRefused(f"{address}: sent no manifest")
         here, own = self._identity.layout, None
         if self._place is None:
-            with contextlib.suppress(LayoutUnsupported):  # then `match` says what is in the way
+            # Then `match` says what is in the way.
+            with contextlib.suppress(LayoutUnsupported, RuntimeError):
                 own = describe(self._tensors, here, {}, self._formats)
         try:
             count = None if self._place else len(self._tensors)
@@ -246,8 +248,7 @@ class Target:
                 blocks = Blocks([tensor.nbytes for tensor in tensors])
             algorithm = joined.weights.partition(":")[0]
             digests = combine(algorithm, manifest, blocks, joined.blocks)
-            if self._restore is None:
-                self._restore = self._device.writable(tensors)
+            self._restore.append(self._device.writable(tensors))
         except (LayoutUnsupported, ProtocolError) as error:
             raise SourceRefused(f"{address}: {error}") from None
         if digests.weights != joined.weights:

@@ -1,5 +1,6 @@
 """The manifest: which tensors there are, in which layout and order."""
 
+import contextlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, TypeAlias
@@ -78,6 +79,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _MANIFESTS = msgspec.json.Decoder(Manifest)
+_INVALID = msgspec.MsgspecError, UnicodeDecodeError, RecursionError
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -101,13 +103,14 @@ def decode(raw: bytes, tensors: int | None, own: list[TensorEntry] | None = None
     if values > most:
         whose = "" if tensors is None else f" for a model of {tensors} tensors"
         raise ProtocolError(f"manifest has {values} values; allowed: up to {most}{whose}")
-    try:
-        if own is not None:
+    if own is not None:
+        with contextlib.suppress(*_INVALID):  # what is wrong is said below
             fields = _FIELDS.decode(raw)
             if fields.get("tensors") == msgspec.Raw(msgspec.json.encode(own)):
                 fields["tensors"] = msgspec.Raw(b"[]")
                 rest = _MANIFESTS.decode(msgspec.json.encode(fields))
                 return msgspec.structs.replace(rest, tensors=own)
+    try:
         return _MANIFESTS.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except _INVALID as error:
         raise ProtocolError(f"not a valid manifest: {one_line(error)}") from None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch_npu  # gives torch its `npu`
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroup, Store
+from torch.nn.parameter import UninitializedTensorMixin
 from torch_npu._C._distributed_c10d import ProcessGroupHCCL
 
 from ...errors import LayoutUnsupported
@@ -249,6 +250,7 @@ class NpuDevice(StreamDevice):
     def _is_nz(self, tensor: torch.Tensor) -> bool:
         return (
             tensor.device.type == "npu"
+            and not isinstance(tensor, UninitializedTensorMixin)
             and tensor.numel() > 0
             and torch_npu.get_npu_format(tensor) == _FRACTAL_NZ
         )
