@@ -18,7 +18,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
-from vllm.config import VllmConfig, WeightTransferConfig
+from vllm.config import ModelConfig, VllmConfig, WeightTransferConfig
 from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.model_executor.model_loader import default_loader, weight_utils
 from vllm.model_executor.model_loader.reload import (
@@ -357,6 +357,31 @@ def test_a_source_with_another_config_is_refused_with_both_values(
     [line] = {r.getMessage() for r in caplog.records if "trying the disk" in r.getMessage()}
     differ = "config.tie_word_embeddings is True here and False there"
     assert f"{seed.address}: other_model: the models differ: {differ}" in line
+
+
+@pytest.mark.skipif(
+    not hasattr(ModelConfig, "maybe_untie_word_embeddings"),
+    reason="this vLLM believes the configuration, whatever the checkpoint has",
+)
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "other"])
+def test_a_head_that_only_the_files_of_the_source_have_is_asked_for_with_an_override(
+    models: Path, tmp_path: Path, log: list[str], equal: bool
+) -> None:
+    path = tmp_path / "with-head"
+    shutil.copytree(on_disk(models, "llama-tied"), path)
+    weights = load_file(path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = head.clone() if equal else head.flip(0).contiguous()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    copy_without_weights(path, tmp_path / "bare")
+    seed = Seed(path, tmp_path / "rank_")
+    with pytest.raises(LoadFailed, match="tie_word_embeddings is True here and False there"):
+        load(seed.client(tmp_path / "bare", FALLBACK=False))
+    untied = {"hf_overrides": {"tie_word_embeddings": False}}
+    client = load(seed.client(tmp_path / "bare", FALLBACK=False, engine=untied))
+    assert_same(seed.model, client)
+    assert torch.equal(client.lm_head.weight.flip(0), client.model.embed_tokens.weight) != equal
+    assert torch.equal(client.lm_head.weight, client.model.embed_tokens.weight) == equal
 
 
 def test_reload_in_place_takes_the_new_weights_of_the_source(models: Path, tmp_path: Path) -> None:
