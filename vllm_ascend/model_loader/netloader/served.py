@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
-import torch
-
 from . import metrics
 from .config import NetLoaderConfig
 from .errors import Gone, NotHere, Preparing, ProtocolError, Withdrawn
@@ -18,7 +16,7 @@ from .executor.memory import host_view
 from .executor.rate_limiter import RateLimiter
 from .executor.store import BlockStore
 from .executor.transport.group import SOURCE, GroupSender, TransferGroup, form_group
-from .executor.transport.http import HttpSender
+from .executor.transport.http import HostStaging, HttpSender
 from .executor.transport.rendezvous import Mailbox
 from .executor.view.offered import Region, Viewed
 from .interaction import api
@@ -46,7 +44,7 @@ class Served:
         self._group: P2PSend | None = None
         self._limiter = limiter
         self._gathered = 0
-        self._staging: torch.Tensor | None = None
+        self._staging = HostStaging()
 
     @property
     def bytes_sent(self) -> int:
@@ -71,10 +69,7 @@ class Served:
         nbytes = view.nbytes_of(regions)
         self._limiter.wait(nbytes, store.withdrawn, self._gone)
         with store.device.attached(), store.reading(Run(0, store.blocks.count - 1)):
-            if self._staging is None or self._staging.numel() < nbytes:
-                empty = accelerator.empty_host if accelerator is not None else _empty
-                self._staging = empty(nbytes)
-            host = self._staging[:nbytes]
+            host = self._staging.take(nbytes, accelerator)
             if accelerator is None:
                 views = view.elements(regions, host, store.withdrawn)
             else:
@@ -244,10 +239,6 @@ class ServedGroup:
             self._sender = GroupSender(group, self._served.store, self._accelerator)
             self._send = self._served.through(self._sender, self._limiter)
         return self._send
-
-
-def _empty(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @contextlib.contextmanager

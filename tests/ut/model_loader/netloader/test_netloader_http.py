@@ -600,9 +600,8 @@ def test_a_run_without_bytes_is_read(source):
 @pytest.mark.parametrize("code", Code, ids=lambda code: code.text)
 def test_a_code_becomes_its_error(source, code):
     differ = [api.Difference("tp", "1", "2")]
-    source.service.refusal = Refusal(
-        code, "because", differences=differ, peers=[PEER], retry_after=7
-    )
+    source.service.refusal = Refusal(code, "because", differences=differ, retry_after=7)
+    source.service.refusal.name(DIGEST, [PEER])
     with source.client() as client, pytest.raises(SourceError) as caught:
         client.join(Join(IDENTITY))
     error = caught.value

@@ -549,7 +549,6 @@ class Refusal(NetLoaderError):
         code: see `Code`.
         message: for people.
         differences: with `other_model`.
-        peers: whom else to ask.
         retry_after: seconds after which the client may ask again, with status 503.
     """
 
@@ -559,12 +558,11 @@ class Refusal(NetLoaderError):
         message: str,
         *,
         differences: Sequence[Difference] = (),
-        peers: Sequence[Peer] = (),
         retry_after: int = 1,
     ) -> None:
         super().__init__(message)
         self.code = code
-        self.problem = Problem(code.text, message, [*differences], peers=[*peers])
+        self.problem = Problem(code.text, message, [*differences])
         self.retry_after = retry_after
 
     def name(

@@ -33,16 +33,19 @@ class Blocks(Protocol):
         """Read the run that was asked for into buffers, piece by piece."""
 
 
-class _HostStaging:
-    """One buffer of host memory, for runs of an accelerator's memory, one after the other."""
+class HostStaging:
+    """One buffer of host memory, for what is elsewhere or in pieces, one after the other."""
 
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
 
-    def take(self, nbytes: int, accelerator: Accelerator) -> torch.Tensor:
-        """Return so many bytes of it, uint8."""
+    def take(self, nbytes: int, accelerator: Accelerator | None) -> torch.Tensor:
+        """Return so many bytes of it, uint8, which the accelerator copies from and to fast."""
         if self._buffer is None or self._buffer.numel() < nbytes:
-            self._buffer = accelerator.empty_host(nbytes)
+            if accelerator is None:
+                self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+            else:
+                self._buffer = accelerator.empty_host(nbytes)
         return self._buffer[:nbytes]
 
 
@@ -57,7 +60,7 @@ class HttpSender:
     def __init__(self, store: BlockStore, write: Callable[[Sequence[Buffer]], object]) -> None:
         self._store = store
         self._write = write
-        self._staging = _HostStaging()
+        self._staging = HostStaging()
 
     def send(self, run: Run) -> None:
         """Send a run; memory that it does not have of its own stays as long as its buffers."""
@@ -92,7 +95,7 @@ class HttpReceiver:
         self._source = source
         self._store = store
         self._asked: deque[Run] = deque()
-        self._staging = _HostStaging()
+        self._staging = HostStaging()
 
     def request(self, runs: Sequence[Run]) -> None:
         """Ask for a run; a connection with nothing to fetch may end meanwhile."""
