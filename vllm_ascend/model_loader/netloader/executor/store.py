@@ -153,7 +153,7 @@ class BlockStore:
         return [contiguous(self.readable[index]) for index in whole]
 
     def memory(self, run: Run) -> list[Buffer] | None:
-        """Return a run's own memory, which is the host's; None: it has gaps."""
+        """Return a run's own memory, which is the host's, to be filled; None: it has gaps."""
         whole = self.blocks.whole(run)
         if whole is None:
             places = [in_place(span, self.tensors) for span in self.blocks.spans(run)]

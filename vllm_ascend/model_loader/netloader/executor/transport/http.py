@@ -15,7 +15,7 @@ import torch
 from ...utils import Buffer
 from ..chunks.blocks import Run
 from ..devices import Accelerator
-from ..memory import host_view, in_place, write
+from ..memory import host_buffer, host_view, in_place, write
 from ..store import BlockStore
 from .messages import from_host, to_host
 
@@ -61,17 +61,18 @@ class HttpSender:
         self._store = store
         self._write = write
         self._staging = HostStaging()
+        self._parts: Sequence[torch.Tensor] = ()
 
     def send(self, run: Run) -> None:
-        """Send a run; memory that it does not have of its own stays as long as its buffers."""
+        """Send a run, whose memory stays until the next one is sent."""
         store = self._store
         if (accelerator := store.device.accelerator) is None:
-            buffers = store.memory(run) or [host_view(part) for part in store.parts(run)]
+            self._parts = store.parts(run)
         else:
             host = self._staging.take(store.blocks.size_of(run), accelerator)
             to_host(run, store, host, accelerator)
-            buffers = [host_view(host)]
-        self._write(buffers)
+            self._parts = [host]
+        self._write([host_buffer(part) for part in self._parts])
 
 
 class HttpReceiver:
