@@ -365,7 +365,7 @@ def test_a_source_with_another_config_is_refused_with_both_values(
 )
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "other"])
 def test_a_head_that_only_the_files_of_the_source_have_is_asked_for_with_an_override(
-    models: Path, tmp_path: Path, log: list[str], equal: bool
+    models: Path, tmp_path: Path, equal: bool
 ) -> None:
     path = tmp_path / "with-head"
     shutil.copytree(on_disk(models, "llama-tied"), path)

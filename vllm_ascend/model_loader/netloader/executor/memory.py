@@ -22,11 +22,9 @@ def as_tensor(part: Part) -> torch.Tensor:
     """Return a part as a tensor."""
     if isinstance(part, torch.Tensor):
         return part
-    return (
-        torch.frombuffer(part, dtype=torch.uint8)
-        if len(part)
-        else torch.empty(0, dtype=torch.uint8)
-    )
+    if not len(part):  # no tensor is made of such a buffer
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(part, dtype=torch.uint8)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -383,7 +383,7 @@ class Scheduler:
         return brought + min((brought - self._began) / _PART_RELIEVED, _ELSEWHERE)
 
     def _best(self, peer: Peer) -> int | None:
-        if peer._prefers_others and self._clock() < self._relieved_until(peer):
+        if (until := self._relieved_until(peer)) and self._clock() < until:
             return None
         there = self._wanted if peer.complete else self._wanted & peer._runs
         if peer._declined:  # what was declined comes last
